@@ -1,0 +1,1 @@
+"""Packed matmul kernels on raw arrays. This package imports JAX alone."""

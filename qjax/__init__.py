@@ -1,0 +1,1 @@
+"""Functional quantization for JAX and Flax."""
