@@ -1,1 +1,1 @@
-"""Functional quantization for JAX and Flax."""
+"""qjax: functional quantization for JAX and Flax."""

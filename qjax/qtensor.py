@@ -1,0 +1,240 @@
+"""QTensor: one stored array, and the quantization and dequantization of one array."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from qjax import numerics, packing, scales
+from qjax.format import Format
+from qjax.layout import DEFAULT, Layout
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class QTensor:
+    """One quantized array: a pytree of packed codes and scales, with its format as static data.
+
+    With the canonical weight [*lead, K, N], `G, C = format.groups(K, N)`, and codes of b bits:
+
+    Attributes:
+      data: packed codes, uint8 [*lead, K * b / 8, N] (see `qjax.packing`), or the native 8-bit
+        type [*lead, K, N].
+      scale: [*lead, G, C] in the format's scale type, or a QTensor of that shape.
+      zero: None; integer zero points packed like `data`, [*lead, G * b / 8, C]; or the float
+        offsets [*lead, G, C], possibly a QTensor.
+      format: static. Its group size divides K, or the last group is shorter.
+      layout: static. How the logical axes map to [*lead, K, N].
+      dtype: static. Name of the logical (dequantized) dtype.
+      pad: static. Zero codes at the end of each packed column, 0 unless K is no multiple of
+        `packing.unit(b)`.
+
+    All static fields stay true when `vmap` or `scan` takes away a leading axis and when a mesh
+    shards K, N or a leading axis: shapes are read off `data`.
+
+    A QTensor is no array and never turns into one by itself: run the function that uses it as
+    `qjax.apply(fn)`, or call `qjax.dequantize`.
+    """
+
+    data: Any
+    scale: Any
+    zero: Any
+    format: Format
+    layout: Layout
+    dtype: str
+    pad: int
+
+    # ---- pytree ----
+
+    def tree_flatten_with_keys(self):
+        key = jax.tree_util.GetAttrKey
+        children = ((key("data"), self.data), (key("scale"), self.scale), (key("zero"), self.zero))
+        return children, (self.format, self.layout, self.dtype, self.pad)
+
+    @classmethod
+    def tree_unflatten(cls, aux, children):
+        return cls(*children, *aux)
+
+    # ---- shapes ----
+
+    @property
+    def element(self) -> numerics.Element:
+        return numerics.get_element(self.format.element)
+
+    @property
+    def canonical_shape(self) -> tuple[int, ...]:
+        """`(*lead, K, N)`."""
+        *lead, rows, N = self.data.shape
+        K = rows * 8 // self.element.bits - self.pad
+        return (*lead, K, N)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The logical shape: that of the array it stands for."""
+        *lead, K, N = self.canonical_shape
+        return self.layout.logical_shape(tuple(lead), K, N)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored arrays."""
+        return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(self))
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / self.size
+
+    def __repr__(self) -> str:
+        try:
+            shape = "x".join(map(str, self.shape))
+        except (AttributeError, TypeError):  # inside tree_map the children may be anything
+            return f"QTensor({self.format}, children={type(self.data).__name__})"
+        return f"QTensor({shape} {self.dtype} as {self.format}, {self.bits_per_weight:.3f} bpw)"
+
+    # ---- refusing to be an array ----
+
+    def _refuse(self, *_, **__):
+        raise TypeError(
+            f"{self!r} was used as an array. Quantized weights run inside"
+            " `qjax.apply(fn)(qparams, ...)`, which leaves fn as it is; `qjax.dequantize` gives the"
+            " float array."
+        )
+
+    __jax_array__ = __array__ = __iter__ = __len__ = __getitem__ = __bool__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
+    __matmul__ = __rmatmul__ = __truediv__ = __rtruediv__ = __neg__ = __pow__ = _refuse
+
+
+def is_qtensor(x: Any) -> bool:
+    """Whether `x` is a QTensor; the `is_leaf` of tree functions that treat it as one array."""
+    return isinstance(x, QTensor)
+
+
+# ---- one canonical array ------------------------------------------------------------------------
+
+
+def _store(values: Float[Array, "*b G C"], fmt: str | Format) -> Any:
+    """Stores scales or offsets in a plain type, or as a QTensor of their own."""
+    if isinstance(fmt, Format):
+        return quantize_array(values, fmt)
+    return numerics.round_scale(values, fmt)
+
+
+def _read(stored: Any, fmt: str | Format) -> Float[Array, "*b G C"]:
+    return dequantize_array(stored) if isinstance(fmt, Format) else numerics.read_scale(stored, fmt)
+
+
+def _pack(codes: Array, element: numerics.Element) -> Array:
+    return packing.pack(codes, element.bits) if element.is_packed else codes
+
+
+def quantize_array(
+    w: Float[Array, "*shape"],
+    fmt: Format,
+    layout: str | Layout = DEFAULT,
+    *,
+    importance: Float[Array, "*b K"] | None = None,
+) -> QTensor:
+    """Quantizes one array; pure, works under `jit`, `vmap` and `eval_shape`.
+
+    q = round(w / scale) (+ zero_point), with the scale already rounded to its stored type, so that
+    the error of a value inside the range is at most half a step of the *stored* scale.
+
+    Args:
+      w: the weight, any float dtype.
+      fmt: how to store it.
+      layout: which axes are contracted, as letters ("kn", "nk", "kkn", see `Layout`).
+      importance: weights of the error of row k for `rule="mse"`, e.g. a Hessian diagonal.
+
+    Raises:
+      ValueError: if the group size does not divide K and `fmt.remainder` is "error".
+    """
+    if not isinstance(layout, Layout):
+        layout = Layout.parse(layout, w.shape)
+    dtype = jnp.dtype(w.dtype).name
+    w = layout.to_canonical(w).astype(jnp.float32)
+    K, N = w.shape[-2:]
+    fmt = fmt.fit(K)
+    element = numerics.get_element(fmt.element)
+
+    scale, minimum = scales.choose(w, fmt, importance)
+    scale_stored = _store(scale, fmt.scale)
+    scale = _read(scale_stored, fmt.scale)
+    zero_stored = zero = None
+    if fmt.zero_point:
+        _, zero = scales.stored_pair(scale, minimum, fmt, element)
+        zero_stored = _pack(numerics.encode(zero, element), element)
+    elif fmt.offset is not None:
+        zero_stored = _store(minimum, fmt.offset)
+        zero = _read(zero_stored, fmt.offset)
+
+    codes = numerics.encode(scaled(w, scale, zero, fmt), element)
+    pad = packing.padding(K, element.bits) if element.is_packed else 0
+    return QTensor(_pack(codes, element), scale_stored, zero_stored, fmt, layout, dtype, pad)
+
+
+def scaled(w: Array, scale: Array, zero: Array | None, fmt: Format) -> Array:
+    """Returns canonical `w` [*b, K, N] in units of its element: what `numerics.encode` rounds."""
+    K, N = w.shape[-2:]
+    s = scales.spread(scale, fmt, K, N)
+    if zero is None:
+        return scales.safe_divide(w, s)
+    z = scales.spread(zero, fmt, K, N)
+    if fmt.offset is not None:
+        return scales.safe_divide(w - z, s)
+    # Round before adding the zero point: round(w / s) + z is what "half a step" is about.
+    return jnp.round(scales.safe_divide(w, s)) + z
+
+
+def unscaled(q: Array, scale: Array, zero: Array | None, fmt: Format) -> Array:
+    """Returns the canonical float32 weight of values `q` [*b, K, N]; the inverse of `scaled`."""
+    K, N = q.shape[-2:]
+    s = scales.spread(scale, fmt, K, N)
+    if zero is None:
+        return q * s
+    z = scales.spread(zero, fmt, K, N)
+    return q * s + z if fmt.offset is not None else (q - z) * s
+
+
+def read_scales(qt: QTensor) -> tuple[Float[Array, "*b G C"], Float[Array, "*b G C"] | None]:
+    """Returns the float32 scales, and the zero points or offsets, of a QTensor."""
+    scale = _read(qt.scale, qt.format.scale)
+    if qt.format.offset is not None:
+        return scale, _read(qt.zero, qt.format.offset)
+    if qt.format.zero_point:
+        element, G = qt.element, scale.shape[-2]
+        codes = qt.zero
+        if element.is_packed:
+            codes = packing.unpack(codes, element.bits, packing.padding(G, element.bits))
+        return scale, numerics.decode(codes, element)
+    return scale, None
+
+
+def read_codes(qt: QTensor) -> Float[Array, "*b K N"]:
+    """Returns the element values q of a QTensor in float32, unscaled."""
+    codes = qt.data
+    if qt.element.is_packed:
+        codes = packing.unpack(codes, qt.element.bits, qt.pad)
+    return numerics.decode(codes, qt.element)
+
+
+def dequantize_canonical(qt: QTensor) -> Float[Array, "*b K N"]:
+    """Returns the float32 weight in canonical order."""
+    return unscaled(read_codes(qt), *read_scales(qt), qt.format)
+
+
+def dequantize_array(qt: QTensor) -> Array:
+    """Returns the logical array that `qt` stands for, in its dtype."""
+    return qt.layout.from_canonical(dequantize_canonical(qt)).astype(qt.dtype)
