@@ -1,0 +1,112 @@
+"""Shardings of a QTensor's parts, derived from the sharding of the float array it stands for."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from qjax import packing
+from qjax.qtensor import QTensor
+
+_Axes = tuple[str, ...]  # the mesh axes that one array axis is split over
+
+
+def shardings_of(qt: QTensor, sharding: NamedSharding) -> QTensor:
+    """Returns the NamedShardings of `qt`'s arrays, for a logical array sharded by `sharding`.
+
+    With the spec over canonical axes `[*lead, K, N]`, and K and N sharded by all mesh axes of the
+    logical axes merged into them, in that order:
+
+      data   (*lead, K, N)   K only in whole packing units and without padding
+      scale  (*lead, K, N)   K only in whole groups, N only in whole column blocks
+      zero   like scale; packed zero points also only in whole packing units
+
+    Where an axis cannot be split over all its mesh axes, it is split over as many of the first ones
+    as can be, so a per-channel scale (G = 1) is replicated along K.
+
+    Args:
+      qt: arrays or ShapeDtypeStructs.
+      sharding: of the logical array, of shape `qt.shape`.
+
+    Returns:
+      A QTensor of the same structure with NamedShardings as leaves.
+
+    Raises:
+      ValueError: if `sharding` does not fit `qt.shape`.
+    """
+    mesh, axes = sharding.mesh, _axes_of(sharding.spec, qt.shape, sharding.mesh)
+    order = qt.layout._order(qt.ndim)
+    n_k, n_n = len(qt.layout.indices("k")), len(qt.layout.indices("n"))
+    n_lead = qt.ndim - n_k - n_n
+    by_order = [axes[i] for i in order]
+    lead = by_order[:n_lead]
+    k = tuple(a for part in by_order[n_lead : n_lead + n_k] for a in part)
+    n = tuple(a for part in by_order[n_lead + n_k :] for a in part)
+    return _canonical(qt, sharding, lead, k, n, mesh)
+
+
+def _canonical(qt: QTensor, like: NamedSharding, lead, k: _Axes, n: _Axes, mesh) -> QTensor:
+    """Shards canonical axes over `lead`, `k` and `n`, as far as they can be split."""
+    fmt, element = qt.format, qt.element
+    *_, K, N = qt.canonical_shape
+    G, C = fmt.groups(K, N)
+    whole_groups = fmt.group_size is not None and G * fmt.group_size == K
+    whole_columns = fmt.group_columns is not None and C * fmt.group_columns == N
+    g = _splittable(k, mesh, lambda parts: whole_groups and G % parts == 0)
+    c = _splittable(n, mesh, lambda parts: whole_columns and C % parts == 0)
+
+    def named(k: _Axes, n: _Axes) -> NamedSharding:
+        spec = PartitionSpec(*(_entry(a) for a in (*lead, k, n)))
+        return NamedSharding(like.mesh, spec, memory_kind=like.memory_kind)
+
+    def packed(rows: int, k: _Axes) -> _Axes:
+        if not element.is_packed:
+            return k
+        return _splittable(k, mesh, lambda parts: rows % (parts * packing.unit(element.bits)) == 0)
+
+    def part(stored, k: _Axes) -> NamedSharding | QTensor:
+        if isinstance(stored, QTensor):
+            return _canonical(stored, like, lead, k, c, mesh)
+        return named(k, c)
+
+    zero = None
+    if qt.zero is not None:
+        zero = part(qt.zero, packed(G, g) if fmt.zero_point else g)
+    data = named(packed(K, k), n)
+    return dataclasses.replace(qt, data=data, scale=part(qt.scale, g), zero=zero)
+
+
+def _axes_of(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> list[_Axes]:
+    """Returns the mesh axes of every array axis, after checking that they divide it."""
+    if len(spec) > len(shape):
+        raise ValueError(
+            f"the sharding {spec} names {len(spec)} axes, but the array has shape {shape}."
+            " Give one entry for each axis, or fewer."
+        )
+    entries = [*spec, *[None] * (len(shape) - len(spec))]
+    axes = [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in entries]
+    for size, names in zip(shape, axes, strict=True):
+        if size % _parts(names, mesh):
+            raise ValueError(
+                f"the sharding {spec} splits an axis of size {size} of the shape {shape} over"
+                f" {_parts(names, mesh)} devices, which does not divide it. Leave that axis None."
+            )
+    return axes
+
+
+def _splittable(axes: _Axes, mesh: Mesh, fits: Callable[[int], bool]) -> _Axes:
+    """Returns the longest prefix of `axes` whose number of parts fits."""
+    while axes and not fits(_parts(axes, mesh)):
+        axes = axes[:-1]
+    return axes
+
+
+def _parts(axes: _Axes, mesh: Mesh) -> int:
+    return math.prod(mesh.shape[a] for a in axes)
+
+
+def _entry(axes: _Axes) -> str | _Axes | None:
+    return axes[0] if len(axes) == 1 else (axes or None)
