@@ -1,1 +1,24 @@
 """qjax: functional quantization for JAX and Flax."""
+
+from qjax.format import Format
+from qjax.policy import Policy, Rule, presets
+from qjax.qtensor import QTensor, is_qtensor
+from qjax.quantize import QuantizationError, dequantize, quantize
+from qjax.summary import Summary, summary
+from qjax.transform.apply import apply, explain
+
+__all__ = [
+    "Format",
+    "Policy",
+    "QTensor",
+    "QuantizationError",
+    "Rule",
+    "Summary",
+    "apply",
+    "dequantize",
+    "explain",
+    "is_qtensor",
+    "presets",
+    "quantize",
+    "summary",
+]

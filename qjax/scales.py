@@ -74,9 +74,16 @@ def choose(
       importance: weight h of row k in the mse rule, e.g. a Hessian diagonal; None: all ones.
 
     Returns:
-      `scale` and, for formats with a zero point or an offset, `minimum`; all-zero groups have
-      scale 0.
+      `scale` and, for formats with a zero point or an offset, `minimum`. All-zero groups have
+      scale 0, groups with a NaN or Inf have scale NaN.
     """
+    scale, minimum = _choose(w, fmt, importance)
+    # A max can drop NaN and a search never picks it; 0 * x is NaN for NaN and Inf. The whole group
+    # then dequantizes to NaN instead of to something plausible.
+    return scale + jnp.sum(split(w, fmt) * 0.0, _GROUP), minimum
+
+
+def _choose(w, fmt, importance):
     element = numerics.get_element(fmt.element)
     v = split(w, fmt)
     if fmt.zero_point or fmt.offset is not None:

@@ -110,3 +110,47 @@ def _parts(axes: _Axes, mesh: Mesh) -> int:
 
 def _entry(axes: _Axes) -> str | _Axes | None:
     return axes[0] if len(axes) == 1 else (axes or None)
+
+
+def shard_specs(qt: QTensor, lead: list, k: _Axes, n: _Axes, mesh) -> QTensor | None:
+    """Returns the PartitionSpecs under which each shard of `qt` is itself a whole QTensor.
+
+    Unlike `shardings_of` this never replicates an axis that was to be split: inside `shard_map` the
+    shapes of codes and scales must agree.
+
+    Args:
+      lead: mesh axes of each leading axis; k, n: those of K and of N.
+
+    Returns:
+      A QTensor of PartitionSpecs, or None if a group or a byte would be cut in two.
+    """
+    *_, K, N = qt.canonical_shape
+    fmt = qt.format
+    G, C = fmt.groups(K, N)
+    k_parts, n_parts = _parts(k, mesh), _parts(n, mesh)
+    if k_parts > 1 and (qt.pad or qt.data.shape[-2] % k_parts):
+        return None
+    if k_parts > 1 and G > 1 and (G * (fmt.group_size or K) != K or G % k_parts):
+        return None
+    if n_parts > 1 and C > 1 and (C * (fmt.group_columns or N) != N or C % n_parts):
+        return None
+    if N % n_parts:
+        return None
+    g, c = (k if G > 1 else ()), (n if C > 1 else ())
+
+    def part(stored):
+        if isinstance(stored, QTensor):
+            return shard_specs(stored, lead, g, c, mesh)
+        return PartitionSpec(*(_entry(a) for a in (*lead, g, c)))
+
+    scale, zero = part(qt.scale), None
+    if qt.zero is not None:
+        rows = qt.zero.shape[-2] if fmt.zero_point else G
+        unit = packing.unit(qt.element.bits) if fmt.zero_point and qt.element.is_packed else 1
+        if _parts(g, mesh) > 1 and (rows % _parts(g, mesh) or G % (unit * _parts(g, mesh))):
+            return None
+        zero = part(qt.zero)
+    if scale is None or (qt.zero is not None and zero is None):
+        return None
+    data = PartitionSpec(*(_entry(a) for a in (*lead, k, n)))
+    return dataclasses.replace(qt, data=data, scale=scale, zero=zero)

@@ -1,0 +1,1 @@
+"""Operations on packed weights: the one seam between QTensors and kernels."""

@@ -1,0 +1,321 @@
+"""Operations of a JAX function on a packed weight seen through a View: dot, gather, conv, slices."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from qjax import numerics, packing, qtensor
+from qjax.ops.packed_dot import packed_dot
+from qjax.qtensor import QTensor
+from qjax.view import Atom, Contraction, View, view_of
+
+
+def as_view(qt: QTensor, name: str) -> View:
+    """Returns the view of a QTensor in its logical shape."""
+    *lead, K, N = qt.canonical_shape
+    return view_of(qt, lead, qt.layout, K, N, jnp.dtype(qt.dtype), name)
+
+
+def materialize(view: View) -> Array:
+    """Returns the float array that a view stands for."""
+    qt: QTensor = view.payload
+    w = qtensor.dequantize_canonical(qt).astype(view.dtype)
+    return rearrange_from_stored(w, view)
+
+
+def rearrange_from_stored(w: Array, view: View) -> Array:
+    """Returns canonical `w` [*lead, K, N] as the logical array of `view`."""
+    stored = [*view.atoms("b"), *view.atoms("k"), *view.atoms("n")]
+    logical = [a for dim in view.dims for a in dim]
+    w = w.reshape([a.size for a in stored])
+    return w.transpose([stored.index(a) for a in logical]).reshape(view.shape)
+
+
+def dot_general(
+    x: Array,
+    view: View,
+    how: Contraction,
+    *,
+    x_contracting: Sequence[int],
+    x_batch: Sequence[int],
+    w_contracting: Sequence[int],
+    w_batch: Sequence[int],
+    weight_first: bool,
+    out_dtype: Any,
+    implementation: str | None,
+) -> Array:
+    """Computes `lax.dot_general` of an activation and a packed weight.
+
+    Args:
+      x: the activation.
+      view: the weight; `how` as `view.contraction(w_contracting, w_batch)` returned it.
+      x_contracting, x_batch: axes of x, paired with `w_contracting`, `w_batch`.
+      weight_first: whether the weight is the left operand, whose free axes come first.
+    """
+    qt: QTensor = view.payload
+    lead = qt.data.shape[:-2]
+    pairs = dict(zip(x_batch, w_batch, strict=True))
+    pairs |= dict(zip(x_contracting, w_contracting, strict=True))
+
+    # 1. Split every axis of x that meets the weight into the weight's atoms.
+    labels: list[Any] = []
+    sizes: list[int] = []
+    for axis, size in enumerate(x.shape):
+        if axis in pairs:
+            atoms = view.dims[pairs[axis]]
+            labels += atoms
+            sizes += [a.size for a in atoms]
+        else:
+            labels.append(axis)  # a free axis of x: tokens
+            sizes.append(size)
+    x = x.reshape(sizes)
+
+    # 2. Bring x to [*lead, *tokens, contracted]; leading axes it does not have are broadcast.
+    b_atoms = view.atoms("b")
+    inner = view.atoms("k" if how.form == "forward" else "n")
+    outer = view.atoms("n" if how.form == "forward" else "k")
+    tokens = [label for label in labels if not isinstance(label, Atom)]
+    has = [a for a in b_atoms if a in labels]
+    order = [labels.index(label) for label in (*has, *tokens, *inner)]
+    x = x.transpose(order)
+    token_sizes = x.shape[len(has) : len(has) + len(tokens)]
+    x = x.reshape(*(a.size if a in has else 1 for a in b_atoms), *token_sizes, -1)
+    if len(has) < len(b_atoms):
+        x = jnp.broadcast_to(x, (*(a.size for a in b_atoms), *x.shape[len(b_atoms) :]))
+    x = x.reshape(*lead, *token_sizes, x.shape[-1])
+
+    y = packed_dot(
+        x,
+        qt,
+        transposed=how.form == "transposed",
+        out_dtype=jnp.float32 if how.summed else out_dtype,
+        implementation=implementation,
+    )
+
+    # 3. Name the axes of y, sum the contracted leading ones, and order them as dot_general does.
+    y = y.reshape(*(a.size for a in b_atoms), *token_sizes, *(a.size for a in outer))
+    names: list[Any] = [*b_atoms, *tokens, *outer]
+    if how.summed:
+        y = jnp.sum(y, [names.index(a) for a in how.summed]).astype(out_dtype)
+        names = [n for n in names if n not in how.summed]
+    used = {*w_batch, *w_contracting}
+    free = [a for i, dim in enumerate(view.dims) if i not in used for a in dim]
+    batch = [a for i in w_batch for a in view.dims[i]]
+    final = [*batch, *free, *tokens] if weight_first else [*batch, *tokens, *free]
+    y = y.transpose([names.index(n) for n in final])
+    free_shape = [view.shape[i] for i in range(view.ndim) if i not in used]
+    batch_shape = [view.shape[i] for i in w_batch]
+    shape = (*free_shape, *token_sizes) if weight_first else (*token_sizes, *free_shape)
+    return y.reshape(*batch_shape, *shape)
+
+
+# ---- parts of a weight --------------------------------------------------------------------------
+
+
+def take_axis(view: View, axis: int, take: Any, size: int) -> View | None:
+    """Keeps part of one axis, still packed; None if the storage cannot be cut there.
+
+    Stacked axes can always be cut, N where every column has scales of its own.
+
+    Args:
+      take: function (array, array axis) -> array that cuts the axis, e.g. a slice.
+      size: the axis' new length.
+    """
+    qt: QTensor = view.payload
+    if len(view.dims[axis]) != 1:
+        return None
+    (atom,) = view.dims[axis]
+    stored = lead_axis(view, atom)
+    if stored is not None:
+        payload = jax.tree.map(lambda a: take(a, stored), qt)
+    elif atom.kind == "n" and len(view.atoms("n")) == 1 and _per_column(qt):
+        payload = jax.tree.map(lambda a: take(a, a.ndim - 1), qt)
+    else:
+        return None
+    dim = (Atom(atom.kind, atom.position, size),) if size > 1 else ()
+    return view.replace(axis, dim, payload)
+
+
+def _per_column(qt: QTensor) -> bool:
+    nested = isinstance(qt.scale, QTensor) or isinstance(qt.zero, QTensor)
+    return qt.format.group_columns == 1 and not nested
+
+
+def lead_axis(view: View, atom: Atom) -> int | None:
+    """Returns the axis of the stored arrays that is `atom`; None unless it is a whole leading one."""
+    if atom.kind != "b":
+        return None
+    rank = view.atoms("b").index(atom)
+    lead = view.payload.data.shape[:-2]
+    axes = [i for i, size in enumerate(lead) if size > 1]  # axes of size 1 have no atom
+    fits = len(axes) == len(view.atoms("b")) and lead[axes[rank]] == atom.size
+    return axes[rank] if fits else None
+
+
+def can_unstack(view: View) -> bool:
+    """Whether the first axis of the view is the first axis of every stored array."""
+    lead = view.payload.data.shape[:-2]
+    if not lead or not view.dims:
+        return False
+    if lead[0] == 1:
+        return not view.dims[0]
+    return len(view.dims[0]) == 1 and lead_axis(view, view.dims[0][0]) == 0
+
+
+def lookup(view: View, axis: int, indices: Array, mode: Any, fill_value: Any) -> Any:
+    """`lax.gather` along one whole axis: [*indices.shape, *other axes]; None if it would cut data.
+
+    Along K or N the entries are dequantized; along a stacked axis (experts) the result is packed.
+    """
+    size = view.shape[axis]
+    atoms = view.dims[axis]
+    modes = lax.GatherScatterMode
+    fill = modes.from_any(mode) == modes.FILL_OR_DROP
+    valid = (indices >= 0) & (indices < size)
+    safe = jnp.clip(indices, 0, size - 1)
+    if len(atoms) == 1 and lead_axis(view, atoms[0]) is not None:
+        return _lookup_stacked(view, axis, safe, valid if fill else None, fill_value)
+    out = gather_rows(view, axis, safe)
+    if out is None or not fill:
+        return out
+    value = jnp.nan if fill_value is None else fill_value
+    valid = valid.reshape(*valid.shape, *[1] * (out.ndim - valid.ndim))
+    return jnp.where(valid, out, jnp.asarray(value, out.dtype))
+
+
+def _lookup_stacked(view: View, axis: int, indices: Array, valid: Any, fill_value: Any) -> Any:
+    (atom,) = view.dims[axis]
+    stored = lead_axis(view, atom)
+    flat = indices.reshape(-1)
+    qt: QTensor = jax.tree.map(lambda a: jnp.take(a, flat, axis=stored, mode="clip"), view.payload)
+    if valid is not None:
+        # What lies outside is NaN: so is its scale. Only a plain float scale can say that.
+        plain = not isinstance(qt.scale, QTensor) and jnp.issubdtype(qt.scale.dtype, jnp.floating)
+        if fill_value is not None or not plain:
+            return None
+        shape = [1] * qt.scale.ndim
+        shape[stored] = -1  # pyright: ignore
+        bad = jnp.where(valid.reshape(shape), 1.0, jnp.nan).astype(qt.scale.dtype)
+        qt = dataclasses.replace(qt, scale=qt.scale * bad)
+    dim = (Atom("b", atom.position, flat.size),) if flat.size > 1 else ()
+    out = view.replace(axis, dim, qt)
+    out = out.transpose([axis, *(i for i in range(out.ndim) if i != axis)])
+    return out.reshape((*indices.shape, *out.shape[1:]))
+
+
+def gather_rows(view: View, axis: int, indices: Array) -> Array | None:
+    """Looks up entries of one axis: [*indices.shape, *other axes], reading only what is looked up.
+
+    Args:
+      view: a weight [.., V, ..] without leading axes.
+      axis: the looked-up axis; all of N or all of K.
+      indices: integers, in range.
+
+    Returns:
+      Dequantized float entries, or None if the storage cannot be read there.
+    """
+    qt: QTensor = view.payload
+    atoms = view.dims[axis]
+    if view.atoms("b") or qt.data.ndim != 2 or not atoms:
+        return None
+    kind = atoms[0].kind
+    if list(atoms) != view.atoms(kind):
+        return None
+    flat = indices.reshape(-1)
+    K, N = qt.canonical_shape
+    scale, zero = qtensor.read_scales(qt)
+    if kind == "n":
+        columns = qt.format.group_columns
+        at = jnp.zeros_like(flat) if columns is None else flat // columns
+        picked = dataclasses.replace(qt, data=jnp.take(qt.data, flat, axis=1, mode="clip"))
+        fmt = dataclasses.replace(qt.format, group_columns=1)
+        rows = qtensor.unscaled(
+            qtensor.read_codes(picked),
+            jnp.take(scale, at, axis=1, mode="clip"),
+            None if zero is None else jnp.take(zero, at, axis=1, mode="clip"),
+            fmt,
+        ).T  # [i, K]
+        others = view.atoms("k")
+    else:
+        codes = packing.unpack_rows(qt.data, qt.element.bits, flat)
+        g = qt.format.group_size
+        at = jnp.zeros_like(flat) if g is None else flat // g
+        fmt = dataclasses.replace(qt.format, group_size=1)
+        rows = qtensor.unscaled(
+            numerics.decode(codes, qt.element),
+            scale[at],
+            None if zero is None else zero[at],
+            fmt,
+        )  # [i, N]
+        others = view.atoms("n")
+    rows = rows.astype(view.dtype).reshape(-1, *(a.size for a in others))
+    logical = [a for i, dim in enumerate(view.dims) if i != axis for a in dim]
+    rows = rows.transpose(0, *(1 + others.index(a) for a in logical))
+    shape = [size for i, size in enumerate(view.shape) if i != axis]
+    return rows.reshape(*indices.shape, *shape)
+
+
+def ragged_dot(
+    x: Array, view: View, group_sizes: Array, *, out_dtype: Any, precision: Any
+) -> Array | None:
+    """`lax.ragged_dot` with packed experts [E, K, N], dequantizing one block of K at a time.
+
+    Args:
+      x: [M, K], rows sorted by expert.
+      view: the experts; returns None unless its axes are E, K, N in that order.
+      group_sizes: [E] rows of each expert.
+    """
+    qt: QTensor = view.payload
+    kinds = [[a.kind for a in dim] for dim in view.dims]
+    if kinds != [["b"], ["k"], ["n"]] or qt.data.ndim != 3:
+        return None
+    E, K, N = qt.canonical_shape
+    block = _row_block(qt, K)
+    if block == K:
+        w = qtensor.dequantize_canonical(qt)
+        return lax.ragged_dot(
+            x, w.astype(view.dtype), group_sizes, precision=precision,
+            preferred_element_type=out_dtype,
+        )  # fmt: skip
+    n_blocks = K // block
+    scale, zero = qtensor.read_scales(qt)
+
+    def blocks(a):  # [E, rows, c] -> [n_blocks, E, rows / n_blocks, c]
+        if a is None:
+            return None
+        if a.shape[1] == 1:
+            return jnp.broadcast_to(a, (n_blocks, *a.shape))
+        return jnp.moveaxis(a.reshape(E, n_blocks, -1, a.shape[-1]), 1, 0)
+
+    # Recomputing the block in the backward pass keeps floats of the weight's shape out of it.
+    @jax.checkpoint
+    def step(total, operands):
+        xb, data, s, z = operands
+        part = dataclasses.replace(qt, data=data)
+        w = qtensor.unscaled(qtensor.read_codes(part), s, z, qt.format).astype(view.dtype)
+        y = lax.ragged_dot(
+            xb, w, group_sizes, precision=precision, preferred_element_type=jnp.float32
+        )
+        return total + y, None
+
+    xs = jnp.moveaxis(x.reshape(x.shape[0], n_blocks, block), 1, 0)
+    start = jnp.zeros((x.shape[0], N), jnp.float32)
+    total, _ = lax.scan(step, start, (xs, blocks(qt.data), blocks(scale), blocks(zero)))
+    return total.astype(out_dtype)
+
+
+def _row_block(qt: QTensor, K: int) -> int:
+    """Returns rows of K per block: whole groups and bytes, about 256, dividing K; else K."""
+    unit = packing.unit(qt.element.bits) if qt.element.is_packed else 1
+    step = math.lcm(unit, qt.format.group_size or 1)
+    if qt.pad or K % step:
+        return K
+    return max((b for b in range(step, min(K, 256) + 1, step) if K % b == 0), default=K)

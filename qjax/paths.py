@@ -1,0 +1,24 @@
+"""Parameter paths: how a leaf of a pytree is named in rules, tables and errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def key_str(key: Any) -> str:
+    """Returns one step of a path: a dict key, a field name or an index."""
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def path_str(key_path: tuple[Any, ...]) -> str:
+    """Returns a key path as written in rules: its steps joined by `/`.
+
+    Example:
+      >>> import jax
+      >>> path_str((jax.tree_util.DictKey("layers"), jax.tree_util.SequenceKey(0)))
+      'layers/0'
+    """
+    return "/".join(key_str(k) for k in key_path) or "."

@@ -1,0 +1,204 @@
+"""Policy: ordered rules from parameter paths to Formats, in Python or in TOML."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import importlib.resources
+import pathlib
+import re
+import tomllib
+from typing import Any
+
+from qjax.format import Format
+
+_RULE_KEYS = {"match", "format", "skip", "layout", "min_ndim", "optional"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One line of a policy.
+
+    Attributes:
+      match: a pattern, or several: a glob over the whole path (`*` also matches `/`), or a regular
+        expression after `re:`, which must match the whole path.
+      format: how to store what matches; None: leave it as it is.
+      layout: which axes are contracted, e.g. "nk"; None: from the traced function if there is one,
+        else the last axis is N and the one before it K.
+      min_ndim: arrays with fewer axes do not match, so `*` takes kernels and leaves biases.
+      optional: whether the rule may match nothing. A rule that is not optional must match.
+    """
+
+    match: str | tuple[str, ...]
+    format: Format | None = None
+    layout: str | None = None
+    min_ndim: int = 2
+    optional: bool = False
+
+    def __post_init__(self):
+        if not self.patterns or not all(isinstance(p, str) and p for p in self.patterns):
+            raise ValueError(f"`match` must be one or more patterns, got {self.match!r}.")
+        for pattern in self.patterns:
+            if pattern.startswith("re:"):
+                try:
+                    re.compile(pattern[3:])
+                except re.error as e:
+                    raise ValueError(f"`match`: {pattern!r} is no regular expression: {e}.") from e
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        return (self.match,) if isinstance(self.match, str) else tuple(self.match)
+
+    def matches(self, path: str, ndim: int) -> bool:
+        """Whether the rule applies to a leaf."""
+        if ndim < self.min_ndim:
+            return False
+        for pattern in self.patterns:
+            if pattern.startswith("re:"):
+                if re.fullmatch(pattern[3:], path):
+                    return True
+            elif fnmatch.fnmatchcase(path, pattern):
+                return True
+        return False
+
+    def __str__(self) -> str:
+        return f"{' | '.join(self.patterns)} -> {self.format or 'skip'}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """Which array gets which Format: the first rule that matches a path decides.
+
+    A leaf that no rule matches stays as it is.
+
+    Example:
+      >>> policy = Policy([Rule("*embed*"), Rule("*/kernel", Format("int4", group_size=64))])
+      >>> policy.rule_for("mlp/kernel", ndim=2).format
+      Format(element='int4', group_size=64)
+    """
+
+    rules: tuple[Rule, ...]
+    name: str = "custom"
+
+    def __post_init__(self):
+        object.__setattr__(self, "rules", tuple(self.rules))
+        if not self.rules:
+            raise ValueError(f"policy {self.name!r} has no rules; it would quantize nothing.")
+        for rule in self.rules:
+            if not isinstance(rule, Rule):
+                raise TypeError(f"policy {self.name!r}: expected a Rule, got {rule!r}.")
+
+    def rule_for(self, path: str, ndim: int) -> Rule | None:
+        """Returns the first rule that matches a leaf, or None."""
+        return next((r for r in self.rules if r.matches(path, ndim)), None)
+
+    # ---- from text ----
+
+    @classmethod
+    def of(cls, policy: Any) -> Policy:
+        """Returns the policy that `policy` means.
+
+        Args:
+          policy: a Policy, a Format (for every array of two or more axes), the name of a preset or
+            the path of a TOML file.
+        """
+        if isinstance(policy, Policy):
+            return policy
+        if isinstance(policy, Format):
+            return cls((Rule("*", policy),), name=str(policy))
+        if isinstance(policy, str | pathlib.Path):
+            return cls.load(policy)
+        raise TypeError(
+            f"expected a Policy, a Format, a preset name or a TOML path, got {policy!r}."
+        )
+
+    @classmethod
+    def load(cls, name_or_path: str | pathlib.Path) -> Policy:
+        """Reads a policy from a TOML file, or a preset by its name.
+
+        Raises:
+          ValueError: if there is no such preset or file, or the file is not a policy.
+        """
+        path = pathlib.Path(name_or_path)
+        if path.suffix == ".toml":
+            if not path.is_file():
+                raise ValueError(f"no policy file at {str(path)!r}.")
+            return cls.from_toml(path.read_text(encoding="utf-8"), name=path.stem)
+        source = _preset_dir() / f"{name_or_path}.toml"
+        if str(name_or_path) not in presets():
+            raise ValueError(
+                f"no preset is called {str(name_or_path)!r}. Presets: {', '.join(presets())}."
+                " For a file of your own give a path that ends in .toml."
+            )
+        return cls.from_toml(source.read_text(encoding="utf-8"), name=str(name_or_path))
+
+    @classmethod
+    def from_toml(cls, text: str, *, name: str = "custom") -> Policy:
+        """Reads a policy from TOML text; unknown keys are errors."""
+        try:
+            return cls.from_dict(tomllib.loads(text), name=name)
+        except tomllib.TOMLDecodeError as e:
+            raise ValueError(f"policy {name!r} is not valid TOML: {e}.") from None
+
+    @classmethod
+    def from_dict(cls, spec: dict[str, Any], *, name: str = "custom") -> Policy:
+        """Builds a policy from a plain dict, the inverse of `to_dict`."""
+        where = f"policy {name!r}"
+        unknown = sorted(set(spec) - {"rules", "description"})
+        if unknown:
+            raise ValueError(f"{where}: unknown key {unknown[0]!r}. Known: rules, description.")
+        if not isinstance(spec.get("rules"), list):
+            raise ValueError(f"{where}: `rules` is missing; a policy is a list of [[rules]].")
+        rules = []
+        for i, rule in enumerate(spec["rules"]):
+            at = f"{where}, rule {i + 1}"
+            unknown = sorted(set(rule) - _RULE_KEYS)
+            if unknown:
+                raise ValueError(
+                    f"{at}: unknown key {unknown[0]!r}. Known: {', '.join(sorted(_RULE_KEYS))}."
+                )
+            if "match" not in rule:
+                raise ValueError(f"{at}: `match` is missing.")
+            if bool(rule.get("skip", False)) == ("format" in rule):
+                raise ValueError(f"{at}: give either a `format` or `skip = true`.")
+            match = rule["match"]
+            values = {k: rule[k] for k in ("layout", "min_ndim", "optional") if k in rule}
+            if "format" in rule:
+                values["format"] = Format.from_dict(rule["format"], where=f"{at}, format")
+            try:
+                rules.append(Rule(tuple(match) if isinstance(match, list) else match, **values))
+            except ValueError as e:
+                raise ValueError(f"{at}: {e}") from None
+        return cls(tuple(rules), name=name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a plain dict that `from_dict` reads back, for manifests and reports."""
+        out = []
+        for rule in self.rules:
+            item: dict[str, Any] = {
+                "match": rule.match if isinstance(rule.match, str) else list(rule.match)
+            }
+            if rule.format is None:
+                item["skip"] = True
+            else:
+                item["format"] = rule.format.to_dict()
+            if rule.layout is not None:
+                item["layout"] = rule.layout
+            if rule.min_ndim != 2:
+                item["min_ndim"] = rule.min_ndim
+            if rule.optional:
+                item["optional"] = True
+            out.append(item)
+        return {"rules": out}
+
+
+def _preset_dir():
+    packaged = importlib.resources.files("qjax") / "configs"
+    if packaged.is_dir():
+        return packaged
+    return pathlib.Path(__file__).parent.parent / "configs"  # a source checkout
+
+
+def presets() -> list[str]:
+    """Returns the names of the presets that ship with qjax."""
+    return sorted(p.name[:-5] for p in _preset_dir().iterdir() if p.name.endswith(".toml"))

@@ -1,0 +1,210 @@
+"""quantize and dequantize: a policy over a pytree of parameters."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax import qtensor, summary
+from qjax.format import Format
+from qjax.layout import DEFAULT, Layout
+from qjax.paths import path_str
+from qjax.policy import Policy, Rule
+from qjax.qtensor import QTensor, is_qtensor
+from qjax.sharding import shardings_of
+
+
+class QuantizationError(ValueError):
+    """Parameters and policy do not fit together; the message names the parameter path."""
+
+
+class Assignment(NamedTuple):
+    """What will become of one leaf: `format` None leaves it as it is, `note` says why if odd."""
+
+    path: str
+    leaf: Any
+    format: Format | None
+    layout: Layout | None
+    note: str = ""
+
+
+def assign(params: Any, policy: Policy, usage: Any = None) -> list[Assignment]:
+    """Returns the format and layout of every leaf, after checking that they fit.
+
+    Raises:
+      QuantizationError: a rule that matches nothing although it is not optional, or matches a leaf
+        that is not float, has no data, or is quantized already.
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qtensor)[0]
+    named = [(path_str(key_path), leaf) for key_path, leaf in leaves]
+    out, used = [], set()
+    for path, leaf in named:
+        rule = policy.rule_for(path, np.ndim(leaf) if not is_qtensor(leaf) else leaf.ndim)
+        used.add(id(rule))
+        if rule is None or rule.format is None:
+            out.append(Assignment(path, leaf, None, None))
+            continue
+        _check_leaf(path, leaf, rule)
+        letters = rule.layout
+        if letters is None and usage is not None:
+            letters = usage.layout(path)
+            if letters is None:
+                out.append(Assignment(path, leaf, None, None, usage.why_not(path)))
+                continue
+        try:
+            layout = Layout.parse(letters or DEFAULT, leaf.shape)
+            _shapes(rule.format, layout, leaf)
+        except ValueError as e:
+            raise QuantizationError(f"{path}: {e}") from None
+        out.append(Assignment(path, leaf, rule.format, layout))
+    for i, rule in enumerate(policy.rules):
+        if rule.optional or id(rule) in used:
+            continue
+        matched = [p for p, leaf in named if rule.matches(p, 99)]
+        if not matched:
+            why = f"There are: {_some([p for p, _ in named])}."
+        elif [p for p, leaf in named if rule.matches(p, getattr(leaf, "ndim", 0))]:
+            why = f"All that it matches ({_some(matched)}) is taken by earlier rules."
+        else:
+            why = f"It matches {_some(matched)}, of fewer than min_ndim={rule.min_ndim} axes."
+        raise QuantizationError(
+            f"policy {policy.name!r}: rule {i + 1} ({rule}) applies to no parameter. {why}"
+            " Correct the pattern, or mark the rule optional."
+        )
+    return out
+
+
+def _some(paths: list[str], most: int = 4) -> str:
+    more = f", ... ({len(paths)} in all)" if len(paths) > most else ""
+    return ", ".join(map(repr, paths[:most])) + more if paths else "no parameters at all"
+
+
+def _check_leaf(path: str, leaf: Any, rule: Rule) -> None:
+    if is_qtensor(leaf):
+        raise QuantizationError(
+            f"{path}: is quantized already ({leaf.format}). Dequantize it first, or skip it."
+        )
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise QuantizationError(
+            f"{path}: the rule {rule} applies to it, but its type is"
+            f" {dtype or type(leaf).__name__}, not float. Put a rule with skip before it."
+        )
+    if 0 in leaf.shape:
+        raise QuantizationError(f"{path}: has no data, its shape is {leaf.shape}. Skip it.")
+
+
+@functools.lru_cache(maxsize=1024)
+def _quantizer(fmt: Format, layout: Layout, shardings: Any, with_energy: bool):
+    """Returns the jitted quantization of one leaf; equal leaves share one compilation."""
+
+    def one(w):
+        qt = qtensor.quantize_array(w, fmt, layout)
+        return qt, summary.energies(w, qt) if with_energy else None
+
+    if shardings is None:
+        return jax.jit(one)
+    leaves, tree = shardings
+    return jax.jit(one, out_shardings=(jax.tree.unflatten(tree, leaves), None))
+
+
+def _out_shardings(leaf: Any, fmt: Format, layout: Layout) -> Any:
+    sharding = getattr(leaf, "sharding", None)
+    if not isinstance(sharding, jax.sharding.NamedSharding) or sharding.is_fully_replicated:
+        return None
+    leaves, tree = jax.tree.flatten(shardings_of(_shapes(fmt, layout, leaf), sharding))
+    return tuple(leaves), tree
+
+
+def _shapes(fmt: Format, layout: Layout, leaf: Any) -> QTensor:
+    shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    return jax.eval_shape(_quantizer(fmt, layout, None, False), shape)[0]
+
+
+@jax.jit
+def _zero_if_finite(w):
+    # 0 * x is NaN for NaN and Inf; a max would drop NaN on some backends.
+    return jnp.sum(w.astype(jnp.float32) * 0.0)
+
+
+def check_finite(plan: list[Assignment]) -> None:
+    """Refuses NaN and Inf weights, before anything is computed or freed."""
+    for path, leaf, fmt, *_ in plan:
+        if fmt is None or _is_abstract(leaf) or np.isfinite(_zero_if_finite(leaf)):
+            continue
+        bad = int(jnp.sum(~jnp.isfinite(leaf)))
+        raise QuantizationError(
+            f"{path}: {bad} of its {leaf.size} weights are NaN or Inf. Repair the checkpoint,"
+            " or skip this parameter."
+        )
+
+
+def _is_abstract(leaf: Any) -> bool:
+    return isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct)
+
+
+def quantize(
+    params: Any,
+    policy: Any,
+    *,
+    usage: Any = None,
+    donate: bool = False,
+    return_report: bool = False,
+) -> Any:
+    """Quantizes a tree of parameters by policy, without data (round to nearest).
+
+    Pure: works under `jit`, `vmap` and `eval_shape` (which plans a tree without its memory), on
+    stacked kernels, and on sharded arrays, whose sharding codes and scales inherit.
+
+    Args:
+      params: tree of arrays.
+      policy: a Policy, a Format, the name of a preset ("w4a16") or the path of a TOML file.
+      usage: what `qjax.usage(fn)(params, ...)` returned: how fn contracts each leaf. Without it the
+        last axis is N, the one before K, and earlier ones are stacked, unless a rule says otherwise.
+      donate: free each float leaf as soon as its quantized one exists. Peak memory is then the
+        float tree plus one leaf.
+      return_report: also return a `Summary` with the SQNR of every leaf.
+
+    Returns:
+      The same tree with a QTensor in place of each leaf that a rule gave a format; with
+      `return_report`, a pair of that and the `Summary`.
+
+    Raises:
+      QuantizationError: naming the parameter path, for rules that match nothing, NaN or Inf weights,
+        group sizes that do not divide, integer leaves, and layouts that do not fit. Under `jit`
+        values are not known: there a NaN or Inf weight makes the scale of its group NaN.
+    """
+    policy = Policy.of(policy)
+    plan = assign(params, policy, usage)
+    check_finite(plan)
+    tree = jax.tree.structure(params, is_leaf=is_qtensor)
+    out, rows = [], []
+    for path, leaf, fmt, layout, note in plan:
+        if fmt is None or layout is None:
+            out.append(leaf)
+            rows.append(summary.row_of(path, leaf, None, note))
+            continue
+        run = _quantizer(fmt, layout, _out_shardings(leaf, fmt, layout), return_report)
+        qt, energy = run(leaf)
+        if donate and isinstance(leaf, jax.Array) and not _is_abstract(leaf):
+            jax.block_until_ready(qt)
+            leaf.delete()
+        out.append(qt)
+        rows.append(summary.row_of(path, qt, energy, note))
+    qparams = jax.tree.unflatten(tree, out)
+    if not return_report:
+        return qparams
+    return qparams, summary.Summary(tuple(rows))
+
+
+def dequantize(qparams: Any) -> Any:
+    """Returns the tree with every QTensor replaced by the float array it stands for."""
+    return jax.tree.map(
+        lambda leaf: qtensor.dequantize_array(leaf) if is_qtensor(leaf) else leaf,
+        qparams,
+        is_leaf=is_qtensor,
+    )

@@ -1,0 +1,282 @@
+"""apply: runs an unmodified function on packed weights; explain: says how each weight was used."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from qjax import _compat, sharding
+from qjax.ops import packed_dot, weight
+from qjax.paths import path_str
+from qjax.qtensor import is_qtensor
+from qjax.transform import walk
+from qjax.view import View
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One way in which one quantized parameter is used.
+
+    Attributes:
+      path: of the parameter in the arguments, e.g. "0/params/mlp/kernel".
+      op: the JAX operation.
+      how: what is done: "x @ W", "x @ Wᵀ", "rows looked up", or "dequantized: " and why.
+      implementation: which one runs and why; "" where there is no choice.
+      count: how many times it is traced; the body of a scan counts once.
+    """
+
+    path: str
+    op: str
+    how: str
+    implementation: str
+    count: int = 1
+
+    @property
+    def is_packed(self) -> bool:
+        return not self.how.startswith("dequantized")
+
+
+class Explanation(tuple[Use, ...]):
+    """All uses of all quantized parameters. Prints as a table."""
+
+    __slots__ = ()
+
+    @property
+    def dequantized(self) -> list[Use]:
+        """The uses that fall back to the float weight."""
+        return [use for use in self if not use.is_packed]
+
+    def __str__(self) -> str:
+        lines = [("parameter", "op", "how", "implementation")]
+        lines += [
+            (u.path, u.op + (f" x{u.count}" if u.count > 1 else ""), u.how, u.implementation)
+            for u in self
+        ]
+        widths = [max(len(line[i]) for line in lines) for i in range(4)]
+        return "\n".join(
+            "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        )
+
+
+class _Packed(walk.Handler):
+    """Runs contractions and lookups on the packed weight and records every use."""
+
+    def __init__(self, implementation: str | None):
+        self.implementation = implementation
+        self.uses: dict[Use, int] = {}
+
+    def record(self, view: View, op: str, how: str, implementation: str = "") -> None:
+        use = Use(view.name, op, how, implementation)
+        self.uses[use] = self.uses.get(use, 0) + 1
+
+    def materialize(self, view, primitive, why):
+        self.record(view, primitive, f"dequantized: {why}")
+        return weight.materialize(view)
+
+    def dot_general(self, view, x, how, *, weight_first, x_axes, w_axes, params):
+        name = "x @ W" if how.form == "forward" else "x @ Wᵀ"
+        chosen = packed_dot.describe(view.payload.format, how.form, self.implementation)
+        self.record(view, "dot_general", name, chosen)
+        out_dtype = params["preferred_element_type"]
+        if out_dtype is None:
+            out_dtype = jnp.result_type(x.dtype, view.dtype)
+        return weight.dot_general(
+            x,
+            view,
+            how,
+            x_contracting=x_axes[0],
+            x_batch=x_axes[1],
+            w_contracting=w_axes[0],
+            w_batch=w_axes[1],
+            weight_first=weight_first,
+            out_dtype=out_dtype,
+            implementation=self.implementation,
+        )
+
+    def ragged_dot(self, view, x, group_sizes, params):
+        out_dtype = params["preferred_element_type"] or jnp.result_type(x.dtype, view.dtype)
+        out = weight.ragged_dot(
+            x, view, group_sizes, out_dtype=out_dtype, precision=params["precision"]
+        )
+        if out is not None:
+            self.record(view, "ragged_dot", "x @ W by expert", "xla, blocks of K")
+        return out
+
+    def gather(self, view, axis, indices, params):
+        out = weight.lookup(view, axis, indices, params["mode"], params["fill_value"])
+        if out is not None:
+            self.record(view, "gather", "experts picked" if isinstance(out, View) else "rows looked up")
+        return out
+
+    def take_axis(self, view, axis, take, size):
+        return weight.take_axis(view, axis, take, size)
+
+    def unstack(self, view):
+        return weight.can_unstack(view)
+
+    def shard(self, view, spec, mesh):
+        return _shard(view, spec, mesh)
+
+
+def _shard(view: View, spec: Any, mesh: Any) -> tuple[Any, View] | None:
+    """Returns the PartitionSpecs of the stored arrays, and the view that one shard has."""
+    lead = view.payload.data.shape[:-2]
+    lead_names: list[tuple[str, ...]] = [()] * len(lead)
+    names: dict[str, tuple[str, ...]] = {"k": (), "n": ()}
+    dims = list(view.dims)
+    for axis, entry in enumerate(spec):
+        mesh_axes = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+        if not mesh_axes:
+            continue
+        if not dims[axis]:
+            return None
+        atom, *minor = dims[axis]
+        parts = 1
+        for a in mesh_axes:
+            parts *= mesh.shape[a]
+        if atom.size % parts:
+            return None
+        if atom.kind == "b":
+            stored = weight.lead_axis(view, atom)
+            if stored is None:
+                return None
+            lead_names[stored] = mesh_axes
+        elif atom == view.atoms(atom.kind)[0]:
+            names[atom.kind] = mesh_axes
+        else:
+            return None  # only the major part of K or N is contiguous in storage
+        local = (atom._replace(size=atom.size // parts),) if atom.size > parts else ()
+        dims[axis] = (*local, *minor)
+    specs = sharding.shard_specs(view.payload, lead_names, names["k"], names["n"], mesh)
+    return None if specs is None else (specs, view.with_dims(dims))
+
+
+class _Call(NamedTuple):
+    """A call taken apart: what is traced, and how to put it together again."""
+
+    leaves: list[Any]  # arrays and QTensors
+    names: list[str]
+    rebuild: Callable[[list[Any]], tuple[tuple, dict]]
+    key: Any  # everything that is not an array
+
+
+def _take_apart(args: tuple, kwargs: dict) -> _Call:
+    flat, tree = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_qtensor)
+    # Only arrays are traced. Python numbers, flags and strings stay what they are.
+    dynamic = [i for i, (_, v) in enumerate(flat) if _is_array(v)]
+    static = {i: v for i, (_, v) in enumerate(flat) if not _is_array(v)}
+
+    def rebuild(leaves):
+        at = dict(zip(dynamic, leaves, strict=True)) | static
+        return jax.tree.unflatten(tree, [at[i] for i in range(len(flat))])
+
+    names = [path_str(flat[i][0][1:]) for i in dynamic]
+    return _Call([flat[i][1] for i in dynamic], names, rebuild, (tree, tuple(static.items())))
+
+
+def _is_array(x: Any) -> bool:
+    return is_qtensor(x) or isinstance(
+        x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
+    )
+
+
+def _logical(leaf: Any) -> Any:
+    if is_qtensor(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(leaf.dtype))
+    return leaf
+
+
+def trace(fn: Callable, call: _Call) -> tuple[Any, list[Any], Any]:
+    """Traces `fn` with float shapes in place of QTensors: (jaxpr, consts, output tree)."""
+    out_tree = None
+
+    def flat(*leaves):
+        nonlocal out_tree
+        args, kwargs = call.rebuild(list(leaves))
+        out, out_tree = jax.tree.flatten(fn(*args, **kwargs))
+        return out
+
+    closed = jax.make_jaxpr(flat)(*[_logical(leaf) for leaf in call.leaves])
+    jaxpr, consts = _compat.open_jaxpr(closed)
+    return jaxpr, consts, out_tree
+
+
+def _run(handler: _Packed, fn: Callable, call: _Call) -> Any:
+    jaxpr, consts, out_tree = trace(fn, call)
+    values = []
+    for leaf, name in zip(call.leaves, call.names, strict=True):
+        if is_qtensor(leaf):
+            # Constants: their float scales take no part in differentiation.
+            leaf = jax.tree.map(lax.stop_gradient, leaf)
+            values.append(weight.as_view(leaf, name))
+        else:
+            values.append(leaf)
+    out = walk.evaluate(handler, jaxpr, consts, values)
+    out = [
+        handler.materialize(v, "return", "the function returns it") if isinstance(v, View) else v
+        for v in out
+    ]
+    return jax.tree.unflatten(out_tree, out)
+
+
+def apply(fn: Callable, *, implementation: str | None = None) -> Callable:
+    """Returns `fn` as a function that also takes QTensors wherever it takes float arrays.
+
+    A function transform, like `jax.grad`: fn is traced with the float shapes, and the trace is
+    evaluated with packed weights. Matmuls, einsums, lookups and convolutions with a weight run on
+    its packed codes; transposes and reshapes of it move no data; what has no packed form runs on
+    the dequantized weight, and `explain` lists it.
+
+    Works inside and outside of `jit`, `grad` (with respect to activations and to float leaves;
+    QTensors are constants), `vmap`, `jax.checkpoint`, `scan`, `while_loop`, `cond` and `shard_map`.
+    Outside of `jit` it compiles at each call with new shapes; put `jax.jit` around for speed.
+    Arguments that are no arrays (flags, Python numbers, strings) reach fn unchanged.
+
+    Args:
+      fn: any function of arrays and pytrees, such as a Flax `model.apply`.
+      implementation: of the packed matmuls; None: the best one for the platform.
+
+    Example:
+      >>> import jax.numpy as jnp, qjax
+      >>> w = qjax.quantize({"w": jnp.eye(4)}, qjax.Format("int8"))
+      >>> qjax.apply(lambda p, x: x @ p["w"])(w, jnp.arange(4.0))
+      Array([0., 1., 2., 3.], dtype=float32)
+    """
+
+    @functools.wraps(fn)
+    def applied(*args, **kwargs):
+        call = _take_apart(args, kwargs)
+        if not any(map(is_qtensor, call.leaves)):
+            return fn(*args, **kwargs)
+        return _run(_Packed(implementation), fn, call)
+
+    return applied
+
+
+def explain(fn: Callable, *, implementation: str | None = None) -> Callable[..., Explanation]:
+    """Returns a function of fn's arguments that lists every use of every QTensor in a call.
+
+    Nothing is computed: arguments may be ShapeDtypeStructs.
+    """
+
+    @functools.wraps(fn)
+    def explained(*args, **kwargs):
+        call = _take_apart(args, kwargs)
+        handler = _Packed(implementation)
+        leaves, tree = jax.tree.flatten(call.leaves)
+
+        def run(*leaves):
+            return _run(handler, fn, call._replace(leaves=jax.tree.unflatten(tree, leaves)))
+
+        jax.eval_shape(run, *leaves)
+        return Explanation(dataclasses.replace(u, count=n) for u, n in handler.uses.items())
+
+    return explained
