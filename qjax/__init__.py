@@ -6,6 +6,7 @@ from qjax.qtensor import QTensor, is_qtensor
 from qjax.quantize import QuantizationError, dequantize, quantize
 from qjax.summary import Summary, summary
 from qjax.transform.apply import apply, explain
+from qjax.transform.usage import usage
 
 __all__ = [
     "Format",
@@ -21,4 +22,5 @@ __all__ = [
     "presets",
     "quantize",
     "summary",
+    "usage",
 ]

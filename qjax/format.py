@@ -13,7 +13,7 @@ REMAINDERS = ("error", "ragged", "shrink")
 ACTIVATIONS = ("int8", "e4m3")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Format:
     """How one weight `[K, N]` is stored. Frozen and hashable: static under `jit`.
 
@@ -217,6 +217,11 @@ class Format:
         if self.activation:
             parts.append(f"a:{self.activation}")
         return " ".join(parts)
+
+    def __repr__(self) -> str:
+        """The constructor call, without defaults."""
+        fields = ((f, getattr(self, f.name)) for f in dataclasses.fields(self))
+        return f"Format({', '.join(f'{f.name}={v!r}' for f, v in fields if v != f.default)})"
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a plain dict that `from_dict` reads back; defaults are left out."""

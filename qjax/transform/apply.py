@@ -5,18 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from qjax import _compat, sharding
+from qjax import sharding
 from qjax.ops import packed_dot, weight
-from qjax.paths import path_str
 from qjax.qtensor import is_qtensor
 from qjax.transform import walk
+from qjax.transform.trace import Call, take_apart, trace
 from qjax.view import View
 
 
@@ -159,57 +158,7 @@ def _shard(view: View, spec: Any, mesh: Any) -> tuple[Any, View] | None:
     return None if specs is None else (specs, view.with_dims(dims))
 
 
-class _Call(NamedTuple):
-    """A call taken apart: what is traced, and how to put it together again."""
-
-    leaves: list[Any]  # arrays and QTensors
-    names: list[str]
-    rebuild: Callable[[list[Any]], tuple[tuple, dict]]
-    key: Any  # everything that is not an array
-
-
-def _take_apart(args: tuple, kwargs: dict) -> _Call:
-    flat, tree = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_qtensor)
-    # Only arrays are traced. Python numbers, flags and strings stay what they are.
-    dynamic = [i for i, (_, v) in enumerate(flat) if _is_array(v)]
-    static = {i: v for i, (_, v) in enumerate(flat) if not _is_array(v)}
-
-    def rebuild(leaves):
-        at = dict(zip(dynamic, leaves, strict=True)) | static
-        return jax.tree.unflatten(tree, [at[i] for i in range(len(flat))])
-
-    names = [path_str(flat[i][0][1:]) for i in dynamic]
-    return _Call([flat[i][1] for i in dynamic], names, rebuild, (tree, tuple(static.items())))
-
-
-def _is_array(x: Any) -> bool:
-    return is_qtensor(x) or isinstance(
-        x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
-    )
-
-
-def _logical(leaf: Any) -> Any:
-    if is_qtensor(leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(leaf.dtype))
-    return leaf
-
-
-def trace(fn: Callable, call: _Call) -> tuple[Any, list[Any], Any]:
-    """Traces `fn` with float shapes in place of QTensors: (jaxpr, consts, output tree)."""
-    out_tree = None
-
-    def flat(*leaves):
-        nonlocal out_tree
-        args, kwargs = call.rebuild(list(leaves))
-        out, out_tree = jax.tree.flatten(fn(*args, **kwargs))
-        return out
-
-    closed = jax.make_jaxpr(flat)(*[_logical(leaf) for leaf in call.leaves])
-    jaxpr, consts = _compat.open_jaxpr(closed)
-    return jaxpr, consts, out_tree
-
-
-def _run(handler: _Packed, fn: Callable, call: _Call) -> Any:
+def _run(handler: _Packed, fn: Callable, call: Call) -> Any:
     jaxpr, consts, out_tree = trace(fn, call)
     values = []
     for leaf, name in zip(call.leaves, call.names, strict=True):
@@ -253,7 +202,7 @@ def apply(fn: Callable, *, implementation: str | None = None) -> Callable:
 
     @functools.wraps(fn)
     def applied(*args, **kwargs):
-        call = _take_apart(args, kwargs)
+        call = take_apart(args, kwargs)
         if not any(map(is_qtensor, call.leaves)):
             return fn(*args, **kwargs)
         return _run(_Packed(implementation), fn, call)
@@ -269,7 +218,7 @@ def explain(fn: Callable, *, implementation: str | None = None) -> Callable[...,
 
     @functools.wraps(fn)
     def explained(*args, **kwargs):
-        call = _take_apart(args, kwargs)
+        call = take_apart(args, kwargs)
         handler = _Packed(implementation)
         leaves, tree = jax.tree.flatten(call.leaves)
 

@@ -24,6 +24,10 @@ class Handler:
         """Returns the float array of a view that `primitive` cannot use as it is."""
         raise NotImplementedError
 
+    def contraction(self, view: View, contracting: Sequence[int], batch: Sequence[int]) -> Any:
+        """Returns how a dot uses the weight, passed on to `dot_general`, or None if unsuitable."""
+        return contraction(view, contracting, batch)
+
     def dot_general(
         self, view: View, x: Any, how: Contraction, *, weight_first: bool,
         x_axes: tuple, w_axes: tuple, params: dict,
@@ -193,7 +197,7 @@ def _dot_general(handler, eqn, values):
     (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
     view, x = (lhs, rhs) if weight_first else (rhs, lhs)
     w_axes, x_axes = ((lc, lb), (rc, rb)) if weight_first else ((rc, rb), (lc, lb))
-    how = contraction(view, *w_axes)
+    how = handler.contraction(view, *w_axes)
     if how is None:
         why = "it contracts neither all of K nor all of N of the weight"
         return _fall_back(handler, eqn, values, why)

@@ -1,0 +1,68 @@
+"""How a call of an unmodified function becomes a jaxpr over float arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax import _compat
+from qjax.paths import path_str
+from qjax.qtensor import is_qtensor
+
+
+class Call(NamedTuple):
+    """A call taken apart: what is traced, and how to put it together again."""
+
+    leaves: list[Any]  # arrays and QTensors
+    paths: list[tuple[Any, ...]]  # key paths in (args, kwargs)
+    rebuild: Callable[[list[Any]], tuple[tuple, dict]]
+
+    @property
+    def names(self) -> list[str]:
+        """Paths of the leaves from the position or the name of their argument on."""
+        return [path_str(path[1:]) for path in self.paths]
+
+
+def take_apart(args: tuple, kwargs: dict) -> Call:
+    """Separates the arrays and QTensors of a call from everything else in it."""
+    flat, tree = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_qtensor)
+    # Only arrays are traced. Python numbers, flags and strings stay what they are.
+    dynamic = [i for i, (_, v) in enumerate(flat) if _is_array(v)]
+    static = {i: v for i, (_, v) in enumerate(flat) if not _is_array(v)}
+
+    def rebuild(leaves):
+        at = dict(zip(dynamic, leaves, strict=True)) | static
+        return jax.tree.unflatten(tree, [at[i] for i in range(len(flat))])
+
+    return Call([flat[i][1] for i in dynamic], [flat[i][0] for i in dynamic], rebuild)
+
+
+def _is_array(x: Any) -> bool:
+    return is_qtensor(x) or isinstance(
+        x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
+    )
+
+
+def _logical(leaf: Any) -> Any:
+    if is_qtensor(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(leaf.dtype))
+    return leaf
+
+
+def trace(fn: Callable, call: Call) -> tuple[Any, list[Any], Any]:
+    """Traces `fn` with float shapes in place of QTensors: (jaxpr, consts, output tree)."""
+    out_tree = None
+
+    def flat(*leaves):
+        nonlocal out_tree
+        args, kwargs = call.rebuild(list(leaves))
+        out, out_tree = jax.tree.flatten(fn(*args, **kwargs))
+        return out
+
+    closed = jax.make_jaxpr(flat)(*[_logical(leaf) for leaf in call.leaves])
+    jaxpr, consts = _compat.open_jaxpr(closed)
+    return jaxpr, consts, out_tree
