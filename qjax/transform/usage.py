@@ -249,7 +249,7 @@ def usage(fn: Callable) -> Callable[..., Usage]:
       >>> p = {"embed": jnp.zeros((7, 4)), "scale": jnp.zeros(7)}
       >>> used = usage(fn)(p, jnp.zeros(3, int))
       >>> used.layout("embed"), used.layout("scale"), used.why_not("scale")
-      ('nk', None, 'no weight of a product: used by broadcast_in_dim')
+      ('nk', None, 'no weight of a product: used by mul')
     """
 
     @functools.wraps(fn)
