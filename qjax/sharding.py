@@ -6,11 +6,12 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from qjax import packing
 from qjax.qtensor import QTensor
 
+_Mesh = Mesh | AbstractMesh
 _Axes = tuple[str, ...]  # the mesh axes that one array axis is split over
 
 
@@ -37,7 +38,7 @@ def shardings_of(qt: QTensor, sharding: NamedSharding) -> QTensor:
     Raises:
       ValueError: if `sharding` does not fit `qt.shape`.
     """
-    mesh, axes = sharding.mesh, _axes_of(sharding.spec, qt.shape, sharding.mesh)
+    axes = _axes_of(sharding.spec, qt.shape, sharding.mesh)
     order = qt.layout._order(qt.ndim)
     n_k, n_n = len(qt.layout.indices("k")), len(qt.layout.indices("n"))
     n_lead = qt.ndim - n_k - n_n
@@ -45,12 +46,12 @@ def shardings_of(qt: QTensor, sharding: NamedSharding) -> QTensor:
     lead = by_order[:n_lead]
     k = tuple(a for part in by_order[n_lead : n_lead + n_k] for a in part)
     n = tuple(a for part in by_order[n_lead + n_k :] for a in part)
-    return _canonical(qt, sharding, lead, k, n, mesh)
+    return _canonical(qt, sharding, lead, k, n)
 
 
-def _canonical(qt: QTensor, like: NamedSharding, lead, k: _Axes, n: _Axes, mesh) -> QTensor:
+def _canonical(qt: QTensor, like: NamedSharding, lead, k: _Axes, n: _Axes) -> QTensor:
     """Shards canonical axes over `lead`, `k` and `n`, as far as they can be split."""
-    fmt, element = qt.format, qt.element
+    fmt, element, mesh = qt.format, qt.element, like.mesh
     *_, K, N = qt.canonical_shape
     G, C = fmt.groups(K, N)
     whole_groups = fmt.group_size is not None and G * fmt.group_size == K
@@ -60,7 +61,7 @@ def _canonical(qt: QTensor, like: NamedSharding, lead, k: _Axes, n: _Axes, mesh)
 
     def named(k: _Axes, n: _Axes) -> NamedSharding:
         spec = PartitionSpec(*(_entry(a) for a in (*lead, k, n)))
-        return NamedSharding(like.mesh, spec, memory_kind=like.memory_kind)
+        return NamedSharding(mesh, spec, memory_kind=like.memory_kind)
 
     def packed(rows: int, k: _Axes) -> _Axes:
         if not element.is_packed:
@@ -69,7 +70,7 @@ def _canonical(qt: QTensor, like: NamedSharding, lead, k: _Axes, n: _Axes, mesh)
 
     def part(stored, k: _Axes) -> NamedSharding | QTensor:
         if isinstance(stored, QTensor):
-            return _canonical(stored, like, lead, k, c, mesh)
+            return _canonical(stored, like, lead, k, c)
         return named(k, c)
 
     zero = None
@@ -79,7 +80,7 @@ def _canonical(qt: QTensor, like: NamedSharding, lead, k: _Axes, n: _Axes, mesh)
     return dataclasses.replace(qt, data=data, scale=part(qt.scale, g), zero=zero)
 
 
-def _axes_of(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> list[_Axes]:
+def _axes_of(spec: PartitionSpec, shape: tuple[int, ...], mesh: _Mesh) -> list[_Axes]:
     """Returns the mesh axes of every array axis, after checking that they divide it."""
     if len(spec) > len(shape):
         raise ValueError(
@@ -97,14 +98,14 @@ def _axes_of(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> list[_A
     return axes
 
 
-def _splittable(axes: _Axes, mesh: Mesh, fits: Callable[[int], bool]) -> _Axes:
+def _splittable(axes: _Axes, mesh: _Mesh, fits: Callable[[int], bool]) -> _Axes:
     """Returns the longest prefix of `axes` whose number of parts fits."""
     while axes and not fits(_parts(axes, mesh)):
         axes = axes[:-1]
     return axes
 
 
-def _parts(axes: _Axes, mesh: Mesh) -> int:
+def _parts(axes: _Axes, mesh: _Mesh) -> int:
     return math.prod(mesh.shape[a] for a in axes)
 
 
