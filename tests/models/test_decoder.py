@@ -1,14 +1,17 @@
 """The decoder computes what transformers computes, with and without a cache, scanned or not."""
 
+import functools
 import json
 from pathlib import Path
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from qjax.models import Decoder, ModelConfig, RopeScaling, init_cache, load_hf, positions_of
+from qjax.models.assemble import shapes
 from qjax.models.rope import interleave_rows, split_rows
 
 HF = Path(__file__).parents[1] / "golden" / "hf"
@@ -19,7 +22,7 @@ SIZES = {
     "vocab_size": 61,
     "hidden_size": 16,
     "intermediate_size": 24,
-    "num_layers": 3,
+    "num_layers": 2,
     "num_heads": 4,
     "num_kv_heads": 2,
     "head_dim": 8,
@@ -34,10 +37,24 @@ CONFIGS = {
 ORDER = {"rtol": 1e-5, "atol": 1e-5}
 
 
+@functools.cache
 def make(config, **options):
+    """Returns a model, its parameters, and tokens."""
     model = Decoder(config, **options)
-    tokens = jax.random.randint(jax.random.key(1), (2, 11), 0, config.vocab_size)
-    return model, jax.jit(model.init)(jax.random.key(0), tokens)["params"], tokens
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        noise = 0.3 * rng.normal(size=leaf.shape)
+        return jnp.asarray(1 + noise if path.endswith("scale") else noise, leaf.dtype)
+
+    leaves = {path: draw(path, leaf) for path, leaf in shapes(model).items()}
+    tokens = jnp.asarray(rng.integers(0, config.vocab_size, (2, 11)), jnp.int32)
+    return model, flax.traverse_util.unflatten_dict(leaves, sep="/"), tokens
+
+
+@functools.cache
+def jitted(model):
+    return jax.jit(model.apply, static_argnames="logits_at")
 
 
 def stack(params, num_layers):
@@ -51,7 +68,7 @@ def stack(params, num_layers):
 def test_logits_agree_with_transformers(name, scan_layers):
     loaded = load_hf(HF / name, scan_layers=scan_layers)
     expected = np.load(HF / name / "expected.npz")
-    logits = jax.jit(loaded.model.apply)({"params": loaded.params}, expected["tokens"])
+    logits = jitted(loaded.model)({"params": loaded.params}, expected["tokens"])
     assert np.abs(logits - expected["logits"]).max() < MAX_DELTA
 
 
@@ -72,15 +89,15 @@ def test_logits_agree_with_transformers_live(name):
 
 
 def test_parameters_are_named_and_laid_out_as_flax_does():
-    _, params, _ = make(CONFIGS["qwen3"])
-    assert params["layers_2"]["attn"]["q_proj"]["kernel"].shape == (16, 32)
-    assert params["layers_0"]["mlp"]["down_proj"]["kernel"].shape == (24, 16)
-    assert params["layers_0"]["attn"]["q_norm"]["scale"].shape == (8,)
-    assert params["embed"]["embedding"].shape == (61, 16)
-    assert params["norm"]["scale"].shape == (16,)
-    assert params["lm_head"]["kernel"].shape == (16, 61)
-    _, stacked, _ = make(CONFIGS["qwen3"], scan_layers=True)
-    assert stacked["layers"]["attn"]["q_proj"]["kernel"].shape == (3, 16, 32)
+    unrolled = shapes(Decoder(CONFIGS["qwen3"]))
+    assert unrolled["layers_1/attn/q_proj/kernel"].shape == (16, 32)
+    assert unrolled["layers_0/mlp/down_proj/kernel"].shape == (24, 16)
+    assert unrolled["layers_0/attn/q_norm/scale"].shape == (8,)
+    assert unrolled["embed/embedding"].shape == (61, 16)
+    assert unrolled["norm/scale"].shape == (16,)
+    assert unrolled["lm_head/kernel"].shape == (16, 61)
+    scanned = shapes(Decoder(CONFIGS["qwen3"], scan_layers=True))
+    assert scanned["layers/attn/q_proj/kernel"].shape == (2, 16, 32)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -88,8 +105,8 @@ def test_scanned_equals_unrolled(name):
     config = CONFIGS[name]
     model, params, tokens = make(config)
     scanned = Decoder(config, scan_layers=True, remat=True)
-    expected = jax.jit(model.apply)({"params": params}, tokens)
-    got = jax.jit(scanned.apply)({"params": stack(params, config.num_layers)}, tokens)
+    expected = jitted(model)({"params": params}, tokens)
+    got = jitted(scanned)({"params": stack(params, config.num_layers)}, tokens)
     np.testing.assert_allclose(got, expected, **ORDER)
 
 
@@ -97,7 +114,7 @@ def test_scanned_equals_unrolled(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_cached_decoding_equals_the_full_forward(name, scan_layers):
     model, params, tokens = make(CONFIGS[name], scan_layers=scan_layers)
-    apply = jax.jit(model.apply, static_argnames="logits_at")
+    apply = jitted(model)
     full = apply({"params": params}, tokens)
     cache = init_cache(model.config, 2, 16)
     start, cache = apply({"params": params}, tokens[:, :6], cache=cache)
@@ -113,7 +130,7 @@ def test_cached_decoding_equals_the_full_forward(name, scan_layers):
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_padding_changes_no_real_token(name, side):
     model, params, tokens = make(CONFIGS[name])
-    apply = jax.jit(model.apply)
+    apply = jitted(model)
     full = apply({"params": params}, tokens)
     width = (3, 0) if side == "left" else (0, 3)
     padded = jnp.pad(tokens[:, :7], ((0, 0), width), constant_values=5)
@@ -131,10 +148,10 @@ def test_padding_changes_no_real_token(name, side):
 
 def test_logits_only_where_asked_are_those_of_the_full_forward():
     model, params, tokens = make(CONFIGS["qwen2"])
-    full = model.apply({"params": params}, tokens)
-    last = model.apply({"params": params}, tokens, logits_at=-1)
+    full = jitted(model)({"params": params}, tokens)
+    last = jitted(model)({"params": params}, tokens, logits_at=-1)
     np.testing.assert_allclose(last, full[:, -1:], **ORDER)
-    each = model.apply({"params": params}, tokens, logits_at=jnp.array([2, 9]))
+    each = jax.jit(model.apply)({"params": params}, tokens, logits_at=jnp.array([2, 9]))
     np.testing.assert_allclose(each[:, 0], full[jnp.arange(2), jnp.array([2, 9])], **ORDER)
 
 
@@ -142,8 +159,9 @@ def test_a_full_cache_is_loud():
     model, params, tokens = make(CONFIGS["llama"])
     with pytest.raises(ValueError, match="11 tokens do not fit a cache of 8 slots"):
         model.apply({"params": params}, tokens, cache=init_cache(model.config, 2, 8))
-    _, cache = model.apply({"params": params}, tokens[:, :8], cache=init_cache(model.config, 2, 8))
-    logits, _ = model.apply({"params": params}, tokens[:, 8:9], cache=cache)
+    cache = init_cache(model.config, 2, 8)
+    _, cache = jitted(model)({"params": params}, tokens[:, :8], cache=cache)
+    logits, _ = jitted(model)({"params": params}, tokens[:, 8:9], cache=cache)
     assert np.isnan(logits).all()
 
 
@@ -164,9 +182,9 @@ def test_gradients_reach_every_parameter(scan_layers):
 def test_bfloat16_computes_in_bfloat16_and_returns_float32():
     model, params, tokens = make(CONFIGS["llama"], dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
-    logits = model.apply({"params": params}, tokens)
+    logits = jitted(model)({"params": params}, tokens)
     assert logits.dtype == jnp.float32
-    exact = Decoder(CONFIGS["llama"]).apply({"params": params}, tokens)
+    exact = jitted(Decoder(CONFIGS["llama"]))({"params": params}, tokens)
     assert jnp.linalg.norm(logits - exact) < 0.05 * jnp.linalg.norm(exact)
 
 
