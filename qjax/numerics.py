@@ -177,12 +177,12 @@ def round_scale(scale: Float[Array, "*shape"], dtype: str) -> Array:
 
     `e8m0` keeps a power of two 2^e as the byte e + 127: values from 1.75 * 2^e on round up to
     2^(e+1), the rest down (compressed-tensors' rule: add 2^21 to the bit pattern, drop the
-    mantissa). `e4m3` and `float16` saturate instead of overflowing.
+    mantissa), NaN is byte 255. `e4m3` and `float16` saturate instead of overflowing.
     """
     if dtype == "e8m0":
         bits = jax.lax.bitcast_convert_type(scale.astype(jnp.float32), jnp.uint32)
-        exponent = ((bits + jnp.uint32(1 << 21)) >> 23) & 0xFF
-        return jnp.minimum(exponent, 254).astype(jnp.uint8)
+        exponent = jnp.minimum(((bits + jnp.uint32(1 << 21)) >> 23) & 0xFF, 254)
+        return jnp.where(jnp.isnan(scale), 255, exponent).astype(jnp.uint8)
     if dtype == "e4m3":
         return encode(scale, ELEMENTS["e4m3"])
     if dtype == "float16":
@@ -200,6 +200,13 @@ def read_scale(stored: Array, dtype: str) -> Float[Array, "*shape"]:
         value = jax.lax.bitcast_convert_type(bits, jnp.float32)
         return jnp.where(stored == 255, jnp.nan, value)
     return stored.astype(jnp.float32)
+
+
+def power_of_two_above(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Returns the smallest power of two not below each x >= 0, and 0 for 0."""
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    bits = (bits + jnp.uint32(0x007FFFFF)) & jnp.uint32(0x7F800000)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 @functools.cache
