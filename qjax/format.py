@@ -128,8 +128,10 @@ class Format:
                 f"`rule={rule!r}` uses the level that only the negative side has; {self.element!r}"
                 " has none."
             )
-        if rule == "signed_absmax" and self.scale == "e8m0":
-            raise ValueError("`rule='signed_absmax'` needs a signed scale; e8m0 has no sign.")
+        if rule == "signed_absmax" and not holds_sign(self.scale):
+            raise ValueError(
+                f"`rule='signed_absmax'` needs a signed scale; ({self.scale}) has no sign."
+            )
 
     # ---- derived ----
 
@@ -180,12 +182,14 @@ class Format:
         )
 
     def bits_per_weight(self, K: int, N: int) -> float:
-        """Returns the storage cost per weight of a `[K, N]` array, padding included."""
+        """Returns the storage cost per weight of a `[K, N]` array, padding included.
+
+        Raises:
+          ValueError: if `group_size` does not divide K and `remainder` is "error".
+        """
         element = numerics.get_element(self.element)
-        G, C = self.groups(K, N)
+        G, C = self.fit(K).groups(K, N)
         bits = 8.0 * packing.packed_rows(K, element.bits) * N
-        if element.bits == 8:
-            bits = 8.0 * K * N
         bits += _scale_bits(self.scale, G, C)
         if self.offset is not None:
             bits += _scale_bits(self.offset, G, C)
@@ -269,6 +273,16 @@ def _scale_bits(scale: str | Format, G: int, C: int) -> float:
     if isinstance(scale, Format):
         return scale.bits_per_weight(G, C) * G * C
     return {"float32": 32.0, "bfloat16": 16.0, "float16": 16.0}.get(scale, 8.0) * G * C
+
+
+def holds_sign(scale: str | Format) -> bool:
+    """Whether a scale of either sign can be stored, in any mixture."""
+    if isinstance(scale, Format):
+        asymmetric = scale.zero_point or scale.offset is not None
+        return asymmetric or (
+            numerics.get_element(scale.element).qmin < 0 and holds_sign(scale.scale)
+        )
+    return scale != "e8m0"
 
 
 def power_of_two_below(value: float) -> float:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qjax import numerics
-from qjax.format import Format, power_of_two_below
+from qjax.format import Format, holds_sign, power_of_two_below
 
 # Axes of a grouped weight [*b, G, g, C, c] that share one scale.
 _GROUP = (-3, -1)
@@ -23,7 +23,7 @@ def split(w: Float[Array, "*b K N"], fmt: Format, fill: str = "edge") -> Float[A
     G, C = fmt.groups(K, N)
     g, c = fmt.group_size or K, fmt.group_columns or N
     if G * g != K or C * c != N:
-        w = jnp.pad(w, [(0, 0)] * len(b) + [(0, G * g - K), (0, C * c - N)], mode=fill)  # pyright: ignore
+        w = jnp.pad(w, [(0, 0)] * len(b) + [(0, G * g - K), (0, C * c - N)], mode=fill)  # pyright: ignore[reportCallIssue,reportArgumentType]
     return w.reshape(*b, G, g, C, c)
 
 
@@ -66,7 +66,8 @@ def choose(
                       scale = sum v q / sum q^2, that minimizes sum h (v - q scale)^2
 
     With an e8m0 scale, absmax divides by the largest power of two in the element's range instead of
-    by qmax (OCP MX v1.0, section 6.3).
+    by qmax (OCP MX v1.0, section 6.3); absmax_full and minmax round their scale up to a power of
+    two, so that no value is clipped.
 
     Args:
       w: weight, float32.
@@ -92,20 +93,21 @@ def _choose(w, fmt, importance):
             low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
         if isinstance(fmt.offset, Format) and numerics.get_element(fmt.offset.element).qmin == 0:
             low = jnp.minimum(low, 0.0)  # unsigned codes of the minima can only share one sign
+        scale = _whole_range((high - low) / (element.qmax - element.qmin), fmt)
         if fmt.scale_rule == "mse":
-            return _search_range(w, fmt, element, low, high, importance)
-        return (high - low) / (element.qmax - element.qmin), low
+            return _search_range(w, fmt, element, low, high, scale, importance)
+        return scale, low
     absmax = jnp.max(jnp.abs(v), _GROUP)
     if fmt.scale_rule == "absmean":
         ones = split(jnp.ones(w.shape[-2:], w.dtype), fmt, "constant")
         return jnp.sum(jnp.abs(v) * ones, _GROUP) / jnp.sum(ones, _GROUP), None
     if fmt.scale_rule == "absmax_full":
-        return absmax / ((element.qmax - element.qmin) / 2), None
+        return _whole_range(absmax / ((element.qmax - element.qmin) / 2), fmt), None
     if fmt.scale_rule == "signed_absmax":
         # On a tie of +a and -a either sign is right; take the negative one, which qmin holds.
         sign = jnp.where(absmax == -jnp.min(v, _GROUP), 1.0, -1.0)
         return sign * absmax / -element.qmin, None
-    if element.qmin == 0:
+    if element.qmin == 0 and holds_sign(fmt.scale):
         # Unsigned codes cannot carry a sign, so the scale does: minima of k-quants are negative.
         scale = jnp.where(absmax == jnp.max(v, _GROUP), absmax, -absmax) / element.qmax
     elif fmt.scale == "e8m0":
@@ -117,12 +119,22 @@ def _choose(w, fmt, importance):
     return scale, None
 
 
+def _whole_range(scale: Array, fmt: Format) -> Array:
+    """Returns a scale whose range, once stored as e8m0, still covers the group."""
+    return numerics.power_of_two_above(scale) if fmt.scale == "e8m0" else scale
+
+
 def _importance(w: Array, fmt: Format, importance: Array | None) -> Array:
-    """Row weights as groups [*b, G, g, C, c], zero on padding."""
-    h = jnp.ones(w.shape[-2:], w.dtype)
-    if importance is not None:
-        h = importance[..., None] * h
-    return split(h, fmt, "constant")
+    """Row weights, broadcastable to groups [*b, G, g, C, c], zero on padding."""
+    K, N = w.shape[-2:]
+    G, C = fmt.groups(K, N)
+    g, c = fmt.group_size or K, fmt.group_columns or N
+    h = jnp.ones(K, w.dtype) if importance is None else importance.astype(w.dtype)
+    h = jnp.pad(h, [(0, 0)] * (h.ndim - 1) + [(0, G * g - K)])
+    h = h.reshape(*h.shape[:-1], G, g, 1, 1)
+    if C * c == N:
+        return h
+    return h * (jnp.arange(C * c) < N).astype(w.dtype).reshape(C, c)
 
 
 def stored(scale: Array, fmt: str | Format) -> Array:
@@ -152,7 +164,7 @@ def _search_scale(w, fmt, element, absmax, start, importance):
         return safe_divide(jnp.sum(h * v * q, _GROUP), jnp.sum(h * q * q, _GROUP))
 
     # Types whose negative range is larger take both signs: the sign says which side gets it.
-    two_sided = element.qmin < -element.qmax and fmt.scale != "e8m0"
+    two_sided = element.qmin < -element.qmax and holds_sign(fmt.scale)
     extent = max(-element.qmin, element.qmax)
 
     def step(best, fraction):
@@ -176,7 +188,7 @@ def _search_scale(w, fmt, element, absmax, start, importance):
     return scale
 
 
-def _search_range(w, fmt, element, low, high, importance):
+def _search_range(w, fmt, element, low, high, start, importance):
     v, h = split(w, fmt), _importance(w, fmt, importance)
     steps = element.qmax - element.qmin
 
@@ -211,8 +223,7 @@ def _search_range(w, fmt, element, low, high, importance):
     one = jnp.ones_like(f)
     a = jnp.concatenate([f, f, one])
     b = jnp.concatenate([f, one, f])
-    start = ((high - low) / steps, low)
-    (scale, minimum, _), _ = jax.lax.scan(step, (*start, error(*start)), (a, b))
+    (scale, minimum, _), _ = jax.lax.scan(step, (start, low, error(start, low)), (a, b))
     return scale, minimum
 
 
