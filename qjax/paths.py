@@ -16,9 +16,14 @@ def key_str(key: Any) -> str:
 def path_str(key_path: tuple[Any, ...]) -> str:
     """Returns a key path as written in rules: its steps joined by `/`.
 
+    The last step into the box of an `nnx.Variable` or a Linen `Partitioned`, its field `value`, is
+    left out, so that a parameter has one name however it is boxed.
+
     Example:
       >>> import jax
       >>> path_str((jax.tree_util.DictKey("layers"), jax.tree_util.SequenceKey(0)))
       'layers/0'
     """
+    if len(key_path) > 1 and getattr(key_path[-1], "name", None) == "value":
+        key_path = key_path[:-1]
     return "/".join(key_str(k) for k in key_path) or "."
