@@ -1,4 +1,4 @@
-"""Layout: which axes of a logical array are contracted, and the canonical order they are stored in."""
+"""Layout: which axes of a logical array are contracted, and the order they are stored in."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Layout(tuple[Axis, ...]):
         return [i for i, a in enumerate(self) if a.kind == kind]
 
     def logical_shape(self, lead: tuple[int, ...], K: int, N: int) -> tuple[int, ...]:
-        """Returns the logical shape of canonical data `[*lead, K, N]`; lead ends with the b axes."""
+        """Returns the logical shape of canonical `[*lead, K, N]`; lead ends with the b axes."""
         n_b = len(self.indices("b"))
         stacked, b = lead[: len(lead) - n_b], list(lead[len(lead) - n_b :])
         minor = {kind: math.prod(self[i].size or 1 for i in self.indices(kind)) for kind in "kn"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -112,9 +112,21 @@ class QTensor:
             " float array."
         )
 
-    __jax_array__ = __array__ = __iter__ = __len__ = __getitem__ = __bool__ = _refuse
+    __jax_array__ = __array__ = __iter__ = __len__ = __getitem__ = __contains__ = _refuse
+    __bool__ = __int__ = __float__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
-    __matmul__ = __rmatmul__ = __truediv__ = __rtruediv__ = __neg__ = __pow__ = _refuse
+    __matmul__ = __rmatmul__ = __truediv__ = __rtruediv__ = __floordiv__ = _refuse
+    __neg__ = __pos__ = __abs__ = __pow__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+
+    if not TYPE_CHECKING:  # a checker knows the attributes there are
+
+        def __getattr__(self, name: str):
+            raise AttributeError(
+                f"a QTensor has no {name!r}: it is no array. Run the function that uses it as"
+                " `qjax.apply(fn)(qparams, ...)`, or call `qjax.dequantize`.",
+                name=name,
+                obj=self,
+            )
 
 
 def is_qtensor(x: Any) -> bool:
@@ -165,7 +177,7 @@ def quantize_array(
         layout = Layout.parse(layout, w.shape)
     dtype = jnp.dtype(w.dtype).name
     w = layout.to_canonical(w).astype(jnp.float32)
-    K, N = w.shape[-2:]
+    K = w.shape[-2]
     fmt = fmt.fit(K)
     element = numerics.get_element(fmt.element)
 
@@ -173,10 +185,10 @@ def quantize_array(
     scale_stored = _store(scale, fmt.scale)
     scale = _read(scale_stored, fmt.scale)
     zero_stored = zero = None
-    if fmt.zero_point:
+    if fmt.zero_point and minimum is not None:
         _, zero = scales.stored_pair(scale, minimum, fmt, element)
         zero_stored = _pack(numerics.encode(zero, element), element)
-    elif fmt.offset is not None:
+    elif fmt.offset is not None and minimum is not None:
         zero_stored = _store(minimum, fmt.offset)
         zero = _read(zero_stored, fmt.offset)
 
