@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from qjax.paths import path_str
 from qjax.qtensor import QTensor, dequantize_array, is_qtensor
@@ -57,7 +58,7 @@ class Summary:
         size = sum(r.size for r in self.rows)
         quantized = [r for r in self.rows if r.quantized]
         quantized_size = sum(r.size for r in quantized)
-        known = [r for r in quantized if r.sqnr_db is not None]
+        known = [r.sqnr_db for r in quantized if r.sqnr_db is not None]
         return {
             "leaves": len(self.rows),
             "quantized_leaves": len(quantized),
@@ -68,11 +69,11 @@ class Summary:
             "quantized_bits_per_weight": (
                 8 * sum(r.nbytes for r in quantized) / max(quantized_size, 1)
             ),
-            "min_sqnr_db": min((r.sqnr_db for r in known), default=None),  # pyright: ignore
+            "min_sqnr_db": min(known, default=None),
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain data; `json.dumps` writes it (an infinite SQNR becomes the string "inf")."""
+        """Returns plain data for `json.dumps`; an infinite SQNR becomes the string "inf"."""
 
         def finite(value):
             return str(value) if isinstance(value, float) and not math.isfinite(value) else value
@@ -173,8 +174,9 @@ def energies(w, qt):
 def row_of(path: str, leaf: Any, energy: tuple[float, float] | None, note: str = "") -> Row:
     """Describes one leaf; `energy` as returned by `energies`, if known (and not traced)."""
     if is_qtensor(leaf):
-        known = energy is not None and not isinstance(energy[0], jax.core.Tracer)
-        sqnr = sqnr_db(*map(float, energy)) if known else None
+        sqnr = None
+        if energy is not None and not isinstance(energy[0], Tracer):
+            sqnr = sqnr_db(float(energy[0]), float(energy[1]))
         return Row(
             path, leaf.shape, str(leaf.format), leaf.nbytes, leaf.bits_per_weight, sqnr, True,
             note or note_of(leaf),
@@ -197,15 +199,18 @@ def summary(qparams: Any, reference: Any = None) -> Summary:
     Raises:
       ValueError: if `reference` has another structure.
     """
-    leaves, tree = jax.tree_util.tree_flatten_with_path(qparams, is_leaf=is_qtensor)
+    leaves = jax.tree_util.tree_flatten_with_path(qparams, is_leaf=is_qtensor)[0]
     floats = [None] * len(leaves)
     if reference is not None:
-        floats, reference_tree = jax.tree.flatten(reference)
-        if len(floats) != len(leaves):
+        named = jax.tree_util.tree_flatten_with_path(reference)[0]
+        theirs, ours = ([path_str(path) for path, _ in tree] for tree in (named, leaves))
+        if theirs != ours:
+            odd = sorted(set(theirs) ^ set(ours))[:4]
             raise ValueError(
-                f"`reference` has {len(floats)} leaves and `qparams` {len(leaves)}; pass the float"
-                f" tree that was quantized ({reference_tree} vs {tree})."
+                f"`reference` has {len(theirs)} leaves and `qparams` {len(ours)}, and they differ"
+                f" in {odd}; pass the float tree that was quantized."
             )
+        floats = [leaf for _, leaf in named]
     rows = []
     for (key_path, leaf), w in zip(leaves, floats, strict=True):
         energy = energies(w, leaf) if w is not None and is_qtensor(leaf) else None
