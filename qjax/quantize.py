@@ -8,14 +8,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
-from qjax import qtensor, summary
+from qjax import numerics, qtensor
 from qjax.format import Format
 from qjax.layout import DEFAULT, Layout
 from qjax.paths import path_str
 from qjax.policy import Policy, Rule
 from qjax.qtensor import QTensor, is_qtensor
 from qjax.sharding import shardings_of
+from qjax.summary import Summary, energies, row_of
 
 
 class QuantizationError(ValueError):
@@ -48,7 +51,7 @@ def assign(params: Any, policy: Policy, usage: Any = None) -> list[Assignment]:
         if rule is None or rule.format is None:
             out.append(Assignment(path, leaf, None, None))
             continue
-        _check_leaf(path, leaf, rule)
+        _check_leaf(path, leaf, rule, rule.format)
         letters = rule.layout
         if letters is None and usage is not None:
             letters = usage.layout(path)
@@ -83,7 +86,7 @@ def _some(paths: list[str], most: int = 4) -> str:
     return ", ".join(map(repr, paths[:most])) + more if paths else "no parameters at all"
 
 
-def _check_leaf(path: str, leaf: Any, rule: Rule) -> None:
+def _check_leaf(path: str, leaf: Any, rule: Rule, fmt: Format) -> None:
     if is_qtensor(leaf):
         raise QuantizationError(
             f"{path}: is quantized already ({leaf.format}). Dequantize it first, or skip it."
@@ -96,15 +99,45 @@ def _check_leaf(path: str, leaf: Any, rule: Rule) -> None:
         )
     if 0 in leaf.shape:
         raise QuantizationError(f"{path}: has no data, its shape is {leaf.shape}. Skip it.")
+    element = numerics.get_element(fmt.element)
+    if element.qmin >= 0 and not fmt.zero_point and fmt.offset is None:
+        raise QuantizationError(
+            f"{path}: {fmt.element!r} has no negative values, weights do. Set zero_point=True or an"
+            f" offset, or use 'int{element.bits}'."
+        )
+
+
+# Weights in a stacked leaf above which its slices are quantized one after the other: float32
+# temporaries are then those of one slice, not several times the leaf.
+_SEQUENTIAL_SIZE = 1 << 24
 
 
 @functools.lru_cache(maxsize=1024)
-def _quantizer(fmt: Format, layout: Layout, shardings: Any, with_energy: bool):
+def _quantizer(
+    fmt: Format, layout: Layout, shardings: Any, with_energy: bool, sequential: bool = False
+):
     """Returns the jitted quantization of one leaf; equal leaves share one compilation."""
 
-    def one(w):
+    def whole(w):
         qt = qtensor.quantize_array(w, fmt, layout)
-        return qt, summary.energies(w, qt) if with_energy else None
+        return qt, energies(w, qt) if with_energy else None
+
+    def plain(w):
+        if not sequential:
+            return whole(w)
+        qt, energy = jax.lax.map(whole, w)
+        return qt, jax.tree.map(jnp.sum, energy)
+
+    def one(w):
+        sharding = jax.typeof(w).sharding
+        if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
+            return plain(w)
+        # Sharding in types has no rule for splitting an axis into groups and bytes: let the
+        # partitioner find the way there, and say only what comes out.
+        out = shardings_of(_shapes(fmt, layout, w), sharding)
+        energy = (NamedSharding(sharding.mesh, PartitionSpec()),) * 2 if with_energy else None
+        with jax.sharding.use_abstract_mesh(sharding.mesh):
+            return jax.sharding.auto_axes(plain, out_sharding=(out, energy))(w)
 
     if shardings is None:
         return jax.jit(one)
@@ -114,15 +147,36 @@ def _quantizer(fmt: Format, layout: Layout, shardings: Any, with_energy: bool):
 
 def _out_shardings(leaf: Any, fmt: Format, layout: Layout) -> Any:
     sharding = getattr(leaf, "sharding", None)
-    if not isinstance(sharding, jax.sharding.NamedSharding) or sharding.is_fully_replicated:
+    if not isinstance(sharding, NamedSharding) or sharding.is_fully_replicated:
         return None
     leaves, tree = jax.tree.flatten(shardings_of(_shapes(fmt, layout, leaf), sharding))
     return tuple(leaves), tree
 
 
+def _is_sequential(leaf: Any, layout: Layout) -> bool:
+    """Whether to walk the leading axis of a leaf: it is stacked, large and not sharded there."""
+    if leaf.ndim <= len(layout) or leaf.size < _SEQUENTIAL_SIZE:
+        return False
+    sharding = jax.typeof(leaf).sharding if _is_abstract(leaf) else getattr(leaf, "sharding", None)
+    return not isinstance(sharding, NamedSharding) or not any(tuple(sharding.spec)[:1])
+
+
 def _shapes(fmt: Format, layout: Layout, leaf: Any) -> QTensor:
-    shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)  # numpy's float64 is float32 to JAX
+    shape = jax.ShapeDtypeStruct(leaf.shape, dtype)
     return jax.eval_shape(_quantizer(fmt, layout, None, False), shape)[0]
+
+
+def _planned(leaf: jax.ShapeDtypeStruct, fmt: Format, layout: Layout) -> QTensor:
+    """Returns the ShapeDtypeStructs of a quantized leaf, sharded if the leaf is."""
+    qt = _shapes(fmt, layout, leaf)
+    if not isinstance(leaf.sharding, NamedSharding):
+        return qt
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+        qt,
+        shardings_of(qt, leaf.sharding),
+    )
 
 
 @jax.jit
@@ -144,7 +198,7 @@ def check_finite(plan: list[Assignment]) -> None:
 
 
 def _is_abstract(leaf: Any) -> bool:
-    return isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct)
+    return isinstance(leaf, Tracer | jax.ShapeDtypeStruct)
 
 
 def quantize(
@@ -161,12 +215,13 @@ def quantize(
     stacked kernels, and on sharded arrays, whose sharding codes and scales inherit.
 
     Args:
-      params: tree of arrays.
+      params: tree of arrays; ShapeDtypeStructs are planned instead of computed.
       policy: a Policy, a Format, the name of a preset ("w4a16") or the path of a TOML file.
-      usage: what `qjax.usage(fn)(params, ...)` returned: how fn contracts each leaf. Without it the
-        last axis is N, the one before K, and earlier ones are stacked, unless a rule says otherwise.
+      usage: what `qjax.usage(fn)(params, ...)` returned: how fn contracts each leaf. Without it
+        the last axis is N, the one before K, and earlier ones are stacked, unless a rule says
+        otherwise.
       donate: free each float leaf as soon as its quantized one exists. Peak memory is then the
-        float tree plus one leaf.
+        float tree plus one leaf. An array that also stays in the tree as it is stays alive.
       return_report: also return a `Summary` with the SQNR of every leaf.
 
     Returns:
@@ -174,31 +229,39 @@ def quantize(
       `return_report`, a pair of that and the `Summary`.
 
     Raises:
-      QuantizationError: naming the parameter path, for rules that match nothing, NaN or Inf weights,
-        group sizes that do not divide, integer leaves, and layouts that do not fit. Under `jit`
-        values are not known: there a NaN or Inf weight makes the scale of its group NaN.
+      QuantizationError: naming the parameter path, for rules that match nothing, NaN or Inf
+        weights, group sizes that do not divide, integer leaves, and layouts that do not fit. Under
+        `jit` values are not known: there a NaN or Inf weight makes the scale of its group NaN.
     """
     policy = Policy.of(policy)
     plan = assign(params, policy, usage)
     check_finite(plan)
     tree = jax.tree.structure(params, is_leaf=is_qtensor)
+    # One array under several paths (tied weights) is freed after its last use, if it is not kept.
+    last_use = {id(a.leaf): i for i, a in enumerate(plan)}
+    kept = {id(a.leaf) for a in plan if a.format is None}
     out, rows = [], []
-    for path, leaf, fmt, layout, note in plan:
+    for i, (path, leaf, fmt, layout, note) in enumerate(plan):
         if fmt is None or layout is None:
             out.append(leaf)
-            rows.append(summary.row_of(path, leaf, None, note))
+            rows.append(row_of(path, leaf, None, note))
             continue
-        run = _quantizer(fmt, layout, _out_shardings(leaf, fmt, layout), return_report)
-        qt, energy = run(leaf)
-        if donate and isinstance(leaf, jax.Array) and not _is_abstract(leaf):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            qt, energy = _planned(leaf, fmt, layout), None
+        else:
+            shardings = _out_shardings(leaf, fmt, layout)
+            sequential = _is_sequential(leaf, layout)
+            qt, energy = _quantizer(fmt, layout, shardings, return_report, sequential)(leaf)
+        done = last_use[id(leaf)] == i and id(leaf) not in kept
+        if donate and done and isinstance(leaf, jax.Array) and not _is_abstract(leaf):
             jax.block_until_ready(qt)
             leaf.delete()
         out.append(qt)
-        rows.append(summary.row_of(path, qt, energy, note))
+        rows.append(row_of(path, qt, energy, note))
     qparams = jax.tree.unflatten(tree, out)
     if not return_report:
         return qparams
-    return qparams, summary.Summary(tuple(rows))
+    return qparams, Summary(tuple(rows))
 
 
 def dequantize(qparams: Any) -> Any:
