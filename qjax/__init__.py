@@ -1,5 +1,6 @@
 """qjax: functional quantization for JAX and Flax."""
 
+from qjax.checkpoint import load, save
 from qjax.format import Format
 from qjax.policy import Policy, Rule, presets
 from qjax.qtensor import QTensor, is_qtensor
@@ -19,8 +20,10 @@ __all__ = [
     "dequantize",
     "explain",
     "is_qtensor",
+    "load",
     "presets",
     "quantize",
+    "save",
     "summary",
     "usage",
 ]

@@ -1,0 +1,1 @@
+"""Post-training quantization with data: solvers on one weight and its input statistics."""
