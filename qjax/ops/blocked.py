@@ -20,9 +20,12 @@ in float32. What is fast on XLA's CPU backend decides how:
 
 from __future__ import annotations
 
+import functools
 import math
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -32,6 +35,9 @@ from qjax.packing import unit
 # Rows added in one expression for M = 1. Rows whose length is a power of two all fall into the
 # same sets of the L1 cache, which has 8 ways; a few more than 8 streams already thrash it.
 _ROWS = 8
+# Those sums, M for every chunk of rows, may take this part of W. More tokens would also dequantize
+# it M times: from 3 on that is slower.
+_PARTIAL_SUMS = 1 / 8
 # Bytes of a block of float32 weights: the L2 caches of two cores hold it.
 _BLOCK_BYTES = 1 << 21
 # Groups or blocks shorter than this many rows go the irregular way.
@@ -63,45 +69,47 @@ def matmul(
     """
     M, K = x.shape
     N = data.shape[1]
-    x, data = x.astype(jnp.float32), _as_bytes(data, element)
+    data = _as_bytes(data, element)
     scale, zero, offset = (_per_column(v, N, columns) for v in (scale, zero, offset))
     n = _unit(element)
     g = _uniform_group(K, group_size, n)
     block = _block(K, g, n, N)
     if not block:
-        return _irregular(x, data, scale, zero, offset, element, group_size)
+        return _irregular(x.astype(jnp.float32), data, scale, zero, offset, element, group_size)
     scale, zero, offset = (_regroup(v, group_size, g, K) for v in (scale, zero, offset))
     bias = _bias(scale, zero, offset, element)
-    if M == 1:
-        return _one_row(x[0], data, scale, bias, element, g)[None]
+    chunk = _chunk(K, data.shape[0], g, n)
+    if M == 1 or M / chunk <= _PARTIAL_SUMS:
+        return _few_rows(x.astype(jnp.float32), data, scale, bias, element, g, chunk)
+    nb, gb = K // block, min(block, g)
+    # Codes are exact in bfloat16, and so are their products with a bfloat16 x in the accumulator.
+    is_bf16 = x.dtype == jnp.bfloat16 and not element.levels and gb >= 64 and _has_bf16_dot()
+    dtype = jnp.bfloat16 if is_bf16 else jnp.float32
 
     # x, columns reordered as the block holds its rows: [nb, Gb, M, gb].
-    nb, gb = K // block, min(block, g)
-    xb = x.reshape(M, nb, block // gb, gb // n, n).transpose(1, 2, 0, 4, 3)
-    xb = xb.reshape(nb, block // gb, M, gb)
+    xb = x.astype(dtype).reshape(M, nb, block // gb, gb // n, n) * _gains(element).astype(dtype)
+    xb = xb.transpose(1, 2, 0, 4, 3).reshape(nb, block // gb, M, gb)
+    # The scale belongs on whichever is smaller: the products of a group, or its weights.
+    on_products = is_bf16 or gb >= 8 * M
 
     def step(acc, inputs):
         x, data, scale = inputs
-        w = _block_values(data, element, block // gb)  # [Gb, gb, N], unscaled
+        w = _block_values(data, element, block // gb).astype(dtype)  # [Gb, gb, N]
+        if scale is not None and on_products:
+            y = jnp.einsum("gmk,gkn->gmn", x, w, preferred_element_type=jnp.float32)
+            return acc + sum(y[i] * scale[i] for i in range(block // gb)), None
         if scale is not None:
             w = w * scale[:, None]
-        return acc + jnp.dot(_flat(x), w.reshape(block, N)), None
+        x, w = x.swapaxes(0, 1).reshape(M, block), w.reshape(block, N)
+        return acc + jnp.dot(x, w, preferred_element_type=jnp.float32), None
 
-    def _flat(x):  # [Gb, M, gb] -> [M, block]
-        return x.transpose(1, 0, 2).reshape(M, block)
-
-    blocks = data.reshape(nb, -1, N)
-    scales = None if g == K else _per_block(scale, K, g, block)
-    acc = jnp.zeros((M, N), jnp.float32)
+    inputs = (xb, data.reshape(nb, -1, N), None if g == K else _per_block(scale, K, g, block))
+    y = jnp.zeros((M, N), jnp.float32)
     if nb == 1:
-        acc, _ = step(acc, (xb[0], blocks[0], None if scales is None else scales[0]))
+        y, _ = step(y, jax.tree.map(lambda v: v[0], inputs))
     else:
-        acc, _ = lax.scan(step, acc, (xb, blocks, scales))
-    if g == K:
-        acc = acc * scale
-    if bias is not None:
-        acc = acc + jnp.dot(x.reshape(M, K // g, g).sum(-1), bias)
-    return acc
+        y, _ = lax.scan(step, y, inputs)
+    return _finish(y, x, scale if g == K else None, bias, g)
 
 
 def matmul_t(
@@ -134,16 +142,22 @@ def matmul_t(
 
     def step(_, inputs):
         data, scale = inputs
-        w = _block_values(data, element, block // gb)
-        xs = x[None] * scale[:, None]  # [Gb, M, N]
-        return None, jnp.einsum("gmn,gkn->gmk", xs, w)
+        w = _block_values(data, element, block // gb)  # [Gb, gb, N]
+        xs = jnp.broadcast_to(x, (block // gb, M, N))
+        if gb > M:
+            xs = xs * scale[:, None]
+        else:
+            w = w * scale[:, None]
+        # The large operand first: XLA is up to twice as fast as in the order "gmn,gkn->gmk".
+        return None, lax.dot_general(w, xs, (((2,), (2,)), ((0,), (0,))))  # [Gb, gb, M]
 
     inputs = (data.reshape(nb, -1, N), _per_block(scale, K, g, block))
     if nb == 1:
-        y = step(None, (inputs[0][0], inputs[1][0]))[1][None]
+        y = lax.optimization_barrier(step(None, jax.tree.map(lambda v: v[0], inputs))[1])
     else:
         y = lax.scan(step, None, inputs)[1]
-    y = y.reshape(nb, block // gb, M, n, gb // n).transpose(2, 0, 1, 4, 3).reshape(M, K)
+    y = y.reshape(K // gb, n, gb // n, M) * _gains(element)[:, None, None]
+    y = y.transpose(3, 0, 2, 1).reshape(M, K)
     if bias is not None:
         y = y + jnp.repeat(jnp.dot(x, bias.T), g, axis=1)
     return y
@@ -177,35 +191,47 @@ def gather(
     return _affine(q, *picked).T.reshape(*shape, K)
 
 
-# ---- one row of x -------------------------------------------------------------------------------
+# ---- a few rows of x ----------------------------------------------------------------------------
 
 
-def _one_row(x, data, scale, bias, element: Element, g: int) -> Float[Array, " N"]:
-    """y[n] = sum_g (scale[g, n] sum_(k in g) x[k] u[k, n] + bias[g, n] sum_(k in g) x[k])."""
-    K, N = x.shape[0], data.shape[1]
-    n = _unit(element)
-    # Chunks of whole units inside one group: as many bytes as rows, or a divisor of the group.
-    units = max(1, _ROWS * K // (data.shape[0] * n))
-    units = next(u for u in range(units, 0, -1) if (g // n) % u == 0)
-    P = K // (units * n)
+def _chunk(K: int, B: int, g: int, n: int) -> int:
+    """Returns the rows of W to add in one expression: `_ROWS` rows of data, or part of a group."""
+    units = max(1, _ROWS * K // (B * n))
+    return n * next(u for u in range(units, 0, -1) if (g // n) % u == 0)
+
+
+def _few_rows(x, data, scale, bias, element: Element, g: int, chunk: int) -> Float[Array, "M N"]:
+    """y[m, n] = sum_G (scale[G, n] sum_(k in G) x[m, k] u[k, n] + bias[G, n] sum_(k in G) x[m, k]).
+
+    u are the stored values. The sum over a chunk of rows of a group is one expression.
+    """
+    (M, K), N, n = x.shape, data.shape[1], _unit(element)
+    P, units = K // chunk, chunk // n
     chunks = data.reshape(P, units, -1, N)
-    xs = x.reshape(P, units, n)
-    total = None
-    for u in range(units):
-        for i, value in enumerate(_fields(chunks[:, u], element)):
-            term = value * xs[:, u, i, None]
-            total = term if total is None else total + term
+    xs = x.reshape(M, P, units, n).swapaxes(0, 1)[..., None]
+    fields = [_fields(chunks[:, u], element) for u in range(units)]
+    total = sum(
+        float(gain) * sum(fields[u][i][:, None] * xs[:, :, u, i] for u in range(units))
+        for i, gain in enumerate(_gains(element))
+    )  # [P, M, N]
     if g < K:
-        repeats = P // (K // g)
-        total = (total.reshape(K // g, repeats, N) * scale[:, None]).reshape(P, N)
-    # Without the barrier XLA takes the float half of the expression into the reduction, and writes
-    # the dequantized weight to memory between the two.
-    total = lax.optimization_barrier(total).sum(0)
-    if g == K:
-        total = total * scale[0]
-    if bias is not None:
-        total = total + jnp.dot(x.reshape(K // g, g).sum(-1), bias)
-    return total
+        total = total.reshape(K // g, -1, M, N) * scale[:, None, None]
+        if bias is not None:
+            # The barriers keep XLA from computing the sums again for every n ...
+            sums = lax.optimization_barrier(xs.sum((2, 3)).reshape(K // g, -1, M, 1))
+            total = total + sums * bias[:, None, None]
+    # ... and from moving the float half of `total` into the reduction, which would write the
+    # dequantized weight to memory between the two.
+    y = lax.optimization_barrier(total).reshape(P, M, N).sum(0)
+    return _finish(y, x, scale, bias, g) if g == K else y
+
+
+def _finish(y, x, scale, bias, g: int) -> Float[Array, "M N"]:
+    """Applies a scale per channel, and adds the part of W that is constant in a group."""
+    (M, K), x = x.shape, x.astype(jnp.float32)
+    if scale is not None:
+        y = y * scale
+    return y if bias is None else y + jnp.dot(x.reshape(M, K // g, g).sum(-1), bias)
 
 
 # ---- reading codes ------------------------------------------------------------------------------
@@ -215,8 +241,23 @@ def _unit(element: Element) -> int:
     return unit(element.bits) if element.is_packed else 1
 
 
+def _gains(element: Element) -> np.ndarray:
+    """Returns what to multiply the field of each row of a unit with, see `_fields`."""
+    if not element.is_packed or element.levels:
+        return np.ones(_unit(element), np.float32)
+    return np.asarray([2.0**-shift for _, shift in _places(element)], np.float32)
+
+
+def _places(element: Element) -> list[tuple[int, int]]:
+    """Returns the byte in which each code of a unit starts, and the bit in it."""
+    return [divmod(i * element.bits, 8) for i in range(_unit(element))]
+
+
 def _fields(data: Array, element: Element) -> list[Float[Array, "*u N"]]:
-    """Returns the values of the rows of each unit; integers as stored, `element.qmin` not added.
+    """Returns the stored values of the rows of each unit, divided by their `_gains`.
+
+    Integers are left where they are in their byte: a code at bit s counts 2^s times, exactly, and
+    s shifts are saved. `element.qmin` is not added.
 
     Args:
       data: [*u, bytes of a unit, N].
@@ -224,42 +265,47 @@ def _fields(data: Array, element: Element) -> list[Float[Array, "*u N"]]:
     """
     if not element.is_packed:
         return [_to_float(data[..., 0, :], element)]
-    bits = element.bits
+    # x86 converts to float from 32-bit integers only: widen first, and share that between codes.
+    data = data.astype(jnp.int32)
     out = []
-    for i in range(unit(bits)):
-        j, shift = divmod(i * bits, 8)
-        code = data[..., j, :]
-        if shift + bits > 8:  # the code straddles two bytes
-            code = (code >> shift) | (data[..., j + 1, :] << (8 - shift))
-            shift = 0
+    for j, shift in _places(element):
+        word = data[..., j, :]
+        if shift + element.bits > 8:  # the code straddles two bytes
+            word = word | (data[..., j + 1, :] << 8)
         if element.levels:
-            out.append(_lookup(code, shift, element.levels))
+            out.append(_lookup(word, shift, element.levels))
         else:
-            code = code >> shift
-            code = code & (2**bits - 1) if shift + bits != 8 else code
-            out.append(_to_float(code, element))
+            out.append((word & ((2**element.bits - 1) << shift)).astype(jnp.float32))
     return out
 
 
-def _lookup(byte: Array, shift: int, levels: tuple[float, ...]) -> Array:
-    """Returns levels[(byte >> shift) % len(levels)] as a tree of selects on the bits of the code.
+def _lookup(word: Array, shift: int, levels: tuple[float, ...]) -> Array:
+    """Returns levels[(word >> shift) % len(levels)] as a tree of selects on the bits of the code.
 
-    Selects vectorize. A gather does not, even from 16 entries; it takes twice as long.
+    Selects vectorize. A gather does not, even from 16 entries; it takes more than twice as long.
     """
-    values = [jnp.float32(v) for v in levels]
-    for bit in range(len(levels).bit_length() - 1):
-        is_set = (byte & (1 << (bit + shift))) != 0
+    half = len(levels) // 2
+    is_signed = levels[half:] == tuple(-v for v in levels[:half])
+    values = [jnp.float32(v) for v in (levels[:half] if is_signed else levels)]
+    top = len(levels).bit_length() - 2 + shift  # the code's highest bit
+    for bit in range(shift, top + (not is_signed)):
+        is_set = (word & (1 << bit)) != 0
         values = [
             jnp.where(is_set, high, low)
             for low, high in zip(values[::2], values[1::2], strict=True)
         ]
-    return values[0]
+    if not is_signed:
+        return values[0]
+    sign = (word << (31 - top)) & jnp.int32(-(2**31))
+    return lax.bitcast_convert_type(
+        lax.bitcast_convert_type(values[0], jnp.int32) ^ sign, jnp.float32
+    )
 
 
 def _to_float(x: Array, element: Element) -> Array:
-    """Returns the values of stored codes, exactly, in operations that LLVM vectorizes."""
+    """Returns the values of unpacked codes, exactly, in operations that LLVM vectorizes."""
     if element.kind != "float":
-        return x.astype(jnp.int32).astype(jnp.float32)  # x86 converts from int32 only
+        return x.astype(jnp.int32).astype(jnp.float32)
     bits = x.astype(jnp.uint16)
     if element.dtype == "float8_e5m2":  # the upper byte of a float16
         return lax.bitcast_convert_type(bits << 8, jnp.float16).astype(jnp.float32)
@@ -270,33 +316,45 @@ def _to_float(x: Array, element: Element) -> Array:
 
 def _as_bytes(data: Array, element: Element) -> Array:
     # XLA's CPU backend keeps no 8-bit float in a loop: it would convert the whole array to float16.
-    # This copies it once, a byte per weight (not for one row, where there is no loop).
+    # This copies it once, a byte per weight (not for few rows, where there is no loop).
     return lax.bitcast_convert_type(data, jnp.uint8) if element.kind == "float" else data
 
 
 def _block_values(data: Array, element: Element, groups: int) -> Float[Array, "G g N"]:
-    """Returns the values of a block of packed rows; inside a group, field by field.
+    """Returns the fields of a block of packed rows; inside a group, one field after the other.
 
     Row i * (g / n) + u of a group is row u * n + i of W, with n rows in a unit.
     """
     n, N = _unit(element), data.shape[1]
-    n_bytes = element.bits * n // 8 if element.is_packed else 1
-    units = data.reshape(groups, -1, n_bytes, N)
-    fields = _fields(units, element)
+    fields = _fields(data.reshape(groups, -1, _unit_bytes(element), N), element)
     return fields[0] if n == 1 else jnp.concatenate(fields, axis=1)
+
+
+def _unit_bytes(element: Element) -> int:
+    return element.bits * _unit(element) // 8 if element.is_packed else 1
 
 
 def _interleaved(data: Array, element: Element) -> Float[Array, "K N"]:
     """Returns the values q of packed rows in the order of W."""
-    n, N = _unit(element), data.shape[1]
-    n_bytes = element.bits * n // 8 if element.is_packed else 1
-    q = jnp.stack(_fields(data.reshape(-1, n_bytes, N), element), axis=1).reshape(-1, N)
-    return q + _stored_shift(element)
+    fields = _fields(data.reshape(-1, _unit_bytes(element), data.shape[1]), element)
+    q = jnp.stack(fields, axis=1) * _gains(element)[:, None]
+    return q.reshape(-1, data.shape[1]) + _stored_shift(element)
 
 
 def _stored_shift(element: Element) -> float:
     """What packed integers lack: code 0 stands for `qmin`."""
     return element.qmin if element.is_packed and not element.levels else 0.0
+
+
+@functools.cache
+def _has_bf16_dot() -> bool:
+    """Whether this CPU multiplies bfloat16; elsewhere XLA would widen both operands again."""
+    try:
+        with open("/proc/cpuinfo") as f:
+            words = set(f.read().split())
+    except OSError:
+        return False
+    return not words.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
 
 
 # ---- groups and blocks --------------------------------------------------------------------------
