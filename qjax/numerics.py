@@ -147,8 +147,9 @@ def round_to_level(x: Float[Array, "*shape"], element: Element) -> Float[Array, 
     This is the rounding of fake quantization and of scale search.
     """
     if element.kind == "int":
-        # + 0.0 turns the -0.0 that rounding can leave into the 0.0 that decoding a code gives.
-        return jnp.clip(jnp.round(x), element.qmin, element.qmax) + 0.0
+        # Rounding can leave -0.0 where decoding a code gives 0.0; XLA would fold `q + 0.0` away.
+        q = jnp.clip(jnp.round(x), element.qmin, element.qmax)
+        return jnp.where(q == 0, jnp.zeros_like(q), q)
     if element.kind == "float":
         return encode(x, element).astype(x.dtype)
     value = jnp.full_like(x, element._sorted[0])
