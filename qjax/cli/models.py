@@ -1,0 +1,109 @@
+"""Models as the commands use them: opened, fed with text, timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from qjax.cli.terminal import progress, step
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from qjax.evaluate import Evaluation
+    from qjax.models import Generation
+    from qjax.models.load import LoadedModel
+    from qjax.models.tokenizer import Tokenizer
+
+
+class Runner(NamedTuple):
+    """A model with the functions that run it, packed or not.
+
+    Attributes:
+      loaded: the model.
+      apply: `model.apply` on packed parameters, for `generate`, which keeps compilations by it.
+      logits: from params and tokens to logits, for `evaluate`.
+    """
+
+    loaded: LoadedModel
+    apply: Callable[..., Any]
+    logits: Callable[..., Any]
+
+
+def open_runner(name: str, dtype: str | None = None) -> Runner:
+    """Opens a model, its layers stacked: that compiles in a fraction of the time."""
+    from qjax.models.catalog import open_model
+
+    with step(f"Loading {name}"):
+        return runner(open_model(name, dtype=dtype, scan_layers=True))
+
+
+def runner(loaded: LoadedModel) -> Runner:
+    import qjax
+
+    apply = qjax.apply(loaded.model.apply)
+    return Runner(loaded, apply, lambda params, tokens: apply({"params": params}, tokens))
+
+
+def tokenizer_of(r: Runner, name: str) -> Tokenizer:
+    if r.loaded.tokenizer is None:
+        raise ValueError(f"{name}: has no tokenizer, so it can read no text.")
+    return r.loaded.tokenizer
+
+
+def read_text(name: str) -> str:
+    from qjax.texts import load_text
+
+    return load_text(name)
+
+
+def text_windows(r: Runner, name: str, text: str, window: int, windows: int | None) -> np.ndarray:
+    """Returns a text as windows of tokens, as many as asked for."""
+    from qjax.evaluate import split_windows
+
+    with step("Tokenizing the text"):
+        return split_windows(tokenizer_of(r, name).encode(text), window, windows)
+
+
+def judge(r: Runner, windows: np.ndarray, against: Runner | None) -> Evaluation:
+    from qjax.evaluate import evaluate
+
+    reference = None if against is None else (against.logits, against.loaded.params)
+    with progress(f"Evaluating {len(windows)} windows", len(windows)) as done:
+        return evaluate(r.logits, r.loaded.params, windows, reference=reference, on_window=done)
+
+
+def continue_text(r: Runner, name: str, prompt: str, max_tokens: int, **options: Any) -> Generation:
+    """Generates from a prompt."""
+    from qjax.models import generate
+
+    ids = tokenizer_of(r, name).encode(prompt)
+    if not ids:
+        raise ValueError("the prompt is empty; give at least one word.")
+    return generate(
+        r.apply,
+        r.loaded.params,
+        ids,
+        config=r.loaded.config,
+        max_new_tokens=max_tokens,
+        **options,
+    )
+
+
+def text_of(r: Runner, made: Generation) -> str:
+    assert r.loaded.tokenizer is not None
+    return r.loaded.tokenizer.decode(made.tokens[0, : made.lengths[0]])
+
+
+def total_nbytes(params: Any) -> int:
+    import jax
+
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+
+def is_packed(params: Any) -> bool:
+    import jax
+
+    from qjax import is_qtensor
+
+    return any(map(is_qtensor, jax.tree.leaves(params, is_leaf=is_qtensor)))
