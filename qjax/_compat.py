@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jax._src import core as _core
+from jax._src import dispatch as _dispatch
 from jax.extend.core import Primitive
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-__all__ = ["Primitive", "align_varying", "bind", "open_jaxpr", "out_aval", "runs_on_one_device",
-           "scan_counts", "shard_map_axes"]  # fmt: skip
+__all__ = [
+    "Primitive",
+    "abstract_like",
+    "align_varying",
+    "bind",
+    "enter_auto",
+    "explicit_mesh",
+    "is_partitioned",
+    "leave_auto",
+    "lower_with_devices",
+    "open_jaxpr",
+    "out_aval",
+    "reshard_like",
+    "scan_counts",
+    "shard_map_axes",
+    "spec_of",
+    "unplaced",
+    "without_mesh",
+]
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
@@ -56,13 +76,98 @@ def out_aval(x: Any, shape: tuple[int, ...], dtype: Any, spec: tuple[Any, ...]) 
 
     `spec` only matters on meshes with explicit axes.
     """
-    if hasattr(x.sharding, "mesh") and not x.sharding.mesh.empty:
-        sharding = x.sharding.update(spec=jax.sharding.PartitionSpec(*spec))
-        return x.update(shape=shape, dtype=jax.numpy.dtype(dtype), weak_type=False, sharding=sharding)
-    return _core.ShapedArray(shape, jax.numpy.dtype(dtype))
+    dtype = jax.numpy.dtype(dtype)
+    if not x.sharding.mesh.empty:
+        sharding = x.sharding.update(spec=PartitionSpec(*spec))
+        return x.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
+    return _core.ShapedArray(shape, dtype)
 
 
-def runs_on_one_device(lowering_context: Any) -> bool:
-    """Whether the program being lowered is for one device, so that nothing is partitioned."""
-    axis_context = lowering_context.module_context.axis_context
-    return getattr(axis_context, "num_devices", None) == 1
+def abstract_like(arrays: Sequence[Any], shape: tuple[int, ...], dtype: Any, spec: Any) -> Any:
+    """Returns the abstract array that JAX's types would make of `arrays` taken together.
+
+    It varies over the manual mesh axes over which one of them varies, and is sharded as `spec`
+    where their mesh has explicit axes.
+    """
+    mesh = explicit_mesh(arrays)
+    types = [_core.typeof(a) for a in arrays if not isinstance(a, jax.ShapeDtypeStruct)]
+    varying = frozenset().union(*(t.mat.varying for t in types))
+    extra = {}
+    if mesh is not None:
+        extra["sharding"] = NamedSharding(mesh, spec)
+    if varying:
+        extra["manual_axis_type"] = next(t.mat for t in types if t.mat.varying).update(
+            varying=varying
+        )
+    return jax.ShapeDtypeStruct(shape, dtype, **extra)
+
+
+def explicit_mesh(arrays: Sequence[Any]) -> Any:
+    """Returns the mesh of the first array whose type has explicit axes, or None."""
+    for a in arrays:
+        if isinstance(a, jax.ShapeDtypeStruct):
+            continue
+        mesh = _core.typeof(a).sharding.mesh
+        if not mesh.empty and mesh.explicit_axes:
+            return mesh
+    return None
+
+
+def enter_auto(tree: Any, mesh: Any) -> tuple[Any, Any]:
+    """Returns (context, tree): `mesh` with its explicit axes automatic, and the arrays on it."""
+    kinds = [AxisType.Auto if t == AxisType.Explicit else t for t in mesh.axis_types]
+    auto = mesh.update(axis_types=tuple(kinds))
+    place = lambda a: jax.sharding.reshard(a, NamedSharding(auto, PartitionSpec(*[None] * a.ndim)))
+    with jax.sharding.use_abstract_mesh(auto):
+        return jax.sharding.use_abstract_mesh(auto), jax.tree.map(place, tree)
+
+
+def leave_auto(tree: Any, specs: Any, mesh: Any) -> Any:
+    """Returns arrays of `enter_auto`'s context on `mesh`, sharded by `specs`."""
+    with jax.sharding.use_abstract_mesh(mesh):
+        move = lambda a, s: jax.sharding.reshard(a, NamedSharding(mesh, s))
+        return jax.tree.map(move, tree, specs)
+
+
+def reshard_like(tree: Any, specs: Any, mesh: Any) -> Any:
+    """Moves arrays to where `specs` says, if their types say anything; else leaves them."""
+    if explicit_mesh(jax.tree.leaves(tree)) is None:
+        return tree
+    move = lambda a, s: jax.sharding.reshard(a, NamedSharding(mesh, s))
+    return jax.tree.map(move, tree, specs)
+
+
+def spec_of(x: Any) -> tuple[Any, ...]:
+    """Returns how the type of `x` says that it is sharded, an entry per axis."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return (None,) * len(x.shape)
+    spec = tuple(_core.typeof(x).sharding.spec)
+    return spec + (None,) * (len(x.shape) - len(spec))
+
+
+# ---- lowering -----------------------------------------------------------------------------------
+
+
+def is_partitioned(lowering_context: Any) -> bool:
+    """Whether the program being lowered is still to be partitioned over several devices."""
+    axes = lowering_context.module_context.axis_context
+    if hasattr(axes, "manual_axes"):  # inside shard_map, or in one partition
+        return axes.mesh.size > 1 and set(axes.manual_axes) != set(axes.mesh.axis_names)
+    return getattr(axes, "num_devices", 1) != 1
+
+
+def unplaced(lowering_context: Any) -> Any:
+    """Returns the lowering context with the shapes and dtypes of its values, without shardings."""
+    plain = lambda avals: [_core.ShapedArray(a.shape, a.dtype) for a in avals]
+    ins, outs = lowering_context.avals_in, lowering_context.avals_out
+    return lowering_context.replace(avals_in=plain(ins), avals_out=plain(outs))
+
+
+def without_mesh() -> Any:
+    """Returns a context in which arrays have no mesh, whatever the caller has set."""
+    return jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
+
+
+def lower_with_devices(primitive: Any) -> None:
+    """Declares that lowering `primitive` needs the devices, as it emits a custom_partitioning."""
+    _dispatch.prim_requires_devices_during_lowering.add(primitive)

@@ -14,7 +14,7 @@ class Atom(NamedTuple):
 
     Attributes:
       kind: "b" (stacked or batched), "k" (contracted) or "n" (kept).
-      position: sorts the atoms of one kind from major to minor; splitting (i,) gives (i, 0), (i, 1).
+      position: sorts the atoms of one kind from major to minor; (i,) splits into (i, 0), (i, 1).
       size: its length.
     """
 

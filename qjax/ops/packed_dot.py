@@ -1,8 +1,9 @@
 """packed_dot: the product of an activation with a packed weight, as a JAX primitive.
 
-Being a primitive gives it exact rules where a function would have to be traced through: it is linear
-in the activation (so jvp, grad and their compositions stay packed), it batches, it partitions over a
-mesh without gathering the weight, and its implementation is chosen when it is lowered.
+Being a primitive gives it exact rules where a function would have to be traced through: it is
+linear in the activation (so jvp, grad and their compositions stay packed), it batches, it
+partitions over a mesh without gathering the weight, and its implementation is chosen when it is
+lowered.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,7 @@ class Spec:
       out_dtype: of the result; accumulation is in float32.
       implementation: None chooses; "reference" dequantizes the whole weight, "xla" works block by
         block in plain JAX.
+      summed_over: mesh axes that hold the other parts of the contraction, inside one partition.
     """
 
     format: Format
@@ -46,6 +48,7 @@ class Spec:
     transposed: bool
     out_dtype: str
     implementation: str | None
+    summed_over: tuple[str, ...] = ()
 
     @property
     def element(self) -> numerics.Element:
@@ -137,7 +140,7 @@ def _jvp(primals, tangents, *, spec):
         )
     y = packed_dot_p.bind(*primals, spec=spec)
     if type(tangents[0]) is ad.Zero:
-        return y, ad.Zero.from_primal_value(y)
+        return y, ad.Zero.from_primal_value(y)  # pyright: ignore[reportAttributeAccessIssue]
     return y, packed_dot_p.bind(tangents[0], *primals[1:], spec=_linear(spec))
 
 
@@ -200,16 +203,22 @@ def _local(x, data, scale, *zero, spec: Spec):
 
 
 def _one(x, data, scale, zero=None, *, spec: Spec):
-    fmt, element = spec.format, spec.element
-    if fmt.activation is not None and not spec.transposed:
+    if spec.format.activation is not None and not spec.transposed:
         return _activation_quantized(x, data, scale, spec)
-    if spec.implementation == "reference":
-        return _reference(x, data, scale, zero, spec)
+    dot = _reference if spec.implementation == "reference" else _blocked
+    y = dot(x, data, scale, zero, spec).astype(spec.out_dtype)
+    # Each shard's sum is rounded to the output type, as XLA does for a sharded float dot.
+    return lax.psum(y, spec.summed_over) if spec.summed_over else y
+
+
+def _blocked(x, data, scale, zero, spec: Spec):
+    """Block by block, without the whole float weight."""
+    fmt, element = spec.format, spec.element
     is_offset = fmt.offset is not None
     K, N = spec.rows(data), data.shape[-1]
     dot = blocked.matmul_t if spec.transposed else blocked.matmul
     size = {"K": K} if spec.transposed else {}
-    y = dot(
+    return dot(
         x,
         data,
         scale,
@@ -220,7 +229,6 @@ def _one(x, data, scale, zero=None, *, spec: Spec):
         columns=fmt.group_columns or N,
         **size,
     )
-    return y.astype(spec.out_dtype)
 
 
 def _codes(data, spec: Spec):
@@ -233,25 +241,36 @@ def _reference(x, data, scale, zero, spec: Spec):
     """Equivalent to: dequantize W, then dot."""
     w = qtensor.unscaled(_codes(data, spec), scale, zero, spec.format)
     w = w.T if spec.transposed else w
-    y = jnp.dot(x.astype(jnp.float32), w, precision=lax.Precision.HIGHEST)
-    return y.astype(spec.out_dtype)
+    return jnp.dot(x.astype(jnp.float32), w, precision=lax.Precision.HIGHEST)
 
 
-def quantize_tokens(x: Float[Array, "M K"], element: str) -> tuple[Array, Float[Array, "M 1"]]:
-    """Quantizes each row of x: s = max |x| / qmax, codes = round(x / s)."""
+def quantize_tokens(
+    x: Float[Array, "M K"], element: str, axes: tuple[str, ...] = ()
+) -> tuple[Array, Float[Array, "M 1"]]:
+    """Quantizes each row of x: s = max |x| / qmax, codes = round(x / s).
+
+    Args:
+      x: activation.
+      element: what the codes are.
+      axes: mesh axes over which the rows of x are split, inside one partition.
+    """
     e = numerics.get_element(element)
     x = x.astype(jnp.float32)
     absmax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
     # 0 * x is NaN for NaN and Inf, which a max or a cast to int8 would hide.
-    scale = absmax / e.qmax + jnp.sum(x * 0.0, axis=-1, keepdims=True)
+    poison = jnp.sum(x * 0.0, axis=-1, keepdims=True)
+    if axes:
+        absmax, poison = lax.pmax(absmax, axes), lax.psum(poison, axes)
+    scale = absmax / e.qmax + poison
     safe = jnp.where(scale == 0, 1.0, scale)
     return numerics.encode(x / safe, e), scale
 
 
 def _activation_quantized(x, data, scale, spec: Spec):
-    """y = s_x * sum_g (xq @ q)_g * scale_g, the inner product exact in int32 (or of FP8 values)."""
+    """Returns s_x * sum_g (xq @ q)_g * scale_g; the inner product is exact in int32 or of FP8."""
     fmt = spec.format
-    xq, sx = quantize_tokens(x, fmt.activation)  # pyright: ignore[reportArgumentType]
+    assert fmt.activation is not None
+    xq, sx = quantize_tokens(x, fmt.activation, spec.summed_over)
     K, N = spec.rows(data), data.shape[-1]
     if fmt.activation == "int8":
         q = packing.unpack(data, spec.element.bits, spec.pad) if spec.element.is_packed else data
@@ -271,65 +290,158 @@ def _activation_quantized(x, data, scale, spec: Spec):
         (((2,), (1,)), ((1,), (0,))),
         preferred_element_type=accumulator,
     )  # [G, M, N]
+    if spec.summed_over and G == 1:  # one scale for all of K: the integers add up exactly
+        parts = lax.psum(parts, spec.summed_over)
     columns = 1 if C == 1 else fmt.group_columns or 1
     wide = jnp.repeat(scale, columns, axis=-1)[:, :N] if columns > 1 else scale
     y = sx * jnp.sum(parts.astype(jnp.float32) * wide[:, None, :], axis=0)
+    if spec.summed_over and G > 1:  # every shard has groups of its own
+        y = lax.psum(y, spec.summed_over)
     return y.astype(spec.out_dtype)
 
 
+# ---- partitioning -------------------------------------------------------------------------------
+
+
+class _Shapes(NamedTuple):
+    """Sizes that decide how a packed_dot splits over a mesh.
+
+    Attributes:
+      n_lead, n_tokens: leading axes of the weight, token axes of x.
+      K, N: of the weight.
+      rows: rows of the packed codes.
+      G, C: of the scales.
+      k_parts, n_parts: K and N split into any divisor of this number of parts. K in whole groups
+        and whole packing units, N in whole column blocks; 1 where the storage cannot be cut.
+      has_zero: whether there are zero points or offsets.
+    """
+
+    n_lead: int
+    n_tokens: int
+    K: int
+    N: int
+    rows: int
+    G: int
+    C: int
+    k_parts: int
+    n_parts: int
+    has_zero: bool
+
+
+def _shapes(spec: Spec, x: Any, data: Any, scale: Any, has_zero: bool) -> _Shapes:
+    fmt, element = spec.format, spec.element
+    n_lead = len(data.shape) - 2
+    K, N, (G, C) = spec.rows(data), data.shape[-1], scale.shape[-2:]
+    units = K // packing.unit(element.bits) if element.is_packed else K
+    k_parts = 1 if spec.pad else units
+    if G > 1:
+        k_parts = math.gcd(k_parts, G) if G * (fmt.group_size or K) == K else 1
+    n_parts = N
+    if C > 1:
+        n_parts = C if C * (fmt.group_columns or N) == N else 1
+    n_tokens = len(x.shape) - n_lead - 1
+    return _Shapes(n_lead, n_tokens, K, N, data.shape[-2], G, C, k_parts, n_parts, has_zero)
+
+
+def _rule(s: _Shapes, transposed: bool) -> tuple[str, dict[str, int]]:
+    """Returns the Shardy rule and its factor sizes.
+
+    K, the packed rows and the groups differ in number; they share the factor k, of which each shard
+    holds a part: K = (k p), rows = (k r), G = (k g). In the same way N = (n w) and C = n.
+    """
+    sizes: dict[str, int] = {}
+
+    def axis(shared: str, parts: int, own: str, size: int) -> str:
+        if parts == 1 or size == 1:
+            return own
+        if size == parts:
+            return shared
+        sizes.update({shared: parts, own: size // parts})
+        return f"({shared} {own})"
+
+    lead = [f"b{i}" for i in range(s.n_lead)]
+    tokens = [f"m{i}" for i in range(s.n_tokens)]
+    K, rows = axis("k", s.k_parts, "p", s.K), axis("k", s.k_parts, "r", s.rows)
+    N = axis("n", s.n_parts, "w", s.N)
+    scale = [*lead, axis("k", s.k_parts, "g", s.G), axis("n", s.n_parts, "c", s.C)]
+    if s.n_parts == 1:
+        N = "n"  # whole blocks of columns do not divide N, but x, data and y may still agree
+    inner, outer = (N, K) if transposed else (K, N)
+    operands = [[*lead, *tokens, inner], [*lead, rows, N], scale] + [scale] * s.has_zero
+    for shared in "kn":  # sizes are only for factors that are nowhere a whole axis
+        if any(shared in operand for operand in operands):
+            sizes.pop(shared, None)
+    text = ", ".join(" ".join(o) for o in operands) + " -> " + " ".join([*lead, *tokens, outer])
+    return text, sizes
+
+
 @functools.lru_cache(maxsize=4096)
-def _partitioned(spec: Spec, n_lead: int, n_tokens: int, has_zero: bool):
+def _partitioned(spec: Spec, shapes: _Shapes):
     """Returns `_local` with a rule that says how it shards.
 
     Leading axes, tokens and output features shard freely. The contraction shards if every shard
     holds whole groups and whole bytes; then each computes a partial sum and one all-reduce adds
-    them. Otherwise the packed codes (never floats) are gathered along it.
+    them. Where tokens and weight are split over the same mesh axis, the one that is more bytes
+    stays: either the packed codes are gathered (never floats), or the activations are.
     """
-    local = functools.partial(_local, spec=spec)
+    local = jax.jit(functools.partial(_local, spec=spec))
+    # Inside `jit`, as custom_partitioning takes no function with array constants of its own.
     function = custom_partitioning(lambda *args: local(*args))
+    n_lead = shapes.n_lead
 
     def partition(mesh, arg_shapes, result_shape):
-        def axes_of(shape_and_sharding):
-            spec_ = tuple(shape_and_sharding.sharding.spec)
-            return list(spec_) + [None] * (len(shape_and_sharding.shape) - len(spec_))
+        def axes_of(a):
+            # Without a mesh in the whole program there is nothing to split over.
+            entries = tuple(getattr(a.sharding, "spec", ()))
+            return [_names(e) for e in entries] + [()] * (len(a.shape) - len(entries))
 
-        x, data, scale = arg_shapes[0], arg_shapes[1], arg_shapes[2]
-        lead = axes_of(data)[:n_lead]
-        x_axes, (k, n) = axes_of(x), axes_of(data)[n_lead:]
-        tokens = x_axes[n_lead:-1]
-        k, n = _agree(mesh, spec, data.shape, scale.shape, k, n)
-        taken = {a for e in (*lead, k, n) for a in _names(e)}
-        tokens = [e if not taken & set(_names(e)) else None for e in tokens]
-        G, C = scale.shape[-2:]
-        scale_axes = (*lead, k if G > 1 else None, n if C > 1 else None)
-        inner, outer = (n, k) if spec.transposed else (k, n)
+        x, data, y = axes_of(arg_shapes[0]), axes_of(arg_shapes[1]), axes_of(result_shape)
+        taken: set[str] = set()
+
+        def take(parts: int, *candidates: tuple[str, ...]) -> tuple[str, ...]:
+            """The first candidate's longest prefix of unused mesh axes that splits `parts`."""
+            for names in candidates:
+                names = tuple(a for a in names if a not in taken)
+                while names and parts % math.prod(mesh.shape[a] for a in names):
+                    names = names[:-1]
+                if names:
+                    taken.update(names)
+                    return names
+            return ()
+
+        sizes = [a.shape for a in arg_shapes]
+        lead = [take(sizes[1][i], data[i], x[i], y[i]) for i in range(n_lead)]
+        ends = (x[-1], y[-1]) if not spec.transposed else (y[-1], x[-1])
+        # A replicated weight costs nothing to split as its operands are.
+        k_wanted = [data[n_lead], ends[0]]
+        n_wanted = [data[n_lead + 1], ends[1]]
+        tokens = list(zip(x[n_lead:-1], y[n_lead:-1], sizes[0][n_lead:-1], strict=True))
+        weight_bytes = sum(math.prod(a.shape) * a.dtype.itemsize for a in arg_shapes[1:])
+        moved = (arg_shapes[0], result_shape)
+        token_bytes = sum(math.prod(a.shape) * a.dtype.itemsize for a in moved)
+        split = lambda: [take(size, x_, y_) for x_, y_, size in tokens]
+        if weight_bytes <= token_bytes:
+            m = split()
+            k, n = take(shapes.k_parts, *k_wanted), take(shapes.n_parts, *n_wanted)
+        else:
+            k, n = take(shapes.k_parts, *k_wanted), take(shapes.n_parts, *n_wanted)
+            m = split()
 
         def named(*entries):
-            return NamedSharding(mesh, PartitionSpec(*entries))
+            return NamedSharding(mesh, PartitionSpec(*(e or None for e in entries)))
 
-        args = [named(*lead, *tokens, inner), named(*lead, k, n), named(*scale_axes)]
-        if has_zero:
-            args.append(named(*scale_axes))
+        inner, outer = (n, k) if spec.transposed else (k, n)
+        scale = named(*lead, k if shapes.G > 1 else (), n if shapes.C > 1 else ())
+        args = [named(*lead, *m, inner), named(*lead, k, n), scale] + [scale] * shapes.has_zero
+        one = dataclasses.replace(spec, summed_over=inner)
 
-        def run(*args):
-            y = local(*args)
-            # Partial sums of a sharded contraction.
-            return lax.psum(y, _names(inner)) if inner is not None else y
+        def run(*args):  # the primitive again, as its lowering ignores the mesh of the caller
+            return packed_dot_p.bind(*args, spec=one)
 
-        return mesh, run, named(*lead, *tokens, outer), tuple(args)
+        return mesh, run, named(*lead, *m, outer), tuple(args)
 
-    b = [f"b{i}" for i in range(n_lead)]
-    m = [f"m{i}" for i in range(n_tokens)]
-    k_of = "n" if spec.transposed else "k"
-    y_of = "k" if spec.transposed else "n"
-    # Packed rows, groups and rows differ in number, so to the propagation they are factors of their
-    # own; `partition` brings them together.
-    terms = [[*b, *m, k_of], [*b, "r", "n"], [*b, "g", "c"]]
-    if has_zero:
-        terms.append([*b, "g", "c"])
-    result = [*b, *m, y_of]
-    rule = ", ".join(" ".join(t) for t in terms) + " -> " + " ".join(result)
-    function.def_partition(partition=partition, sharding_rule=rule)
+    rule, factors = _rule(shapes, spec.transposed)
+    function.def_partition(partition=partition, sharding_rule=rule, **factors)  # pyright: ignore[reportArgumentType]
     return function
 
 
@@ -337,35 +449,33 @@ def _names(entry: Any) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def _agree(mesh, spec: Spec, data_shape, scale_shape, k, n):
-    """Returns the mesh axes over which K and N of the weight can be split, or None."""
-    fmt = spec.format
-    K, N = data_shape[-2] * 8 // spec.element.bits - spec.pad, data_shape[-1]
-    G, C = scale_shape[-2:]
-
-    def parts(entry):
-        return math.prod(mesh.shape[a] for a in _names(entry))
-
-    whole_k = spec.pad == 0 and (G == 1 or (K == G * (fmt.group_size or K) and G % parts(k) == 0))
-    if not whole_k or data_shape[-2] % parts(k):
-        k = None
-    whole_n = C == 1 or (N == C * (fmt.group_columns or N) and C % parts(n) == 0)
-    if not whole_n or N % parts(n):
-        n = None
-    return k, n
-
-
-def _lower(ctx, x, data, *rest, spec):
-    data_aval, x_aval = ctx.avals_in[1], ctx.avals_in[0]
-    n_lead = data_aval.ndim - 2
-    if _compat.runs_on_one_device(ctx):
-        run = functools.partial(_local, spec=spec)
-    else:
-        run = _partitioned(spec, n_lead, x_aval.ndim - n_lead - 1, len(rest) == 2)
-    return mlir.lower_fun(run, multiple_results=False)(ctx, x, data, *rest)
+def _lower(ctx, x, data, scale, *zero, spec):
+    ctx = _compat.unplaced(ctx)
+    run = functools.partial(_local, spec=spec)
+    if _compat.is_partitioned(ctx):
+        x_aval, data_aval, scale_aval = ctx.avals_in[:3]
+        run = _partitioned(spec, _shapes(spec, x_aval, data_aval, scale_aval, bool(zero)))
+    with _compat.without_mesh():
+        return mlir.lower_fun(run, multiple_results=False)(ctx, x, data, scale, *zero)
 
 
 mlir.register_lowering(packed_dot_p, _lower)
+_compat.lower_with_devices(packed_dot_p)
+
+
+def as_dot_general(x, data, scale, *zero, spec: Spec) -> tuple[Any, tuple, dict]:
+    """Returns (primitive, abstract operands, parameters) of the float dot it stands for."""
+    n_lead = len(data.shape) - 2
+    w = jax.ShapeDtypeStruct((*data.shape[:-2], spec.rows(data), data.shape[-1]), x.dtype)
+    lead = tuple(range(n_lead))
+    contracting = ((len(x.shape) - 1,), (n_lead + spec.transposed,))
+    params = {
+        "dimension_numbers": (contracting, (lead, lead)),
+        "precision": None,
+        "preferred_element_type": jnp.dtype(spec.out_dtype),
+        "out_sharding": None,
+    }
+    return lax.dot_general_p, (x, w), params
 
 
 def describe(fmt: Format, form: str, implementation: str | None) -> str:

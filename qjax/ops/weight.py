@@ -1,21 +1,24 @@
-"""Operations of a JAX function on a packed weight seen through a View: dot, gather, conv, slices."""
+"""Operations of a JAX function on a packed weight seen through a View: dot, gather, conv, slice."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from qjax import numerics, packing, qtensor
+from qjax import _compat, numerics, packing, qtensor
 from qjax.ops.packed_dot import packed_dot
 from qjax.qtensor import QTensor
-from qjax.view import Atom, Contraction, View, view_of
+from qjax.view import Atom, Contraction, View, contraction, view_of
 
 
 def as_view(qt: QTensor, name: str) -> View:
@@ -29,6 +32,26 @@ def materialize(view: View) -> Array:
     qt: QTensor = view.payload
     w = qtensor.dequantize_canonical(qt).astype(view.dtype)
     return rearrange_from_stored(w, view)
+
+
+def partition(view: View) -> PartitionSpec:
+    """Returns how the types of the stored arrays say that the view is sharded.
+
+    Only meshes with explicit axes have that in their types. An axis of the view counts as sharded
+    if its major atom is the major part of a sharded stored axis.
+    """
+    *lead, k, n = _compat.spec_of(view.payload.data)
+    major = {kind: atoms[0] for kind in "kn" if (atoms := view.atoms(kind))}
+    entries: list[Any] = []
+    for dim in view.dims:
+        entry = None
+        if dim and dim[0].kind == "b":
+            axis = lead_axis(view, dim[0])
+            entry = None if axis is None else lead[axis]
+        elif dim and dim[0] == major[dim[0].kind]:
+            entry = k if dim[0].kind == "k" else n
+        entries.append(entry)
+    return PartitionSpec(*entries)
 
 
 def rearrange_from_stored(w: Array, view: View) -> Array:
@@ -117,13 +140,78 @@ def dot_general(
     return y.reshape(*batch_shape, *shape)
 
 
+# ---- convolution --------------------------------------------------------------------------------
+
+
+def is_pointwise(view: View, params: dict) -> bool:
+    """Whether a convolution is a product at every position: a 1x1 kernel without groups."""
+    _, into, *spatial = params["dimension_numbers"].rhs_spec
+    return (
+        all(view.shape[i] == 1 for i in spatial)
+        and params["feature_group_count"] == params["batch_group_count"] == 1
+        and all(d == 1 for d in params["lhs_dilation"])
+        and all(tuple(p) == (0, 0) for p in params["padding"])
+        and contraction(view, (into,), ()) is not None
+    )
+
+
+def pointwise_conv(
+    x: Array, view: View, params: dict, *, out_dtype: Any, implementation: str | None
+) -> Array:
+    """`lax.conv_general_dilated` with a kernel that `is_pointwise`, as a packed product."""
+    numbers = params["dimension_numbers"]
+    features, spatial = numbers.lhs_spec[1], numbers.lhs_spec[2:]
+    for axis, stride in zip(spatial, params["window_strides"], strict=True):
+        x = lax.slice_in_dim(x, 0, None, stride, axis=axis)
+    out, into, *ones = numbers.rhs_spec
+    kernel = view.squeeze(ones)
+    w_contracting = (0,) if into < out else (1,)
+    how = contraction(kernel, w_contracting, ())
+    assert how is not None
+    y = dot_general(
+        x,
+        kernel,
+        how,
+        x_contracting=(features,),
+        x_batch=(),
+        w_contracting=w_contracting,
+        w_batch=(),
+        weight_first=False,
+        out_dtype=out_dtype,
+        implementation=implementation,
+    )
+    # y has the axes of x without its features, then the output features.
+    kept = [i for i in range(x.ndim) if i != features]
+    source = {kept.index(numbers.lhs_spec[0]): numbers.out_spec[0], x.ndim - 1: numbers.out_spec[1]}
+    source |= {kept.index(a): b for a, b in zip(spatial, numbers.out_spec[2:], strict=True)}
+    return y.transpose(sorted(source, key=source.__getitem__))
+
+
+def conv(x: Array, view: View, params: dict) -> Array:
+    """`lax.conv_general_dilated` with a kernel that is dequantized for it.
+
+    Derivatives dequantize it again rather than keep the float kernel.
+    """
+    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers",
+             "feature_group_count", "batch_group_count", "precision",
+             "preferred_element_type")  # fmt: skip
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def run(x, payload):
+        kernel = materialize(view.with_payload(payload))
+        return lax.conv_general_dilated(x, kernel, **{name: params[name] for name in names})
+
+    return run(x, view.payload)
+
+
 # ---- parts of a weight --------------------------------------------------------------------------
 
 
 def take_axis(view: View, axis: int, take: Any, size: int) -> View | None:
     """Keeps part of one axis, still packed; None if the storage cannot be cut there.
 
-    Stacked axes can always be cut, N where every column has scales of its own.
+    Stacked axes can always be cut, N where every column has scales of its own. A single entry of N
+    is None too: `lookup` reads it.
 
     Args:
       take: function (array, array axis) -> array that cuts the axis, e.g. a slice.
@@ -136,7 +224,7 @@ def take_axis(view: View, axis: int, take: Any, size: int) -> View | None:
     stored = lead_axis(view, atom)
     if stored is not None:
         payload = jax.tree.map(lambda a: take(a, stored), qt)
-    elif atom.kind == "n" and len(view.atoms("n")) == 1 and _per_column(qt):
+    elif atom.kind == "n" and size > 1 and len(view.atoms("n")) == 1 and _per_column(qt):
         payload = jax.tree.map(lambda a: take(a, a.ndim - 1), qt)
     else:
         return None
@@ -150,7 +238,7 @@ def _per_column(qt: QTensor) -> bool:
 
 
 def lead_axis(view: View, atom: Atom) -> int | None:
-    """Returns the axis of the stored arrays that is `atom`; None unless it is a whole leading one."""
+    """Returns the axis of the stored arrays that is `atom`; None if it is no whole leading one."""
     if atom.kind != "b":
         return None
     rank = view.atoms("b").index(atom)
@@ -194,15 +282,16 @@ def lookup(view: View, axis: int, indices: Array, mode: Any, fill_value: Any) ->
 def _lookup_stacked(view: View, axis: int, indices: Array, valid: Any, fill_value: Any) -> Any:
     (atom,) = view.dims[axis]
     stored = lead_axis(view, atom)
+    assert stored is not None
     flat = indices.reshape(-1)
     qt: QTensor = jax.tree.map(lambda a: jnp.take(a, flat, axis=stored, mode="clip"), view.payload)
     if valid is not None:
         # What lies outside is NaN: so is its scale. Only a plain float scale can say that.
         plain = not isinstance(qt.scale, QTensor) and jnp.issubdtype(qt.scale.dtype, jnp.floating)
-        if fill_value is not None or not plain:
+        if not plain or not (fill_value is None or np.isnan(fill_value)):
             return None
         shape = [1] * qt.scale.ndim
-        shape[stored] = -1  # pyright: ignore
+        shape[stored] = flat.size
         bad = jnp.where(valid.reshape(shape), 1.0, jnp.nan).astype(qt.scale.dtype)
         qt = dataclasses.replace(qt, scale=qt.scale * bad)
     dim = (Atom("b", atom.position, flat.size),) if flat.size > 1 else ()
@@ -230,7 +319,6 @@ def gather_rows(view: View, axis: int, indices: Array) -> Array | None:
     if list(atoms) != view.atoms(kind):
         return None
     flat = indices.reshape(-1)
-    K, N = qt.canonical_shape
     scale, zero = qtensor.read_scales(qt)
     if kind == "n":
         columns = qt.format.group_columns

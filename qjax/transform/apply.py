@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
-from qjax import sharding
+from qjax import _compat, sharding
 from qjax.ops import packed_dot, weight
 from qjax.qtensor import is_qtensor
 from qjax.transform import walk
@@ -78,7 +79,51 @@ class _Packed(walk.Handler):
 
     def materialize(self, view, primitive, why):
         self.record(view, primitive, f"dequantized: {why}")
-        return weight.materialize(view)
+        shape = _compat.abstract_like(
+            jax.tree.leaves(view.payload), view.shape, view.dtype, weight.partition(view)
+        )
+        return self.placed(weight.materialize, view, [], shape)
+
+    def placed(self, run, view, arrays, out):
+        # Where shardings are part of the types, the weight is taken out of them: how packed data
+        # splits is for `packed_dot` to say, not for the types of its reshapes.
+        mesh = _compat.explicit_mesh([*jax.tree.leaves(view.payload), *arrays])
+        if mesh is None:
+            return run(view, *arrays)
+        context, (payload, arrays) = _compat.enter_auto((view.payload, list(arrays)), mesh)
+        with context:
+            result = run(view.with_payload(payload), *arrays)
+        if isinstance(result, View):
+            # Leading axes may have gone or come; K and N are where they were.
+            def back(a, was):
+                spec = [None] * (a.ndim - 2) + list(_compat.spec_of(was)[-2:])
+                return PartitionSpec(*spec)
+
+            specs = jax.tree.map(back, result.payload, view.payload)
+            return result.with_payload(_compat.leave_auto(result.payload, specs, mesh))
+        if result is None:
+            return None
+        return _compat.leave_auto(result, out.sharding.spec, mesh)
+
+    def reshard(self, view, sharding):
+        spec = tuple(sharding.spec) + (None,) * (view.ndim - len(sharding.spec))
+        sharded = _shard(view, spec, sharding.mesh)
+        if sharded is None:
+            return None
+        move = lambda a, s: jax.sharding.reshard(a, NamedSharding(sharding.mesh, s))
+        return view.with_payload(jax.tree.map(move, view.payload, sharded[0]))
+
+    def checkpoint_policy(self, policy):
+        """Asks about a packed product as about the `dot_general` that it stands for."""
+        if policy is None:
+            return None
+
+        def as_dot(primitive, *avals, **params):
+            if primitive is packed_dot.packed_dot_p:
+                primitive, avals, params = packed_dot.as_dot_general(*avals, **params)
+            return policy(primitive, *avals, **params)
+
+        return as_dot
 
     def dot_general(self, view, x, how, *, weight_first, x_axes, w_axes, params):
         name = "x @ W" if how.form == "forward" else "x @ Wᵀ"
@@ -100,6 +145,17 @@ class _Packed(walk.Handler):
             implementation=self.implementation,
         )
 
+    def conv(self, view, x, params):
+        out_dtype = params["preferred_element_type"] or jnp.result_type(x.dtype, view.dtype)
+        if weight.is_pointwise(view, params):
+            chosen = packed_dot.describe(view.payload.format, "forward", self.implementation)
+            self.record(view, "conv_general_dilated", "x @ W at every position", chosen)
+            return weight.pointwise_conv(
+                x, view, params, out_dtype=out_dtype, implementation=self.implementation
+            )
+        self.record(view, "conv_general_dilated", "x * W", "kernel dequantized in the op")
+        return weight.conv(x, view, params)
+
     def ragged_dot(self, view, x, group_sizes, params):
         out_dtype = params["preferred_element_type"] or jnp.result_type(x.dtype, view.dtype)
         out = weight.ragged_dot(
@@ -112,7 +168,9 @@ class _Packed(walk.Handler):
     def gather(self, view, axis, indices, params):
         out = weight.lookup(view, axis, indices, params["mode"], params["fill_value"])
         if out is not None:
-            self.record(view, "gather", "experts picked" if isinstance(out, View) else "rows looked up")
+            self.record(
+                view, "gather", "experts picked" if isinstance(out, View) else "rows looked up"
+            )
         return out
 
     def take_axis(self, view, axis, take, size):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax import _compat
+from qjax.ops import weight
 from qjax.paths import path_str
 from qjax.qtensor import is_qtensor
 
@@ -48,9 +49,10 @@ def _is_array(x: Any) -> bool:
 
 
 def _logical(leaf: Any) -> Any:
-    if is_qtensor(leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(leaf.dtype))
-    return leaf
+    if not is_qtensor(leaf):
+        return leaf
+    spec = weight.partition(weight.as_view(leaf, ""))
+    return _compat.abstract_like(jax.tree.leaves(leaf), leaf.shape, jnp.dtype(leaf.dtype), spec)
 
 
 def trace(fn: Callable, call: Call) -> tuple[Any, list[Any], Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
@@ -34,6 +36,10 @@ class Handler:
     ) -> Any:  # fmt: skip
         return None
 
+    def placed(self, run: Callable, view: View, arrays: Sequence[Any], out: Any) -> Any:
+        """Calls `run(view, *arrays)`, whose result stands for one of the abstract type `out`."""
+        return run(view, *arrays)
+
     def conv(self, view: View, x: Any, params: dict) -> Any:
         return None
 
@@ -41,7 +47,11 @@ class Handler:
         return None
 
     def gather(self, view: View, axis: int, indices: Any, params: dict) -> Any:
-        """Looks up entries of one axis; returns [*indices.shape, *other axes]."""
+        """Looks up entries of one axis; returns [*indices.shape, *other axes].
+
+        Args:
+          params: with "mode" and "fill_value", as for `lax.gather`.
+        """
         return None
 
     def take_axis(self, view: View, axis: int, take: Callable, size: int) -> View | None:
@@ -50,6 +60,18 @@ class Handler:
     def unstack(self, view: View) -> bool:
         """Whether the leading axis of the view is the leading axis of every stored array."""
         return False
+
+    def rebind(self, view: View, bind: Callable) -> View | None:
+        """Applies an operation that leaves values alone to all stored arrays."""
+        return view.with_payload(jax.tree.map(bind, view.payload))
+
+    def reshard(self, view: View, sharding: Any) -> View | None:
+        """Moves the stored arrays to where `sharding` has the logical array."""
+        return None
+
+    def checkpoint_policy(self, policy: Any) -> Any:
+        """Returns a `jax.checkpoint` policy for what the handler makes of the operations."""
+        return policy
 
     def shard(self, view: View, spec: PartitionSpec, mesh: Any) -> tuple[Any, View] | None:
         """Returns PartitionSpecs for the stored arrays, and the view of one shard."""
@@ -97,9 +119,7 @@ def evaluate_closed(handler: Handler, jaxpr: Any, args: Sequence[Any]) -> list[A
 
 
 def _arrays(handler: Handler, values: Sequence[Any], primitive: str, why: str) -> list[Any]:
-    return [
-        handler.materialize(v, primitive, why) if isinstance(v, View) else v for v in values
-    ]
+    return [handler.materialize(v, primitive, why) if isinstance(v, View) else v for v in values]
 
 
 def _fall_back(handler, eqn, values, why=None):
@@ -108,7 +128,7 @@ def _fall_back(handler, eqn, values, why=None):
     return _compat.bind(eqn, _arrays(handler, values, name, why))
 
 
-# ---- moves ----------------------------------------------------------------------------------------
+# ---- moves ---------------------------------------------------------------------------------------
 
 
 def _move(move):
@@ -132,11 +152,27 @@ def _reshape(view, params):
 
 def _convert(view, params):
     dtype = params["new_dtype"]
-    return view.astype(dtype) if jax.numpy.issubdtype(dtype, jax.numpy.floating) else None
+    return view.astype(dtype) if jnp.issubdtype(dtype, jnp.floating) else None
 
 
 def _same(view, params):
     return view
+
+
+def _rebind(handler, eqn, values):
+    """Operations on all operands at once that change types, not values."""
+    out = [
+        handler.rebind(v, lambda a: _compat.bind(eqn, [a])[0])
+        if isinstance(v, View)
+        else _compat.bind(eqn, [v])[0]
+        for v in values
+    ]
+    return out if all(v is not None for v in out) else _fall_back(handler, eqn, values)
+
+
+def _reshard(handler, eqn, values):
+    out = handler.reshard(values[0], eqn.params["dst_sharding"])
+    return [out] if out is not None else _fall_back(handler, eqn, values)
 
 
 def _barrier(handler, eqn, values):
@@ -148,37 +184,66 @@ def _slice(handler, eqn, values):
     (view,) = values
     p = eqn.params
     strides = p["strides"] or (1,) * view.ndim
-    for axis, (start, limit, stride) in enumerate(
-        zip(p["start_indices"], p["limit_indices"], strides, strict=True)
-    ):
+    cuts = []
+    for start, limit, stride in zip(p["start_indices"], p["limit_indices"], strides, strict=True):
         size = -(-(limit - start) // stride)
-        if size == view.shape[axis]:
-            continue
+        cuts.append((start, size, functools.partial(_slice_in_dim, start, limit, stride)))
+    return _cut(handler, eqn, values, cuts)
 
-        def cut(a, i, start=start, limit=limit, stride=stride):
-            return lax.slice_in_dim(a, start, limit, stride, axis=i)
 
-        view = handler.take_axis(view, axis, cut, size)
-        if view is None:
-            return _fall_back(handler, eqn, values, "this slice would cut packed data")
-    return [view]
+def _slice_in_dim(start, limit, stride, a, axis):
+    return lax.slice_in_dim(a, start, limit, stride, axis=axis)
 
 
 def _dynamic_slice(handler, eqn, values):
     view, *starts = values
     if any(isinstance(s, View) for s in starts) or not isinstance(view, View):
         return _fall_back(handler, eqn, values)
-    for axis, (start, size) in enumerate(zip(starts, eqn.params["slice_sizes"], strict=True)):
-        if size == view.shape[axis]:
+    cuts = [
+        (start, size, functools.partial(_dynamic_slice_in_dim, start, size))
+        for start, size in zip(starts, eqn.params["slice_sizes"], strict=True)
+    ]
+    return _cut(handler, eqn, values, cuts)
+
+
+def _dynamic_slice_in_dim(start, size, a, axis):
+    return lax.dynamic_slice_in_dim(a, start, size, axis=axis)
+
+
+def _cut(handler, eqn, values, cuts):
+    """Cuts the axes of a view; `cuts` has (start, size, cut(array, axis)) for each.
+
+    A single entry of an axis that cannot stay packed is looked up.
+    """
+    out = values[0]
+    for axis, (start, size, cut) in enumerate(cuts):
+        if size == out.shape[axis]:
             continue
-
-        def cut(a, i, start=start, size=size):
-            return lax.dynamic_slice_in_dim(a, start, size, axis=i)
-
-        view = handler.take_axis(view, axis, cut, size)
-        if view is None:
+        if not isinstance(out, View):
+            out = cut(out, axis)
+            continue
+        part = handler.take_axis(out, axis, cut, size)
+        if part is None and size == 1:
+            index = jnp.clip(start, 0, out.shape[axis] - 1)
+            params = {"mode": lax.GatherScatterMode.PROMISE_IN_BOUNDS, "fill_value": None}
+            part = handler.gather(out, axis, index, params)
+            part = None if part is None else jnp.expand_dims(part, axis)
+        if part is None:
             return _fall_back(handler, eqn, values, "this slice would cut packed data")
-    return [view]
+        out = part
+    return [out]
+
+
+def _split_axis(handler, eqn, values):
+    (view,) = values
+    axis, out, start = eqn.params["axis"], [], 0
+    for size in eqn.params["sizes"]:
+        cut = functools.partial(_slice_in_dim, start, start + size, 1)
+        out.append(view if size == view.shape[axis] else handler.take_axis(view, axis, cut, size))
+        start += size
+    if any(part is None for part in out):
+        return _fall_back(handler, eqn, values, "this split would cut packed data")
+    return out
 
 
 # ---- contractions and lookups -------------------------------------------------------------------
@@ -201,9 +266,13 @@ def _dot_general(handler, eqn, values):
     if how is None:
         why = "it contracts neither all of K nor all of N of the weight"
         return _fall_back(handler, eqn, values, why)
-    out = handler.dot_general(
-        view, x, how, weight_first=weight_first, x_axes=x_axes, w_axes=w_axes, params=eqn.params
-    )
+
+    def run(view, x):
+        return handler.dot_general(
+            view, x, how, weight_first=weight_first, x_axes=x_axes, w_axes=w_axes, params=eqn.params
+        )
+
+    out = handler.placed(run, view, [x], eqn.outvars[0].aval)
     return [out] if out is not None else _fall_back(handler, eqn, values)
 
 
@@ -217,7 +286,8 @@ def _size(view):
 def _conv(handler, eqn, values):
     x, w = values
     if isinstance(w, View) and not isinstance(x, View):
-        out = handler.conv(w, x, eqn.params)
+        run = lambda w, x: handler.conv(w, x, eqn.params)
+        out = handler.placed(run, w, [x], eqn.outvars[0].aval)
         if out is not None:
             return [out]
     return _fall_back(handler, eqn, values)
@@ -235,7 +305,8 @@ def _ragged_dot(handler, eqn, values):
         and tuple(numbers.rhs_group_dimensions) == (0,)
         and eqn.params.get("group_offset") is None
     )
-    out = handler.ragged_dot(w, x, group_sizes, eqn.params) if plain else None
+    run = lambda w, x, sizes: handler.ragged_dot(w, x, sizes, eqn.params)
+    out = handler.placed(run, w, [x, group_sizes], eqn.outvars[0].aval) if plain else None
     return [out] if out is not None else _fall_back(handler, eqn, values)
 
 
@@ -257,21 +328,23 @@ def _gather(handler, eqn, values):
         or view.shape[axes[0]] == 1
     ):
         return _fall_back(handler, eqn, values, "this gather is no lookup along one whole axis")
-    out = handler.gather(view, axes[0], indices[..., 0], p)
-    if out is None:
-        return _fall_back(handler, eqn, values, "this lookup would cut packed data")
     # [*indices, *others] -> the offset axes stand where the dimension numbers say.
-    n_batch = indices.ndim - 1
     offset = list(numbers.offset_dims)
-    ndim = n_batch + len(offset)
+    ndim = indices.ndim - 1 + len(offset)
     batch = [i for i in range(ndim) if i not in offset]
     source = {position: i for i, position in enumerate([*batch, *offset])}
-    if isinstance(out, View):
-        return [out.transpose([source[i] for i in range(ndim)])]
-    return [lax.transpose(out, [source[i] for i in range(ndim)])]
+
+    def run(view, indices):
+        out = handler.gather(view, axes[0], indices[..., 0], p)
+        return None if out is None else out.transpose([source[i] for i in range(ndim)])
+
+    out = handler.placed(run, view, [indices], eqn.outvars[0].aval)
+    if out is None:
+        return _fall_back(handler, eqn, values, "this lookup would cut packed data")
+    return [out]
 
 
-# ---- higher-order operations ----------------------------------------------------------------------
+# ---- higher-order operations ---------------------------------------------------------------------
 
 
 def _call(key):
@@ -308,7 +381,8 @@ def _remat(handler, eqn, values):
         return _out_arrays(handler, out, "checkpoint")
 
     p = eqn.params
-    return jax.checkpoint(body, prevent_cse=p["prevent_cse"], policy=p["policy"])(*arrays)
+    policy = handler.checkpoint_policy(p["policy"])
+    return jax.checkpoint(body, prevent_cse=p["prevent_cse"], policy=policy)(*arrays)
 
 
 def _scan(handler, eqn, values):
@@ -416,7 +490,7 @@ def _shard_map(handler, eqn, values):
                 value = handler.materialize(value, "shard_map", why)
             else:
                 spec, local = sharded
-                value = value.payload
+                value = _compat.reshard_like(value.payload, spec, mesh)
         operands.append(value)
         specs.append(spec)
         locals_.append(local)
@@ -452,9 +526,12 @@ _RULES: dict[str, Callable] = {
     "copy_p": _move(_same),
     # The stored arrays keep the sharding they came with.
     "sharding_constraint": _move(_same),
+    "reshard": _reshard,
+    "pvary": _rebind,
     "optimization_barrier": _barrier,
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
+    "split": _split_axis,
     "dot_general": _dot_general,
     "conv_general_dilated": _conv,
     "ragged_dot_general": _ragged_dot,
