@@ -140,9 +140,8 @@ def _decode(name: str, policies: list[str], repeats: int) -> list[Decoding]:
 
     chosen = {policy: qjax.Policy.of(policy) for policy in policies}
     run = models.open_runner(name)
+    models.check_float(run, name)
     params = run.loaded.params
-    if models.is_packed(params):
-        raise ValueError(f"{name}: is quantized already; give the float model and --policy.")
     trees = {"float": params}
     for policy_name, policy in chosen.items():
         with step(f"Quantizing by {policy_name}"):

@@ -101,9 +101,11 @@ def total_nbytes(params: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
-def is_packed(params: Any) -> bool:
+def check_float(r: Runner, name: str) -> None:
+    """Refuses a model that is quantized already."""
     import jax
 
     from qjax import is_qtensor
 
-    return any(map(is_qtensor, jax.tree.leaves(params, is_leaf=is_qtensor)))
+    if any(map(is_qtensor, jax.tree.leaves(r.loaded.params, is_leaf=is_qtensor))):
+        raise ValueError(f"{name}: is quantized already. Start from the float model.")

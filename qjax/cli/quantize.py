@@ -36,8 +36,9 @@ def quantize(
         bool, typer.Option("--overwrite", help="Replace a qjax checkpoint that is there.")
     ] = False,
     dtype: Annotated[
-        options.Dtype, typer.Option(help="To compute in, and of what is not quantized.")
-    ] = options.Dtype.float32,
+        options.Dtype | None,
+        typer.Option(help="To compute in, and of what is not quantized.", show_default="float32"),
+    ] = None,
     evaluate: Annotated[
         bool,
         typer.Option(
@@ -56,6 +57,8 @@ def quantize(
     """Quantize a model, save it, reload it, and judge what was reloaded.
 
     The checkpoint holds all that is needed to run it: parameters, config and tokenizer.
+    Both models run with their layers stacked. That compiles ten times faster than unrolled
+    layers; on a CPU it decodes packed weights faster, and float weights about a fifth slower.
 
     [bold]Examples[/bold]
 
@@ -65,6 +68,8 @@ def quantize(
 
       qjax quantize smollm2 -p nf4 -o out/nf4 --full --json > nf4.json
     """
+    import jax.numpy as jnp
+
     from qjax import Policy
     from qjax.models.store import load_model, save_model
 
@@ -73,7 +78,8 @@ def quantize(
     _check_out(out, overwrite)
     evaluation_text = models.read_text(text) if evaluate else ""
 
-    source = models.open_runner(model, dtype.value)
+    source = models.open_runner(model, dtype and dtype.value)
+    models.check_float(source, model)
     pieces = None
     if evaluate:
         limit = None if full else windows
@@ -107,7 +113,7 @@ def quantize(
     if as_json:
         print_json(result)
     else:
-        _print(result, dtype.value)
+        _print(result, str(jnp.dtype(source.loaded.model.dtype)))
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
