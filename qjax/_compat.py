@@ -89,16 +89,16 @@ def abstract_like(arrays: Sequence[Any], shape: tuple[int, ...], dtype: Any, spe
     It varies over the manual mesh axes over which one of them varies, and is sharded as `spec`
     where their mesh has explicit axes.
     """
-    mesh = explicit_mesh(arrays)
     types = [_core.typeof(a) for a in arrays if not isinstance(a, jax.ShapeDtypeStruct)]
     varying = frozenset().union(*(t.mat.varying for t in types))
+    mesh = explicit_mesh(arrays)
     extra = {}
+    if varying:
+        like = next(t for t in types if t.mat.varying)
+        mesh = like.sharding.mesh
+        extra["manual_axis_type"] = like.mat.update(varying=varying)
     if mesh is not None:
         extra["sharding"] = NamedSharding(mesh, spec)
-    if varying:
-        extra["manual_axis_type"] = next(t.mat for t in types if t.mat.varying).update(
-            varying=varying
-        )
     return jax.ShapeDtypeStruct(shape, dtype, **extra)
 
 

@@ -191,6 +191,8 @@ def _local(x, data, scale, *zero, spec: Spec):
     """Computes packed_dot on the arrays at hand; the weight's leading axes become one vmap."""
     lead = data.shape[:-2]
     tokens = x.shape[len(lead) : -1]
+    if not math.prod(x.shape[:-1]):
+        return jnp.zeros(_out_shape(x, data, spec), spec.out_dtype)
 
     def flat(a, *rest):
         return a.reshape(math.prod(lead), *rest) if lead else a.reshape(rest)

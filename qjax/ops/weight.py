@@ -110,7 +110,8 @@ def dot_general(
     order = [labels.index(label) for label in (*has, *tokens, *inner)]
     x = x.transpose(order)
     token_sizes = x.shape[len(has) : len(has) + len(tokens)]
-    x = x.reshape(*(a.size if a in has else 1 for a in b_atoms), *token_sizes, -1)
+    n_inner = math.prod(a.size for a in inner)  # not -1: there may be no tokens
+    x = x.reshape(*(a.size if a in has else 1 for a in b_atoms), *token_sizes, n_inner)
     if len(has) < len(b_atoms):
         x = jnp.broadcast_to(x, (*(a.size for a in b_atoms), *x.shape[len(b_atoms) :]))
     x = x.reshape(*lead, *token_sizes, x.shape[-1])
@@ -246,6 +247,15 @@ def lead_axis(view: View, atom: Atom) -> int | None:
     axes = [i for i, size in enumerate(lead) if size > 1]  # axes of size 1 have no atom
     fits = len(axes) == len(view.atoms("b")) and lead[axes[rank]] == atom.size
     return axes[rank] if fits else None
+
+
+def align_lead(view: View) -> View:
+    """Returns the view with the leading axes of the stored arrays split as its atoms are."""
+    sizes = [a.size for a in view.atoms("b")]
+    lead = view.payload.data.shape[:-2]
+    if [size for size in lead if size > 1] == sizes:
+        return view
+    return view.with_payload(jax.tree.map(lambda a: a.reshape(*sizes, *a.shape[-2:]), view.payload))
 
 
 def can_unstack(view: View) -> bool:

@@ -176,6 +176,9 @@ class _Packed(walk.Handler):
     def take_axis(self, view, axis, take, size):
         return weight.take_axis(view, axis, take, size)
 
+    def reshaped(self, view):
+        return weight.align_lead(view)
+
     def unstack(self, view):
         return weight.can_unstack(view)
 
@@ -217,7 +220,7 @@ def _shard(view: View, spec: Any, mesh: Any) -> tuple[Any, View] | None:
 
 
 def _run(handler: _Packed, fn: Callable, call: Call) -> Any:
-    jaxpr, consts, out_tree = trace(fn, call)
+    jaxpr, consts, rebuild = trace(fn, call)
     values = []
     for leaf, name in zip(call.leaves, call.names, strict=True):
         if is_qtensor(leaf):
@@ -231,7 +234,7 @@ def _run(handler: _Packed, fn: Callable, call: Call) -> Any:
         handler.materialize(v, "return", "the function returns it") if isinstance(v, View) else v
         for v in out
     ]
-    return jax.tree.unflatten(out_tree, out)
+    return rebuild(out)
 
 
 def apply(fn: Callable, *, implementation: str | None = None) -> Callable:

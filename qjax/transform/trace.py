@@ -55,16 +55,29 @@ def _logical(leaf: Any) -> Any:
     return _compat.abstract_like(jax.tree.leaves(leaf), leaf.shape, jnp.dtype(leaf.dtype), spec)
 
 
-def trace(fn: Callable, call: Call) -> tuple[Any, list[Any], Any]:
-    """Traces `fn` with float shapes in place of QTensors: (jaxpr, consts, output tree)."""
-    out_tree = None
+def trace(fn: Callable, call: Call) -> tuple[Any, list[Any], Callable[[list[Any]], Any]]:
+    """Traces `fn` with float shapes in place of QTensors.
+
+    Returns:
+      The jaxpr, its constants, and a function that puts what fn returns together again from the
+      jaxpr's outputs. Results that are no arrays (flags, strings) come from the trace.
+    """
+    tree, fixed = None, {}
 
     def flat(*leaves):
-        nonlocal out_tree
+        nonlocal tree, fixed
         args, kwargs = call.rebuild(list(leaves))
-        out, out_tree = jax.tree.flatten(fn(*args, **kwargs))
-        return out
+        out, tree = jax.tree.flatten(fn(*args, **kwargs))
+        fixed = {i: v for i, v in enumerate(out) if not _is_array(v)}
+        return [v for i, v in enumerate(out) if i not in fixed]
 
     closed = jax.make_jaxpr(flat)(*[_logical(leaf) for leaf in call.leaves])
     jaxpr, consts = _compat.open_jaxpr(closed)
-    return jaxpr, consts, out_tree
+
+    def rebuild(out):
+        rest = iter(out)
+        assert tree is not None
+        leaves = [fixed[i] if i in fixed else next(rest) for i in range(tree.num_leaves)]
+        return jax.tree.unflatten(tree, leaves)
+
+    return jaxpr, consts, rebuild

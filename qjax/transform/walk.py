@@ -57,6 +57,10 @@ class Handler:
     def take_axis(self, view: View, axis: int, take: Callable, size: int) -> View | None:
         return None
 
+    def reshaped(self, view: View) -> View:
+        """Lets the stored arrays follow a reshape; they need not."""
+        return view
+
     def unstack(self, view: View) -> bool:
         """Whether the leading axis of the view is the leading axis of every stored array."""
         return False
@@ -146,8 +150,14 @@ def _move(move):
     return rule
 
 
-def _reshape(view, params):
-    return view.reshape(params["new_sizes"]) if params.get("dimensions") is None else None
+def _reshape(handler, eqn, values):
+    (view,) = values
+    out = None
+    if eqn.params.get("dimensions") is None:
+        out = view.reshape(eqn.params["new_sizes"])
+    if out is None:
+        return _fall_back(handler, eqn, values, "this `reshape` would rearrange stored data")
+    return [handler.reshaped(out)]
 
 
 def _convert(view, params):
@@ -515,9 +525,8 @@ def _shard_map(handler, eqn, values):
 
 _RULES: dict[str, Callable] = {
     "transpose": _move(lambda view, p: view.transpose(p["permutation"])),
-    "reshape": _move(_reshape),
+    "reshape": _reshape,
     "squeeze": _move(lambda view, p: view.squeeze(p["dimensions"])),
-    "expand_dims": _move(_reshape),
     "broadcast_in_dim": _move(
         lambda view, p: view.broadcast_in_dim(p["shape"], p["broadcast_dimensions"])
     ),

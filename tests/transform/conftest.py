@@ -35,7 +35,9 @@ def _assert_close(got, want, *, depth=1, k=K):
         assert a.shape == b.shape
         eps = float(jnp.finfo(b.dtype).eps)
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        bound = 4 * k**0.5 * (k if eps < 1e-4 else 1) * depth * eps * np.abs(b).max()
+        bound = (
+            4 * k**0.5 * (k if eps < 1e-4 else 1) * depth * eps * np.nanmax(np.abs(b), initial=0)
+        )
         np.testing.assert_array_equal(np.isnan(a), np.isnan(b))
         assert np.nanmax(np.abs(a - b), initial=0) <= bound
 
