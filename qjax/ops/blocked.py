@@ -32,9 +32,10 @@ from jaxtyping import Array, Float
 from qjax.numerics import Element
 from qjax.packing import unit
 
-# Rows added in one expression for M = 1. Rows whose length is a power of two all fall into the
-# same sets of the L1 cache, which has 8 ways; a few more than 8 streams already thrash it.
-_ROWS = 8
+# Rows of data added in one expression for M = 1. Packed rows whose length is a power of two fall
+# into the same sets of the L1 cache, which has 8 ways: a few more than 8 streams thrash it. Tables
+# are bound by arithmetic, and by the time it takes to compile their selects.
+_ROWS_PACKED, _ROWS_NATIVE, _ROWS_TABLE = 8, 16, 4
 # Those sums, M for every chunk of rows, may take this part of W. More tokens would also dequantize
 # it M times: from 3 on that is slower.
 _PARTIAL_SUMS = 1 / 8
@@ -44,6 +45,7 @@ _BLOCK_BYTES = 1 << 21
 _SHORTEST = 16
 
 
+@functools.partial(jax.jit, static_argnames=("element", "group_size", "columns"))
 def matmul(
     x: Float[Array, "M K"],
     data: Array,
@@ -78,32 +80,36 @@ def matmul(
         return _irregular(x.astype(jnp.float32), data, scale, zero, offset, element, group_size)
     scale, zero, offset = (_regroup(v, group_size, g, K) for v in (scale, zero, offset))
     bias = _bias(scale, zero, offset, element)
-    chunk = _chunk(K, data.shape[0], g, n)
+    chunk = _chunk(g, element)
     if M == 1 or M / chunk <= _PARTIAL_SUMS:
         return _few_rows(x.astype(jnp.float32), data, scale, bias, element, g, chunk)
     nb, gb = K // block, min(block, g)
+    # A few groups a block at most: their products are added one by one, which also costs compile time.
+    few_groups = g == K or block // gb <= 4
     # Codes are exact in bfloat16, and so are their products with a bfloat16 x in the accumulator.
-    is_bf16 = x.dtype == jnp.bfloat16 and not element.levels and gb >= 64 and _has_bf16_dot()
+    is_bf16 = x.dtype == jnp.bfloat16 and not element.levels and gb >= 64 and few_groups
+    is_bf16 = is_bf16 and _has_bf16_dot()
     dtype = jnp.bfloat16 if is_bf16 else jnp.float32
 
     # x, columns reordered as the block holds its rows: [nb, Gb, M, gb].
     xb = x.astype(dtype).reshape(M, nb, block // gb, gb // n, n) * _gains(element).astype(dtype)
     xb = xb.transpose(1, 2, 0, 4, 3).reshape(nb, block // gb, M, gb)
     # The scale belongs on whichever is smaller: the products of a group, or its weights.
-    on_products = is_bf16 or gb >= 8 * M
+    on_products = is_bf16 or (gb >= 8 * M and few_groups)
 
     def step(acc, inputs):
-        x, data, scale = inputs
+        i, x, data = inputs
         w = _block_values(data, element, block // gb).astype(dtype)  # [Gb, gb, N]
-        if scale is not None and on_products:
+        if g < K and on_products:
             y = jnp.einsum("gmk,gkn->gmn", x, w, preferred_element_type=jnp.float32)
-            return acc + sum(y[i] * scale[i] for i in range(block // gb)), None
-        if scale is not None:
-            w = w * scale[:, None]
+            s = _block_scales(scale, i, block, g)
+            return acc + sum(y[j] * s[j] for j in range(block // gb)), None
+        if g < K:
+            w = w * _block_scales(scale, i, block, g)[:, None]
         x, w = x.swapaxes(0, 1).reshape(M, block), w.reshape(block, N)
         return acc + jnp.dot(x, w, preferred_element_type=jnp.float32), None
 
-    inputs = (xb, data.reshape(nb, -1, N), None if g == K else _per_block(scale, K, g, block))
+    inputs = (jnp.arange(nb), xb, data.reshape(nb, -1, N))
     y = jnp.zeros((M, N), jnp.float32)
     if nb == 1:
         y, _ = step(y, jax.tree.map(lambda v: v[0], inputs))
@@ -112,6 +118,7 @@ def matmul(
     return _finish(y, x, scale if g == K else None, bias, g)
 
 
+@functools.partial(jax.jit, static_argnames=("K", "element", "group_size", "columns"))
 def matmul_t(
     x: Float[Array, "M N"],
     data: Array,
@@ -141,17 +148,18 @@ def matmul_t(
     nb, gb = K // block, min(block, g)
 
     def step(_, inputs):
-        data, scale = inputs
+        i, data = inputs
         w = _block_values(data, element, block // gb)  # [Gb, gb, N]
+        s = _block_scales(scale, i, block, g)[:, None]
         xs = jnp.broadcast_to(x, (block // gb, M, N))
         if gb > M:
-            xs = xs * scale[:, None]
+            xs = xs * s
         else:
-            w = w * scale[:, None]
+            w = w * s
         # The large operand first: XLA is up to twice as fast as in the order "gmn,gkn->gmk".
         return None, lax.dot_general(w, xs, (((2,), (2,)), ((0,), (0,))))  # [Gb, gb, M]
 
-    inputs = (data.reshape(nb, -1, N), _per_block(scale, K, g, block))
+    inputs = (jnp.arange(nb), data.reshape(nb, -1, N))
     if nb == 1:
         y = lax.optimization_barrier(step(None, jax.tree.map(lambda v: v[0], inputs))[1])
     else:
@@ -163,6 +171,7 @@ def matmul_t(
     return y
 
 
+@functools.partial(jax.jit, static_argnames=("K", "element", "group_size", "columns"))
 def gather(
     index: Array,
     data: Array,
@@ -194,9 +203,11 @@ def gather(
 # ---- a few rows of x ----------------------------------------------------------------------------
 
 
-def _chunk(K: int, B: int, g: int, n: int) -> int:
-    """Returns the rows of W to add in one expression: `_ROWS` rows of data, or part of a group."""
-    units = max(1, _ROWS * K // (B * n))
+def _chunk(g: int, element: Element) -> int:
+    """Returns the rows of W to add in one expression: a divisor of the group, in whole units."""
+    n, n_bytes = _unit(element), _unit_bytes(element)
+    rows = _ROWS_NATIVE if not element.is_packed else _ROWS_PACKED
+    units = max(1, (_ROWS_TABLE if element.levels else rows) // n_bytes)
     return n * next(u for u in range(units, 0, -1) if (g // n) % u == 0)
 
 
@@ -408,11 +419,10 @@ def _bias(scale, zero, offset, element: Element) -> Float[Array, "G N"] | None:
     return offset if bias is None else bias + offset
 
 
-def _per_block(v: Array, K: int, g: int, block: int) -> Float[Array, "nb Gb N"]:
-    """Returns the scales of every block: several groups a block, or one for several blocks."""
-    if block > g:
-        return v.reshape(K // block, block // g, -1)
-    return jnp.repeat(v, g // block, axis=0)[:, None]
+def _block_scales(scale: Array, i: Array, block: int, g: int) -> Float[Array, "Gb N"]:
+    """Returns the scales of block i: of its groups, or of the one group it is part of."""
+    first = i * (block // g) if block > g else i // (g // block)
+    return lax.dynamic_slice_in_dim(scale, first, max(1, block // g))
 
 
 # ---- shapes that do not nest --------------------------------------------------------------------
