@@ -41,11 +41,7 @@ class Layout(tuple[Axis, ...]):
           ValueError: if `letters` has other letters than k, n, b, has no k, or is longer than
             `shape`.
         """
-        if not letters or set(letters) - set("knb") or "k" not in letters:
-            raise ValueError(
-                f"a layout is written with the letters k, n and b and has at least one k,"
-                f" got {letters!r}."
-            )
+        check_letters(letters)
         if len(letters) > len(shape):
             raise ValueError(f"layout {letters!r} has more axes than the shape {shape}.")
         # A leading b is a stacked axis like any other.
@@ -102,6 +98,19 @@ class Layout(tuple[Axis, ...]):
         order = self._order(len(shape))
         inverse = sorted(range(len(shape)), key=order.__getitem__)
         return w.reshape([shape[i] for i in order]).transpose(inverse)
+
+
+def check_letters(letters: str) -> None:
+    """Refuses what is no layout.
+
+    Raises:
+      ValueError: if `letters` has other letters than k, n, b, or has no k.
+    """
+    if not isinstance(letters, str) or set(letters) - set("knb") or "k" not in letters:
+        raise ValueError(
+            f"a layout is written with the letters k, n and b and has at least one k,"
+            f" got {letters!r}."
+        )
 
 
 # Without a traced function to look at, the convention of Flax kernels: last axis N, the one before

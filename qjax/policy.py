@@ -11,6 +11,7 @@ import tomllib
 from typing import Any
 
 from qjax.format import Format
+from qjax.layout import check_letters
 
 _RULE_KEYS = {"match", "format", "skip", "layout", "min_ndim", "optional"}
 
@@ -44,6 +45,12 @@ class Rule:
                     re.compile(pattern[3:])
                 except re.error as e:
                     raise ValueError(f"`match`: {pattern!r} is no regular expression: {e}.") from e
+        if type(self.min_ndim) is not int or self.min_ndim < 0:
+            raise ValueError(f"`min_ndim` must be an integer from 0 on, got {self.min_ndim!r}.")
+        if not isinstance(self.optional, bool):
+            raise ValueError(f"`optional` must be true or false, got {self.optional!r}.")
+        if self.layout is not None:
+            check_letters(self.layout)
 
     @property
     def patterns(self) -> tuple[str, ...]:
@@ -152,6 +159,8 @@ class Policy:
         rules = []
         for i, rule in enumerate(spec["rules"]):
             at = f"{where}, rule {i + 1}"
+            if not isinstance(rule, dict):
+                raise ValueError(f"{at}: expected a table with `match`, got {rule!r}.")
             unknown = sorted(set(rule) - _RULE_KEYS)
             if unknown:
                 raise ValueError(
