@@ -17,7 +17,7 @@ from qjax.layout import DEFAULT, Layout
 from qjax.paths import path_str
 from qjax.policy import Policy, Rule
 from qjax.qtensor import QTensor, is_qtensor
-from qjax.sharding import shardings_of
+from qjax.sharding import float_sharding, shardings_of
 from qjax.summary import Summary, energies, row_of
 
 
@@ -67,11 +67,12 @@ def assign(params: Any, policy: Policy, usage: Any = None) -> list[Assignment]:
     for i, rule in enumerate(policy.rules):
         if rule.optional or id(rule) in used:
             continue
-        matched = [p for p, leaf in named if rule.matches(p, 99)]
+        matched = [p for p, _ in named if rule.matches(p, 99)]
+        fitting = [p for p, leaf in named if rule.matches(p, getattr(leaf, "ndim", 0))]
         if not matched:
             why = f"There are: {_some([p for p, _ in named])}."
-        elif [p for p, leaf in named if rule.matches(p, getattr(leaf, "ndim", 0))]:
-            why = f"All that it matches ({_some(matched)}) is taken by earlier rules."
+        elif fitting:
+            why = f"All that it matches ({_some(fitting)}) is taken by earlier rules."
         else:
             why = f"It matches {_some(matched)}, of fewer than min_ndim={rule.min_ndim} axes."
         raise QuantizationError(
@@ -129,20 +130,31 @@ def _quantizer(
         return qt, jax.tree.map(jnp.sum, energy)
 
     def one(w):
-        sharding = jax.typeof(w).sharding
-        if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
+        if not _is_explicit(w):
             return plain(w)
-        # Sharding in types has no rule for splitting an axis into groups and bytes: let the
-        # partitioner find the way there, and say only what comes out.
+        sharding = jax.typeof(w).sharding
         out = shardings_of(_shapes(fmt, layout, w), sharding)
         energy = (NamedSharding(sharding.mesh, PartitionSpec()),) * 2 if with_energy else None
-        with jax.sharding.use_abstract_mesh(sharding.mesh):
-            return jax.sharding.auto_axes(plain, out_sharding=(out, energy))(w)
+        return _auto(plain, w, sharding.mesh, (out, energy))
 
     if shardings is None:
         return jax.jit(one)
     leaves, tree = shardings
     return jax.jit(one, out_shardings=(jax.tree.unflatten(tree, leaves), None))
+
+
+def _is_explicit(x: Any) -> bool:
+    """Whether an array lies on a mesh whose axes are part of its type."""
+    return jax.sharding.AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+
+
+def _auto(fn: Any, x: Any, mesh: Any, out: Any) -> Any:
+    """Runs `fn(x)` with the partitioner in charge; `out` are the shardings of the results.
+
+    Sharding in types has no rule for splitting an axis into groups and bytes.
+    """
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.sharding.auto_axes(fn, out_sharding=out)(x)
 
 
 def _out_shardings(leaf: Any, fmt: Format, layout: Layout) -> Any:
@@ -266,8 +278,13 @@ def quantize(
 
 def dequantize(qparams: Any) -> Any:
     """Returns the tree with every QTensor replaced by the float array it stands for."""
-    return jax.tree.map(
-        lambda leaf: qtensor.dequantize_array(leaf) if is_qtensor(leaf) else leaf,
-        qparams,
-        is_leaf=is_qtensor,
-    )
+
+    def one(leaf):
+        if not is_qtensor(leaf):
+            return leaf
+        if any(_is_explicit(a) for a in jax.tree.leaves(leaf)):
+            out = float_sharding(leaf)
+            return _auto(qtensor.dequantize_array, leaf, out.mesh, out)
+        return qtensor.dequantize_array(leaf)
+
+    return jax.tree.map(one, qparams, is_leaf=is_qtensor)

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from qjax import packing
@@ -47,6 +48,28 @@ def shardings_of(qt: QTensor, sharding: NamedSharding) -> QTensor:
     k = tuple(a for part in by_order[n_lead : n_lead + n_k] for a in part)
     n = tuple(a for part in by_order[n_lead + n_k :] for a in part)
     return _canonical(qt, sharding, lead, k, n)
+
+
+def float_sharding(qt: QTensor) -> NamedSharding:
+    """Returns the sharding of the logical array, from that of the codes: the way back.
+
+    The mesh axes of K and of N go to the first logical axis merged into them, as far as its size
+    can be split.
+
+    Args:
+      qt: arrays or tracers on a mesh with explicit axes.
+    """
+    like = jax.typeof(qt.data).sharding
+    *lead, k, n = _axes_of(like.spec, qt.data.shape, like.mesh)
+    n_b = len(qt.layout.indices("b"))
+    stacked, batch = lead[: len(lead) - n_b], lead[len(lead) - n_b :]
+    major = {"k": k, "n": n}
+    shape, axes = qt.shape, list(stacked)
+    for axis in qt.layout:
+        size = shape[len(axes)]
+        names = batch.pop(0) if axis.kind == "b" else major.pop(axis.kind, ())
+        axes.append(_splittable(names, like.mesh, lambda parts, size=size: size % parts == 0))
+    return NamedSharding(like.mesh, PartitionSpec(*(_entry(a) for a in axes)))
 
 
 def _canonical(qt: QTensor, like: NamedSharding, lead, k: _Axes, n: _Axes) -> QTensor:
