@@ -34,7 +34,7 @@ def random_codes(seed, shape, bits):
     return np.random.default_rng(seed).integers(0, 2**bits, shape).astype(np.uint8)
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(st.sampled_from(BITS), st.integers(1, 40), st.integers(1, 3), st.integers(0, 2**32 - 1))
 def test_pack_is_the_stream_and_unpack_its_inverse(bits, K, N, seed):
     codes = random_codes(seed, (K, N), bits)

@@ -100,7 +100,7 @@ def test_a_search_is_never_worse_than_its_start_in_any_group(fmt):
     assert found.sum() < start.sum()
 
 
-@pytest.mark.parametrize("fmt", BASES, ids=lambda f: f"{f} {f.scale_rule}")
+@pytest.mark.parametrize("fmt", BASES[::3], ids=lambda f: f"{f} {f.scale_rule}")
 def test_importance_lowers_the_weighted_error(fmt):
     w = gaussian()[:256, :64]
     h = jnp.asarray(np.random.default_rng(1).lognormal(sigma=2, size=256).astype(np.float32))
