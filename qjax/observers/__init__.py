@@ -14,6 +14,8 @@ float32 summation order for sums.
 
 from qjax.observers import absmax, hessian, minmax, moments, percentile
 
-OBSERVERS = {m.__name__.rpartition(".")[2]: m for m in (absmax, hessian, minmax, moments, percentile)}
+OBSERVERS = {
+    m.__name__.rpartition(".")[2]: m for m in (absmax, hessian, minmax, moments, percentile)
+}
 
 __all__ = ["OBSERVERS", "absmax", "hessian", "minmax", "moments", "percentile"]

@@ -73,18 +73,19 @@ def dot_general(
     w_batch: Sequence[int],
     weight_first: bool,
     out_dtype: Any,
-    implementation: str | None,
+    product: Any,
 ) -> Array:
-    """Computes `lax.dot_general` of an activation and a packed weight.
+    """Computes `lax.dot_general` of an activation and a stored weight.
 
     Args:
       x: the activation.
       view: the weight; `how` as `view.contraction(w_contracting, w_batch)` returned it.
       x_contracting, x_batch: axes of x, paired with `w_contracting`, `w_batch`.
       weight_first: whether the weight is the left operand, whose free axes come first.
+      product: function (x [*lead, *m, K], transposed=, out_dtype=) -> [*lead, *m, N] that
+        multiplies by the canonical weight.
     """
-    qt: QTensor = view.payload
-    lead = qt.data.shape[:-2]
+    lead = view.payload.data.shape[:-2]
     pairs = dict(zip(x_batch, w_batch, strict=True))
     pairs |= dict(zip(x_contracting, w_contracting, strict=True))
 
@@ -116,12 +117,10 @@ def dot_general(
         x = jnp.broadcast_to(x, (*(a.size for a in b_atoms), *x.shape[len(b_atoms) :]))
     x = x.reshape(*lead, *token_sizes, x.shape[-1])
 
-    y = packed_dot(
+    y = product(
         x,
-        qt,
         transposed=how.form == "transposed",
         out_dtype=jnp.float32 if how.summed else out_dtype,
-        implementation=implementation,
     )
 
     # 3. Name the axes of y, sum the contracted leading ones, and order them as dot_general does.
@@ -179,7 +178,7 @@ def pointwise_conv(
         w_batch=(),
         weight_first=False,
         out_dtype=out_dtype,
-        implementation=implementation,
+        product=functools.partial(packed_dot, qt=view.payload, implementation=implementation),
     )
     # y has the axes of x without its features, then the output features.
     kept = [i for i in range(x.ndim) if i != features]

@@ -241,6 +241,7 @@ def _solve(W, H, fmt: Format, options: Options):
     D = Dp[back]
     gptq = objective(D, H)
     rtn = objective(D_rtn, H)
+
     # Never above rounding to nearest, column by column.
     def column(D):
         return jnp.sum(D * jnp.dot(Hd, D, precision=_HIGHEST), 0)
@@ -317,4 +318,3 @@ def solve(
     pad = packing.padding(K, element.bits) if element.is_packed else 0
     data = packing.pack(codes, element.bits) if element.is_packed else codes
     return QTensor(data, scale, zero, fmt, layout, dtype, pad), diagnostics
-

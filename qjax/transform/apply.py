@@ -142,7 +142,9 @@ class _Packed(walk.Handler):
             w_batch=w_axes[1],
             weight_first=weight_first,
             out_dtype=out_dtype,
-            implementation=self.implementation,
+            product=functools.partial(
+                packed_dot.packed_dot, qt=view.payload, implementation=self.implementation
+            ),
         )
 
     def conv(self, view, x, params):

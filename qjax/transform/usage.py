@@ -66,6 +66,13 @@ class Parameter:
         return letters.replace(".", "n")
 
     @property
+    def is_multiplied(self) -> bool:
+        """Whether it is a weight of a product, and not only looked up."""
+        return self.layout is not None and any(
+            c.letters and c.op != "gather" for c in self.consumptions
+        )
+
+    @property
     def note(self) -> str:
         """What a reader should know: why it is no weight, or that its uses disagree."""
         if not self.consumptions:
@@ -129,9 +136,7 @@ class Usage:
         )
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["ndim"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["ndim"])
 @dataclasses.dataclass(frozen=True)
 class _Tracked:
     """A float parameter, or what a scan has left of it.
@@ -267,7 +272,9 @@ def usage(fn: Callable) -> Callable[..., Usage]:
                 for i, (leaf, name) in enumerate(zip(leaves, names, strict=True))
             ]
             out = walk.evaluate(recorder, jaxpr, consts, values)
-            return [recorder.materialize(v, "return", "") if isinstance(v, View) else v for v in out]
+            return [
+                recorder.materialize(v, "return", "") if isinstance(v, View) else v for v in out
+            ]
 
         jax.eval_shape(run, *call.leaves)
         return Usage(
@@ -282,4 +289,3 @@ def usage(fn: Callable) -> Callable[..., Usage]:
         )
 
     return used
-

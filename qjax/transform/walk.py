@@ -73,6 +73,26 @@ class Handler:
         """Moves the stored arrays to where `sharding` has the logical array."""
         return None
 
+    # What a handler collects inside the body of an operation has to leave it as an output.
+
+    def nested(self, run: Callable) -> tuple[Any, Any]:
+        """Evaluates a body; returns its outputs and a dict of what was collected in it."""
+        return run(), {}
+
+    def absorb(self, collected: Any) -> None:
+        """Takes what a body collected, outside of it."""
+
+    def absorb_stacked(self, collected: Any, sliced: set[str]) -> None:
+        """Takes what the steps of a scan collected; `sliced` names the weights it walked along."""
+
+    def empty_like(self, collected: Any) -> Any:
+        """Returns what a body collects that does not run."""
+        return {}
+
+    def joined(self, a: Any, b: Any) -> Any:
+        """Returns two collections as one."""
+        return {}
+
     def checkpoint_policy(self, policy: Any) -> Any:
         """Returns a `jax.checkpoint` policy for what the handler makes of the operations."""
         return policy
@@ -387,12 +407,17 @@ def _remat(handler, eqn, values):
     arrays, merge = _split(values)
 
     def body(*arrays):
-        out = evaluate_closed(handler, eqn.params["jaxpr"], merge(arrays))
-        return _out_arrays(handler, out, "checkpoint")
+        def run():
+            out = evaluate_closed(handler, eqn.params["jaxpr"], merge(arrays))
+            return _out_arrays(handler, out, "checkpoint")
+
+        return handler.nested(run)
 
     p = eqn.params
     policy = handler.checkpoint_policy(p["policy"])
-    return jax.checkpoint(body, prevent_cse=p["prevent_cse"], policy=policy)(*arrays)
+    out, collected = jax.checkpoint(body, prevent_cse=p["prevent_cse"], policy=policy)(*arrays)
+    handler.absorb(collected)
+    return out
 
 
 def _scan(handler, eqn, values):
@@ -415,13 +440,18 @@ def _scan(handler, eqn, values):
             whole.with_payload(part, whole.dims[1:]) if isinstance(whole, View) else part
             for whole, part in zip(xs, sliced, strict=True)
         ]
-        out = evaluate_closed(handler, p["jaxpr"], [*consts, *carry, *views])
-        out = _out_arrays(handler, out, "scan")
-        return out[:n_carry], out[n_carry:]
 
-    carry, ys = lax.scan(
+        def run():
+            out = evaluate_closed(handler, p["jaxpr"], [*consts, *carry, *views])
+            return _out_arrays(handler, out, "scan")
+
+        out, collected = handler.nested(run)
+        return out[:n_carry], (out[n_carry:], collected)
+
+    carry, (ys, collected) = lax.scan(
         body, carry, payloads, length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
     )
+    handler.absorb_stacked(collected, {v.name for v in xs if isinstance(v, View)})
     return [*carry, *ys]
 
 
@@ -434,11 +464,24 @@ def _while(handler, eqn, values):
     def cond(carry):
         return evaluate_closed(handler, p["cond_jaxpr"], [*cond_consts, *carry])[0]
 
-    def body(carry):
-        out = evaluate_closed(handler, p["body_jaxpr"], [*body_consts, *carry])
-        return _out_arrays(handler, out, "while")
+    def step(carry):
+        def run():
+            out = evaluate_closed(handler, p["body_jaxpr"], [*body_consts, *carry])
+            return _out_arrays(handler, out, "while")
 
-    return lax.while_loop(cond, body, carry)
+        return handler.nested(run)
+
+    def body(state):
+        carry, collected = state
+        carry, more = step(carry)
+        return carry, handler.joined(collected, more)
+
+    nothing = {}
+    if type(handler).empty_like is not Handler.empty_like:
+        nothing = handler.empty_like(jax.eval_shape(step, carry)[1])
+    carry, collected = lax.while_loop(lambda state: cond(state[0]), body, (carry, nothing))
+    handler.absorb(collected)
+    return carry
 
 
 def _cond(handler, eqn, values):
@@ -447,11 +490,28 @@ def _cond(handler, eqn, values):
 
     def branch(jaxpr):
         def run(*arrays):
-            return _out_arrays(handler, evaluate_closed(handler, jaxpr, merge(arrays)), "cond")
+            out = evaluate_closed(handler, jaxpr, merge(arrays))
+            return _out_arrays(handler, out, "cond")
 
-        return run
+        return lambda *arrays: handler.nested(lambda: run(*arrays))
 
-    return lax.switch(index, [branch(j) for j in eqn.params["branches"]], *arrays)
+    branches = [branch(jaxpr) for jaxpr in eqn.params["branches"]]
+    # All branches have to return the same: each also returns nothing for what others collect.
+    nothing: dict[str, Any] = {}
+    if type(handler).empty_like is not Handler.empty_like:
+        for run in branches:
+            nothing |= handler.empty_like(jax.eval_shape(run, *arrays)[1])
+
+    def complete(run):
+        def completed(*arrays):
+            out, collected = run(*arrays)
+            return out, handler.joined(nothing, collected)
+
+        return completed
+
+    out, collected = lax.switch(index, [complete(run) for run in branches], *arrays)
+    handler.absorb(collected)
+    return out
 
 
 def _custom_derivative(make):
