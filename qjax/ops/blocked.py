@@ -69,8 +69,7 @@ def matmul(
       group_size: g, rows that share a scale; the last group may be shorter. Static.
       columns: c, columns that share a scale. Static.
     """
-    M, K = x.shape
-    N = data.shape[1]
+    (M, K), N = x.shape, data.shape[1]
     data = _as_bytes(data, element)
     scale, zero, offset = (_per_column(v, N, columns) for v in (scale, zero, offset))
     n = _unit(element)
@@ -84,30 +83,25 @@ def matmul(
     if M == 1 or M / chunk <= _PARTIAL_SUMS:
         return _few_rows(x.astype(jnp.float32), data, scale, bias, element, g, chunk)
     nb, gb = K // block, min(block, g)
-    # A few groups a block at most: their products are added one by one, which also costs compile time.
-    few_groups = g == K or block // gb <= 4
-    # Codes are exact in bfloat16, and so are their products with a bfloat16 x in the accumulator.
-    is_bf16 = x.dtype == jnp.bfloat16 and not element.levels and gb >= 64 and few_groups
-    is_bf16 = is_bf16 and _has_bf16_dot()
+    # Codes are exact in bfloat16, and so are their products with a bfloat16 x in the accumulator;
+    # scaled weights are not. Blocks of several groups scale weights: short dots are slow.
+    is_bf16 = x.dtype == jnp.bfloat16 and not element.levels and block <= g and _has_bf16_dot()
     dtype = jnp.bfloat16 if is_bf16 else jnp.float32
-
-    # x, columns reordered as the block holds its rows: [nb, Gb, M, gb].
-    xb = x.astype(dtype).reshape(M, nb, block // gb, gb // n, n) * _gains(element).astype(dtype)
-    xb = xb.transpose(1, 2, 0, 4, 3).reshape(nb, block // gb, M, gb)
     # The scale belongs on whichever is smaller: the products of a group, or its weights.
-    on_products = is_bf16 or (gb >= 8 * M and few_groups)
+    on_products = is_bf16 or (block <= g and block >= 8 * M)
+
+    # x, columns reordered as the block holds its rows: [nb, M, block].
+    xb = x.astype(dtype).reshape(M, nb, block // gb, gb // n, n) * _gains(element).astype(dtype)
+    xb = xb.transpose(1, 0, 2, 4, 3).reshape(nb, M, block)
 
     def step(acc, inputs):
         i, x, data = inputs
         w = _block_values(data, element, block // gb).astype(dtype)  # [Gb, gb, N]
-        if g < K and on_products:
-            y = jnp.einsum("gmk,gkn->gmn", x, w, preferred_element_type=jnp.float32)
-            s = _block_scales(scale, i, block, g)
-            return acc + sum(y[j] * s[j] for j in range(block // gb)), None
-        if g < K:
-            w = w * _block_scales(scale, i, block, g)[:, None]
-        x, w = x.swapaxes(0, 1).reshape(M, block), w.reshape(block, N)
-        return acc + jnp.dot(x, w, preferred_element_type=jnp.float32), None
+        s = None if g == K else _block_scales(scale, i, block, g)  # [Gb, N]
+        if s is not None and not on_products:
+            w = w * s[:, None]
+        y = jnp.dot(x, w.reshape(block, N), preferred_element_type=jnp.float32)
+        return acc + (y * s if s is not None and on_products else y), None
 
     inputs = (jnp.arange(nb), xb, data.reshape(nb, -1, N))
     y = jnp.zeros((M, N), jnp.float32)
@@ -326,9 +320,11 @@ def _to_float(x: Array, element: Element) -> Array:
 
 
 def _as_bytes(data: Array, element: Element) -> Array:
-    # XLA's CPU backend keeps no 8-bit float in a loop: it would convert the whole array to float16.
-    # This copies it once, a byte per weight (not for few rows, where there is no loop).
-    return lax.bitcast_convert_type(data, jnp.uint8) if element.kind == "float" else data
+    # XLA's CPU backend keeps no 8-bit float in a loop or a fusion: it would convert the whole array
+    # to float16. This costs a copy, a byte per weight, unless the caller holds bytes already.
+    if element.kind != "float" or data.dtype == jnp.uint8:
+        return data
+    return lax.bitcast_convert_type(data, jnp.uint8)
 
 
 def _block_values(data: Array, element: Element, groups: int) -> Float[Array, "G g N"]:
