@@ -8,6 +8,7 @@ import importlib.resources
 import pathlib
 import re
 import tomllib
+from collections.abc import Sequence
 from typing import Any
 
 from qjax.format import Format
@@ -84,7 +85,7 @@ class Policy:
       Format(element='int4', group_size=64)
     """
 
-    rules: tuple[Rule, ...]
+    rules: Sequence[Rule]  # a tuple, once made
     name: str = "custom"
 
     def __post_init__(self):

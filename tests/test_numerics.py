@@ -142,9 +142,7 @@ def test_values_beyond_the_range_saturate():
 @pytest.mark.parametrize(("name", "table"), [("e4m3", "e4m3fn_values"), ("e5m2", "e5m2_values")])
 def test_float8_values(fp8, name, table):
     element = ELEMENTS[name]
-    codes = jax.lax.bitcast_convert_type(
-        jnp.arange(256, dtype=jnp.uint8), jnp.dtype(element.dtype)
-    )
+    codes = jax.lax.bitcast_convert_type(jnp.arange(256, dtype=jnp.uint8), jnp.dtype(element.dtype))
     np.testing.assert_array_equal(decode(codes, element), fp8[table])
 
 

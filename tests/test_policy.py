@@ -62,7 +62,7 @@ def test_a_policy_has_rules():
     with pytest.raises(ValueError, match="'empty' has no rules; it would quantize nothing"):
         Policy([], name="empty")
     with pytest.raises(TypeError, match="expected a Rule, got"):
-        Policy([("*", INT4)])
+        Policy([("*", INT4)])  # pyright: ignore[reportArgumentType]
 
 
 def test_of_takes_every_spelling(tmp_path):
