@@ -104,7 +104,7 @@ def _sweep(
       M: what each row's target takes from every row's error; its diagonal is 0.
       group: the group whose scale each row has.
     """
-    K, N = W.shape
+    K = W.shape[0]
     B = min(_BLOCK, K)
     n_blocks = -(-K // B)
     # Padding rows touch nothing; overlapping blocks would visit rows twice.
@@ -154,7 +154,7 @@ def _factor(H: Float[Array, "K K"], damping: float) -> tuple[Array, Array]:
         fraction = state[0] * 10
         return fraction, reversed_cholesky(fraction)
 
-    start = jnp.asarray(damping, H.dtype)
+    start = jnp.asarray(max(damping, 1e-7), H.dtype)
     fraction, R = lax.while_loop(failed, again, (start, reversed_cholesky(start)))
     return R, fraction
 
@@ -164,8 +164,8 @@ def _refit(
 ) -> tuple[_Grid, Array]:
     """Refits the scale of every group and column, where that lowers J; returns grid and D.
 
-    With v the values of a group in units of its scale (q - zero_point), J is quadratic in the scale:
-    the best change is  v·(HD) / v·(H_gg v), rounded to the scale's stored type.
+    With v the values of a group in units of its scale (q - zero_point), J is quadratic in the
+    scale: the best change is  v·(HD) / v·(H_gg v), rounded to the scale's stored type.
     """
     G = grid.scale.shape[0]
     g = fmt.group_size or K
@@ -248,7 +248,8 @@ def _solve(W, H, fmt: Format, options: Options):
 
     D = jnp.where(column(D) <= column(D_rtn), D, D_rtn)
 
-    can_refit = options.refit and columns == 1 and not isinstance(fmt.scale, Format)
+    plain = None if isinstance(fmt.scale, Format) else fmt.scale
+    can_refit = options.refit and columns == 1 and plain is not None
     if options.sweeps:
         Hpd = Hd[order][:, order]
         Mp = Hpd / jnp.diagonal(Hpd)[:, None]
@@ -266,8 +267,8 @@ def _solve(W, H, fmt: Format, options: Options):
     total = objective(W, H)
     Q = W - D
     final_scale = start.scale
-    if can_refit and options.sweeps:
-        final_scale = numerics.round_scale(grid.scale, fmt.scale)  # pyright: ignore
+    if can_refit and options.sweeps and plain is not None:
+        final_scale = numerics.round_scale(grid.scale, plain)
     final = objective(D, H)
     codes = _codes(Q, grid, group, fmt, element)
     relative = [scales.safe_divide(j, total) for j in (rtn, gptq, final)]
@@ -291,7 +292,7 @@ def solve(
     H: Float[Array, "*b K K"],
     fmt: Format,
     layout: Layout,
-    options: Options = Options(),
+    options: Options | None = None,
 ) -> tuple[QTensor, Diagnostics]:
     """Quantizes a weight by GPTQ and coordinate descent on its second moments.
 
@@ -309,7 +310,7 @@ def solve(
     W = layout.to_canonical(w).astype(jnp.float32)
     K = W.shape[-2]
     fmt = fmt.fit(K)
-    run = functools.partial(_solve, fmt=fmt, options=options)
+    run = functools.partial(_solve, fmt=fmt, options=options or Options())
     lead = W.shape[:-2]
     for _ in lead:
         run = jax.vmap(run)

@@ -19,7 +19,6 @@ from qjax.transform import floats, walk
 from qjax.transform.trace import take_apart, trace
 from qjax.transform.usage import Usage
 from qjax.transform.usage import usage as usage_of
-from qjax.view import View
 
 
 class CalibrationError(ValueError):
@@ -60,7 +59,8 @@ class Calibration:
             owner = self.shared[path]
         except KeyError:
             raise CalibrationError(
-                f"{path}: no calibration data. {self.usage.why_not(path) or 'It was not asked for.'}"
+                f"{path}: no calibration data."
+                f" {self.usage.why_not(path) or 'It was not asked for.'}"
             ) from None
         stats = {name: OBSERVERS[name].finalize(s) for name, s in self.states[owner].items()}
         return Site(path, owner, stats, self.counts[owner])
@@ -240,24 +240,57 @@ class _Collector(floats.FloatHandler):
         return {o: a[o] + b[o] if o == "count" else OBSERVERS[o].merge(a[o], b[o]) for o in a}
 
 
-def collect(
-    fn: Callable, params: Any, args: tuple, layouts: dict[str, Layout], wanted: set[str],
-    observers: Sequence[str], mask: Any,
-) -> tuple[dict[str, Any], dict[str, str]]:  # fmt: skip
-    """Runs fn once and returns the statistics of that batch, and which sites share them."""
-    call = take_apart((params, *args), {})
-    handler = _Collector(observers, mask)
-    jaxpr, consts, _ = trace(fn, call)
-    values = []
-    for leaf, path in zip(call.leaves, call.paths, strict=True):
-        name = path_str(path[2:])
-        is_param = path[0].idx == 0 and path[1].idx == 0
-        if is_param and name in layouts:
-            values.append(floats.as_view(leaf, layouts[name], name, tag=name in wanted))
-        else:
-            values.append(leaf)
-    walk.evaluate(handler, jaxpr, consts, values)
-    return handler.scopes[0].stats, handler.shared
+class _Program:
+    """The jitted functions that compute and fold the statistics of a batch.
+
+    Attributes:
+      shared: whose statistics each site uses; filled by the first trace.
+    """
+
+    def __init__(self, fn: Callable, usage: Usage, wanted: set[str], observers: tuple[str, ...]):
+        self.fn, self.usage, self.wanted, self.observers = fn, usage, wanted, observers
+        self.layouts = {
+            p.path: Layout.parse(p.layout, p.shape)
+            for p in usage.parameters.values()
+            if p.layout is not None
+        }
+        self.shared: dict[str, str] = {}
+        self.first = jax.jit(self._collect)
+        self.fold = jax.jit(self._fold, donate_argnums=0)
+
+    def _collect(self, params: Any, args: tuple, mask: Any) -> dict[str, Any]:
+        """Runs fn once and returns the statistics of that batch."""
+        call = take_apart((params, *args), {})
+        handler = _Collector(self.observers, mask)
+        jaxpr, consts, _ = trace(self.fn, call)
+        values = []
+        for leaf, path in zip(call.leaves, call.paths, strict=True):
+            name = path_str(path[2:])
+            is_param = path[0].idx == 0 and path[1].idx == 0
+            if is_param and name in self.layouts:
+                tag = name in self.wanted
+                values.append(floats.as_view(leaf, self.layouts[name], name, tag=tag))
+            else:
+                values.append(leaf)
+        walk.evaluate(handler, jaxpr, consts, values)
+        self.shared.update(handler.shared)
+        return handler.scopes[0].stats
+
+    def _fold(self, state: dict[str, Any], params: Any, args: tuple, mask: Any) -> dict[str, Any]:
+        return _Collector(self.observers, None).joined(state, self._collect(params, args, mask))
+
+
+def _wanted(usage: Usage, paths: Iterable[str] | None) -> set[str]:
+    if paths is None:
+        return {p.path for p in usage.parameters.values() if p.is_multiplied}
+    for path in (wanted := set(paths)):
+        if usage[path].layout is None:
+            raise CalibrationError(f"{path}: {usage.why_not(path)}.")
+        if not usage[path].is_multiplied:
+            raise CalibrationError(
+                f"{path}: is only looked up; a lookup has no input to calibrate on."
+            )
+    return wanted
 
 
 def calibrate(
@@ -295,63 +328,34 @@ def calibrate(
       CalibrationError: no batches, a requested parameter that is no weight or is never reached, or
         NaN or Inf activations: which site, in which batch.
     """
-    step = state = shared = None
-    n = 0
+    program: _Program | None = None
+    state: Any = None
     for n, batch in enumerate(batches, start=1):
         args = batch if isinstance(batch, tuple) else (batch,)
-        if step is None:
-            usage = usage if usage is not None else usage_of(fn)(params, *args)
-            layouts = {
-                p.path: Layout.parse(p.layout, p.shape)
-                for p in usage.parameters.values()
-                if p.layout is not None
-            }
-            wanted = {p.path for p in usage.parameters.values() if p.is_multiplied}
-            wanted = wanted if paths is None else set(paths)
-            if missing := sorted(wanted - set(layouts)):
-                raise CalibrationError(f"{missing[0]}: {usage.why_not(missing[0])}.")
-            if looked_up := sorted(p for p in wanted if not usage[p].is_multiplied):
-                raise CalibrationError(
-                    f"{looked_up[0]}: is only looked up; a lookup has no input to calibrate on."
-                )
-            shared = {}
-
-            def run(params, args, token_mask, layouts=layouts, wanted=wanted, shared=shared):
-                stats, aliases = collect(fn, params, args, layouts, wanted, observers, token_mask)
-                shared.update(aliases)
-                return stats
-
-            def first(params, args, token_mask):
-                return run(params, args, token_mask)
-
-            joiner = _Collector(observers, None)
-
-            def fold(state, params, args, token_mask):
-                return joiner.joined(state, run(params, args, token_mask))
-
-            step = jax.jit(first), jax.jit(fold, donate_argnums=0)
+        token_mask = mask(batch) if mask is not None else None
+        if program is None:
+            used = usage if usage is not None else usage_of(fn)(params, *args)
+            program = _Program(fn, used, _wanted(used, paths), tuple(observers))
+            shapes = jax.eval_shape(program.first, params, args, token_mask)
+            if never := sorted(program.wanted - set(program.shared)):
+                raise CalibrationError(f"{never[0]}: asked for, but no product with it is reached.")
             if report is not None:
-                shapes = jax.eval_shape(first, params, args, mask(batch) if mask else None)
                 size = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(shapes))
                 report(
-                    f"calibrate: {len(shared)} weights at {len(shapes)} activations,"
+                    f"calibrate: {len(program.shared)} weights at {len(shapes)} activations,"
                     f" {size / 1e6:.1f} MB of statistics ({', '.join(observers)})"
                 )
-        token_mask = mask(batch) if mask is not None else None
-        state = (
-            step[0](params, args, token_mask)
-            if state is None
-            else step[1](state, params, args, token_mask)
-        )
+        if state is None:
+            state = program.first(params, args, token_mask)
+        else:
+            state = program.fold(state, params, args, token_mask)
         _check_finite(state, n)
-    if state is None or usage is None or shared is None:
+    if program is None:
         raise CalibrationError("no calibration batches; pass at least one.")
-    if never := sorted(wanted - set(shared)):
-        raise CalibrationError(f"{never[0]}: asked for, but no product with it was reached.")
     counts = {p: s["count"] for p, s in state.items()}
     states = {p: {o: v for o, v in s.items() if o != "count"} for p, s in state.items()}
-    order = {p: shared[p] for p in usage.parameters if p in shared}
-    return Calibration(states, counts, order, usage)
+    shared = {p: program.shared[p] for p in program.usage.parameters if p in program.shared}
+    return Calibration(states, counts, shared, program.usage)
 
 
 def _check_finite(state: Any, batch: int) -> None:

@@ -1,4 +1,4 @@
-"""FloatWeight: a float parameter in canonical order, for transforms that look at or change products."""
+"""FloatWeight: a float parameter in canonical order, for transforms that look at products."""
 
 from __future__ import annotations
 
