@@ -153,7 +153,7 @@ class _Collector(floats.FloatHandler):
             self._fold(view.name, jnp.broadcast_to(x, (of.shape[0], *x.shape)), mask)
             self.shared.setdefault(view.name, view.name)
         w = self.materialize(view, "ragged_dot", "")
-        return lax.ragged_dot_general_p.bind(x, w, group_sizes, **params)
+        return lax.ragged_dot_general(x, w, group_sizes, **params)
 
     def conv(self, view, x, params):
         if view.payload.tag:

@@ -208,7 +208,7 @@ class _Recorder(walk.Handler):
 
     def ragged_dot(self, view, x, group_sizes, params):
         self.record(view, "ragged_dot", {0: "b", 1: "k", 2: "n"})
-        return lax.ragged_dot_general_p.bind(x, _array(view), group_sizes, **params)
+        return lax.ragged_dot_general(x, _array(view), group_sizes, **params)
 
     def gather(self, view, axis, indices, params):
         self.record(view, "gather", {i: "n" if i == axis else "k" for i in range(view.ndim)})
