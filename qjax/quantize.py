@@ -108,8 +108,8 @@ def _check_leaf(path: str, leaf: Any, rule: Rule, fmt: Format) -> None:
         )
 
 
-# Weights in a stacked leaf above which its slices are quantized one after the other: float32
-# temporaries are then those of one slice, not several times the leaf.
+# Weights in a leaf above which its parts (slices of a stack, blocks of columns) are quantized one
+# after the other: float32 temporaries are then those of one part, not several times the leaf.
 _SEQUENTIAL_SIZE = 1 << 24
 
 
@@ -126,7 +126,18 @@ def _quantizer(
     def plain(w):
         if not sequential:
             return whole(w)
-        qt, energy = jax.lax.map(whole, w)
+        if w.ndim > len(layout):
+            qt, energy = jax.lax.map(whole, w)
+            return qt, jax.tree.map(jnp.sum, energy)
+        # Columns do not know of each other: walk blocks of them.
+        n = _column_blocks(w)
+        width = w.shape[1] // n
+
+        def block(i):
+            return whole(jax.lax.dynamic_slice_in_dim(w, i * width, width, axis=1))
+
+        qt, energy = jax.lax.map(block, jnp.arange(n))
+        qt = jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(a.shape[1], -1), qt)
         return qt, jax.tree.map(jnp.sum, energy)
 
     def one(w):
@@ -165,12 +176,24 @@ def _out_shardings(leaf: Any, fmt: Format, layout: Layout) -> Any:
     return tuple(leaves), tree
 
 
-def _is_sequential(leaf: Any, layout: Layout) -> bool:
-    """Whether to walk the leading axis of a leaf: it is stacked, large and not sharded there."""
-    if leaf.ndim <= len(layout) or leaf.size < _SEQUENTIAL_SIZE:
+def _is_sequential(leaf: Any, fmt: Format, layout: Layout) -> bool:
+    """Whether to quantize a large leaf piece by piece: by its stacked axis, or by its columns."""
+    if leaf.size < _SEQUENTIAL_SIZE:
         return False
     sharding = jax.typeof(leaf).sharding if _is_abstract(leaf) else getattr(leaf, "sharding", None)
-    return not isinstance(sharding, NamedSharding) or not any(tuple(sharding.spec)[:1])
+    spec = tuple(sharding.spec) if isinstance(sharding, NamedSharding) else ()
+    if leaf.ndim > len(layout):
+        return not any(spec[:1])
+    separable = fmt.group_columns == 1 and not isinstance(fmt.scale, Format)
+    separable = separable and not isinstance(fmt.offset, Format)
+    return separable and layout.letters == "kn" and not any(spec) and _column_blocks(leaf) > 1
+
+
+def _column_blocks(leaf: Any) -> int:
+    """Returns into how many blocks to cut the columns of a large [K, N] leaf."""
+    K, N = leaf.shape
+    wanted = max(1, min(N, K * N // _SEQUENTIAL_SIZE * 8))
+    return next((n for n in range(wanted, min(N, 4 * wanted) + 1) if N % n == 0), 1)
 
 
 def _shapes(fmt: Format, layout: Layout, leaf: Any) -> QTensor:
@@ -262,7 +285,7 @@ def quantize(
             qt, energy = _planned(leaf, fmt, layout), None
         else:
             shardings = _out_shardings(leaf, fmt, layout)
-            sequential = _is_sequential(leaf, layout)
+            sequential = _is_sequential(leaf, fmt, layout)
             qt, energy = _quantizer(fmt, layout, shardings, return_report, sequential)(leaf)
         done = last_use[id(leaf)] == i and id(leaf) not in kept
         if donate and done and isinstance(leaf, jax.Array) and not _is_abstract(leaf):

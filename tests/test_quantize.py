@@ -1,5 +1,6 @@
 """Tests of qjax/quantize.py: a policy over a tree, its errors, its memory and its shardings."""
 
+import dataclasses
 import importlib
 import math
 import re
@@ -96,14 +97,25 @@ def test_shape_structs_are_planned():
         assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
 
 
-def test_stacks_walked_slice_by_slice_are_the_same(monkeypatch):
-    w = random(3, 64, 16)
-    whole, report = quantize({"w": w}, INT4, return_report=True)
-    monkeypatch.setattr(module, "_SEQUENTIAL_SIZE", 1)
-    assert module._is_sequential(w, Layout.parse("kn", w.shape))
-    walked, walked_report = quantize({"w": w}, INT4, return_report=True)
+@pytest.mark.parametrize("shape", [(3, 64, 16), (64, 48)], ids=["slices", "blocks of columns"])
+@pytest.mark.parametrize("fmt", [INT4, dataclasses.replace(INT4, zero_point=True, rule=None)])
+def test_leaves_walked_part_by_part_are_the_same(shape, fmt, monkeypatch):
+    w = random(*shape)
+    whole, report = quantize({"w": w}, fmt, return_report=True)
+    monkeypatch.setattr(module, "_SEQUENTIAL_SIZE", 256)
+    assert module._is_sequential(w, fmt, Layout.parse("kn", w.shape))
+    walked, walked_report = quantize({"w": w}, fmt, return_report=True)
     assert_equal(walked, whole)
     assert walked_report.rows[0].sqnr_db == pytest.approx(report.rows[0].sqnr_db, rel=1e-5)
+
+
+def test_a_large_leaf_needs_less_memory_than_it_has():
+    fmt = qjax.Format("int4", group_size=128, rule="mse")
+    w = jax.ShapeDtypeStruct((4096, 8192), jnp.float32)
+    layout = Layout.parse("kn", w.shape)
+    assert module._is_sequential(w, fmt, layout)
+    compiled = module._quantizer(fmt, layout, None, False, True).lower(w).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < w.size * 4
 
 
 # ---- a large tree ----
@@ -134,7 +146,7 @@ def test_a_70b_tree_is_planned_in_seconds_and_without_memory():
     plan = jax.eval_shape(lambda p: quantize(p, "int4-g128"), llama_70b())
     totals = qjax.summary(plan).totals
     assert time.monotonic() - start < 20
-    assert len(jax.live_arrays()) == live
+    assert len(jax.live_arrays()) <= live  # others' may be collected meanwhile
     linear = 80 * (2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
     other = 2 * 128256 * 8192 + 161 * 8192
     assert totals["parameters"] == linear + other == 70_553_706_496
