@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax._src import core as _core
 from jax._src import dispatch as _dispatch
+from jax._src import source_info_util as _source_info
 from jax.extend.core import Primitive
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
@@ -15,6 +16,7 @@ __all__ = [
     "Primitive",
     "abstract_like",
     "align_varying",
+    "as_traced",
     "bind",
     "enter_auto",
     "explicit_mesh",
@@ -39,6 +41,15 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
     """
     consts = list(getattr(jaxpr, "consts", ()))
     return getattr(jaxpr, "jaxpr", jaxpr), consts
+
+
+def as_traced(eqn: Any) -> Any:
+    """Returns a context in which operations bear the names and source lines of an equation.
+
+    Profiles and errors of the compiled program then speak of the user's modules and lines.
+    """
+    names = _source_info.current_name_stack() + eqn.source_info.name_stack
+    return _source_info.user_context(eqn.source_info.traceback, name_stack=names)
 
 
 def bind(eqn: Any, args: list[Any]) -> list[Any]:

@@ -249,7 +249,8 @@ def apply(fn: Callable, *, implementation: str | None = None) -> Callable:
 
     Works inside and outside of `jit`, `grad` (with respect to activations and to float leaves;
     QTensors are constants), `vmap`, `jax.checkpoint`, `scan`, `while_loop`, `cond` and `shard_map`.
-    Outside of `jit` it compiles at each call with new shapes; put `jax.jit` around for speed.
+    Outside of `jit` fn is traced at each call, and its loops compiled as in any function that makes
+    them anew; put `jax.jit` around for speed. An export for several devices is not supported.
     Arguments that are no arrays (flags, Python numbers, strings) reach fn unchanged.
 
     Args:

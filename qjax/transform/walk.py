@@ -120,12 +120,13 @@ def evaluate(handler: Handler, jaxpr: Any, consts: Sequence[Any], args: Sequence
         last_use.pop(v, None) if not hasattr(v, "val") else None
     for i, eqn in enumerate(jaxpr.eqns):
         values = [read(v) for v in eqn.invars]
-        if any(isinstance(v, View) for v in values):
-            rule = _RULES.get(eqn.primitive.name, _fall_back)
-            with eqn.ctx.manager:
-                out = rule(handler, eqn, values)
-        else:
-            out = _compat.bind(eqn, values)
+        with _compat.as_traced(eqn):
+            if any(isinstance(v, View) for v in values):
+                rule = _RULES.get(eqn.primitive.name, _fall_back)
+                with eqn.ctx.manager:
+                    out = rule(handler, eqn, values)
+            else:
+                out = _compat.bind(eqn, values)
         env.update(zip(eqn.outvars, out, strict=True))
         for v in eqn.invars:  # free what is not read again, as plain evaluation does
             if not hasattr(v, "val") and last_use.get(v) == i:

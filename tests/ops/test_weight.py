@@ -75,7 +75,7 @@ def test_experts_are_picked_packed():
     assert weight.lookup(nested, 0, jnp.array([1, 6]), "fill", None) is None
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("fmt", [FORMATS[1], FORMATS[4], FORMATS[5]], ids=str)
 def test_slices_keep_what_stays_whole(fmt):
     view, w = make((3, 64, 48), "kn", fmt)
     cut = lambda start, stop: lambda a, axis: lax.slice_in_dim(a, start, stop, axis=axis)
@@ -102,8 +102,11 @@ def test_stacked_axes_can_be_regrouped():
     assert weight.align_lead(view) is view
 
 
-@pytest.mark.parametrize("K", [64, 512])
-@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize(
+    ("fmt", "K"),
+    [*((fmt, 512) for fmt in FORMATS[:5]), (FORMATS[0], 64), (FORMATS[7], 512)],
+    ids=str,
+)
 def test_ragged_dot(fmt, K):
     view, w = make((4, K, 48), "kn", fmt)
     x = jax.random.normal(jax.random.key(1), (9, K))

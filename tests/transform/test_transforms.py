@@ -1,6 +1,7 @@
 """apply inside JAX's own transformations: jit, grad, vmap, scan, export and their compositions."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -173,6 +174,18 @@ def test_checkpoint_policies_see_a_dot(params, x, policy, recomputed):
     jaxpr = str(jax.make_jaxpr(jax.grad(lambda x: qjax.apply(fn)(params, x)))(x))
     # Two layers forward, two backward; the forward ones again if they were not saved.
     assert jaxpr.count("packed_dot[") == (6 if recomputed else 4)
+
+
+def test_names_and_lines_of_fn_reach_the_compiled_program(params, x):
+    def fn(params, x):
+        with jax.named_scope("encoder"):
+            x = jnp.sin(x @ params["layers"][0]["w"])
+            return jax.jit(lambda w, x: jnp.cos(x @ w))(params["layers"][1]["w"], x)
+
+    text = jax.jit(qjax.apply(fn)).lower(params, x).as_text(debug_info=True)
+    assert re.search(r"encoder[^\"]*/(packed_dot|sin)", text)
+    assert re.search(r"encoder[^\"]*/cos", text)
+    assert "test_transforms.py" in text
 
 
 # ---- int8 activations ---------------------------------------------------------------------------
