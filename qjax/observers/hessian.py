@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 class State(NamedTuple):
     total: Float[Array, "*lead K K"]
-    count: Float[Array, "*lead"]
+    rows: Float[Array, "*lead"]
 
 
 def init(lead: tuple[int, ...], K: int) -> State:
@@ -22,12 +22,12 @@ def update(state: State, x: Float[Array, "*lead M K"], mask: Bool[Array, "*lead 
     x = jnp.where(mask[..., None], x.astype(jnp.float32), 0.0)
     # Full float32 products: the Cholesky factorization needs the small eigenvalues.
     products = jnp.einsum("...mk,...ml->...kl", x, x, precision=lax.Precision.HIGHEST)
-    count = jnp.sum(mask, -1, dtype=jnp.float32)
-    return State(state.total + products, state.count + count)
+    rows = jnp.sum(mask, -1, dtype=jnp.float32)
+    return State(state.total + products, state.rows + rows)
 
 
 def merge(a: State, b: State) -> State:
-    return State(a.total + b.total, a.count + b.count)
+    return State(a.total + b.total, a.rows + b.rows)
 
 
 def finalize(state: State) -> Float[Array, "*lead K K"]:
@@ -36,4 +36,4 @@ def finalize(state: State) -> Float[Array, "*lead K K"]:
     2H is the Hessian of the mean squared output error with respect to a column of W (Frantar et
     al., 2022, section 3.1); the factor 2 changes no argmin and is left out.
     """
-    return state.total / jnp.maximum(state.count, 1.0)[..., None, None]
+    return state.total / jnp.maximum(state.rows, 1.0)[..., None, None]

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 class State(NamedTuple):
     total: Float[Array, "*lead K"]
-    count: Float[Array, "*lead"]
+    rows: Float[Array, "*lead"]
 
 
 def init(lead: tuple[int, ...], K: int) -> State:
@@ -19,14 +19,14 @@ def init(lead: tuple[int, ...], K: int) -> State:
 
 def update(state: State, x: Float[Array, "*lead M K"], mask: Bool[Array, "*lead M"]) -> State:
     a = jnp.where(mask[..., None], jnp.abs(x.astype(jnp.float32)), 0.0)
-    count = jnp.sum(mask, -1, dtype=jnp.float32)
-    return State(state.total + jnp.sum(a, -2), state.count + count)
+    rows = jnp.sum(mask, -1, dtype=jnp.float32)
+    return State(state.total + jnp.sum(a, -2), state.rows + rows)
 
 
 def merge(a: State, b: State) -> State:
-    return State(a.total + b.total, a.count + b.count)
+    return State(a.total + b.total, a.rows + b.rows)
 
 
 def finalize(state: State) -> Float[Array, "*lead K"]:
     """Returns mean |x_k| (Lin et al., 2023, AWQ, section 3.2), 0 if there were no rows."""
-    return state.total / jnp.maximum(state.count, 1.0)[..., None]
+    return state.total / jnp.maximum(state.rows, 1.0)[..., None]

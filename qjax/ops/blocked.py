@@ -71,13 +71,17 @@ def matmul(
     """
     (M, K), N = x.shape, data.shape[1]
     data = _as_bytes(data, element)
-    scale, zero, offset = (_per_column(v, N, columns) for v in (scale, zero, offset))
+    scale = _per_column(scale, N, columns)
+    zero, offset = (_per_column(v, N, columns) if v is not None else None for v in (zero, offset))
     n = _unit(element)
     g = _uniform_group(K, group_size, n)
     block = _block(K, g, n, N)
     if not block:
         return _irregular(x.astype(jnp.float32), data, scale, zero, offset, element, group_size)
-    scale, zero, offset = (_regroup(v, group_size, g, K) for v in (scale, zero, offset))
+    scale = _regroup(scale, group_size, g, K)
+    zero, offset = (
+        _regroup(v, group_size, g, K) if v is not None else None for v in (zero, offset)
+    )
     bias = _bias(scale, zero, offset, element)
     chunk = _chunk(g, element)
     if M == 1 or M / chunk <= _PARTIAL_SUMS:
@@ -131,13 +135,17 @@ def matmul_t(
     """
     M, N = x.shape
     x, data = x.astype(jnp.float32), _as_bytes(data, element)
-    scale, zero, offset = (_per_column(v, N, columns) for v in (scale, zero, offset))
+    scale = _per_column(scale, N, columns)
+    zero, offset = (_per_column(v, N, columns) if v is not None else None for v in (zero, offset))
     n = _unit(element)
     g = _uniform_group(K, group_size, n)
     block = _block(K, g, n, N)
     if not block:
         return _irregular_t(x, data, scale, zero, offset, element, group_size, K)
-    scale, zero, offset = (_regroup(v, group_size, g, K) for v in (scale, zero, offset))
+    scale = _regroup(scale, group_size, g, K)
+    zero, offset = (
+        _regroup(v, group_size, g, K) if v is not None else None for v in (zero, offset)
+    )
     bias = _bias(scale, zero, offset, element)
     nb, gb = K // block, min(block, g)
 
@@ -215,10 +223,10 @@ def _few_rows(x, data, scale, bias, element: Element, g: int, chunk: int) -> Flo
     chunks = data.reshape(P, units, -1, N)
     xs = x.reshape(M, P, units, n).swapaxes(0, 1)[..., None]
     fields = [_fields(chunks[:, u], element) for u in range(units)]
-    total = sum(
-        float(gain) * sum(fields[u][i][:, None] * xs[:, :, u, i] for u in range(units))
-        for i, gain in enumerate(_gains(element))
-    )  # [P, M, N]
+    total = jnp.zeros((), jnp.float32)
+    for i, gain in enumerate(_gains(element)):
+        products = (fields[u][i][:, None] * xs[:, :, u, i] for u in range(units))
+        total = total + float(gain) * functools.reduce(jnp.add, products)  # [P, M, N]
     if g < K:
         total = total.reshape(K // g, -1, M, N) * scale[:, None, None]
         if bias is not None:
@@ -367,9 +375,7 @@ def _has_bf16_dot() -> bool:
 # ---- groups and blocks --------------------------------------------------------------------------
 
 
-def _per_column(v: Array | None, N: int, columns: int) -> Float[Array, "G N"] | None:
-    if v is None:
-        return None
+def _per_column(v: Array, N: int, columns: int) -> Float[Array, "G N"]:
     v = v.astype(jnp.float32)
     if v.shape[1] == 1:
         return jnp.broadcast_to(v, (v.shape[0], N))
@@ -395,9 +401,9 @@ def _block(K: int, g: int, n: int, N: int) -> int:
     return best if target // 8 <= best <= 4 * target or best == K <= target else 0
 
 
-def _regroup(v: Array | None, old: int, new: int, K: int) -> Array | None:
+def _regroup(v: Array, old: int, new: int, K: int) -> Array:
     """Repeats the rows of `v` so that each stands for `new` rows of W instead of `old`."""
-    if v is None or old == new or v.shape[0] == K // new:
+    if old == new or v.shape[0] == K // new:
         return v
     return jnp.repeat(v, old // new, axis=0)[: K // new]
 

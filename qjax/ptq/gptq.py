@@ -271,8 +271,8 @@ def _solve(W, H, fmt: Format, options: Options):
         final_scale = numerics.round_scale(grid.scale, plain)
     final = objective(D, H)
     codes = _codes(Q, grid, group, fmt, element)
-    relative = [scales.safe_divide(j, total) for j in (rtn, gptq, final)]
-    diagnostics = Diagnostics(*relative, damping, jnp.sum(dead))
+    rtn, gptq, final = (scales.safe_divide(j, total) for j in (rtn, gptq, final))
+    diagnostics = Diagnostics(rtn, gptq, final, damping, jnp.sum(dead))
     return codes, final_scale, start.zero, diagnostics
 
 

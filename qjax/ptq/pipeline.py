@@ -139,7 +139,7 @@ def solve_weight(
         damping = choose_damping(canonical, h, h_held_out, fmt.fit(K))
         options = options._replace(damping=damping)
     qt, d = gptq.solve(w, h, fmt, layout, options)
-    rows = int(np.min(np.asarray(site.count)))
+    rows = int(np.min(np.asarray(site.rows)))
     notes = []
     if rows < K:
         notes.append(f"H has rank at most {rows} of {K}: use more calibration tokens")

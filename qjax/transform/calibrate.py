@@ -33,13 +33,13 @@ class Site(NamedTuple):
       shared: path of the parameter whose statistics these are: its own, or that of another one that
         reads the same activation.
       stats: finalized statistic of every observer by name, with the parameter's leading axes.
-      count: rows seen, [*lead]; 0 where an expert was never routed to.
+      rows: how many were seen, [*lead]; 0 where an expert was never routed to.
     """
 
     path: str
     shared: str
     stats: dict[str, Any]
-    count: Array
+    rows: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Calibration:
     """Statistics of every site, by parameter path."""
 
     states: dict[str, dict[str, Any]]
-    counts: dict[str, Array]
+    rows: dict[str, Array]
     shared: dict[str, str]
     usage: Usage
 
@@ -63,7 +63,7 @@ class Calibration:
                 f" {self.usage.why_not(path) or 'It was not asked for.'}"
             ) from None
         stats = {name: OBSERVERS[name].finalize(s) for name, s in self.states[owner].items()}
-        return Site(path, owner, stats, self.counts[owner])
+        return Site(path, owner, stats, self.rows[owner])
 
     @property
     def paths(self) -> list[str]:
@@ -72,19 +72,19 @@ class Calibration:
     @property
     def nbytes(self) -> int:
         """Bytes of all statistics."""
-        return sum(a.nbytes for a in jax.tree.leaves((self.states, self.counts)))
+        return sum(a.nbytes for a in jax.tree.leaves((self.states, self.rows)))
 
     def without_data(self) -> list[str]:
         """Returns the sites, or the parts of stacked ones, that no row reached."""
         out = []
         for path, owner in self.shared.items():
-            for index in np.argwhere(np.asarray(self.counts[owner]) == 0):
+            for index in np.argwhere(np.asarray(self.rows[owner]) == 0):
                 out.append(path + "".join(f"[{i}]" for i in index))
         return out
 
 
 class _Scope(NamedTuple):
-    stats: dict[str, Any]  # path -> {observer: state, "count": rows}
+    stats: dict[str, Any]  # path -> {observer: state, "rows": rows}
     seen: dict[Any, tuple[str, Any]]  # product key -> path, activation (kept alive: keys hold ids)
 
 
@@ -124,7 +124,7 @@ class _Collector(floats.FloatHandler):
         stats = {
             o: OBSERVERS[o].update(OBSERVERS[o].init(lead, K), x, mask) for o in self.observers
         }
-        stats["count"] = jnp.sum(mask, -1, dtype=jnp.float32)
+        stats["rows"] = jnp.sum(mask, -1, dtype=jnp.float32)
         self._merge(self.scopes[-1].stats, {name: stats})
 
     def _mask(self, tokens: tuple[int, ...]) -> Array:
@@ -200,23 +200,23 @@ class _Collector(floats.FloatHandler):
             scope = self.scopes.pop()
         return out, scope.stats
 
-    def absorb(self, emitted: Any) -> None:
-        self._merge(self.scopes[-1].stats, emitted)
+    def absorb(self, collected: Any) -> None:
+        self._merge(self.scopes[-1].stats, collected)
 
-    def absorb_stacked(self, emitted: Any, sliced: set[str]) -> None:
-        """Takes what a scan emitted, one entry a step: kept apart where the weight was sliced."""
-        for name, stats in emitted.items():
+    def absorb_stacked(self, collected: Any, sliced: set[str]) -> None:
+        """Takes what a scan collected, one entry a step: kept apart where the weight was sliced."""
+        for name, stats in collected.items():
             if name not in sliced:
                 first = jax.tree.map(lambda a: a[0], stats)
                 rest = jax.tree.map(lambda a: a[1:], stats)
                 stats, _ = lax.scan(lambda a, b: (self._join(a, b), None), first, rest)
             self.absorb({name: stats})
 
-    def empty_like(self, emitted: Any) -> Any:
-        """Returns statistics of no data, of the shapes in `emitted`."""
+    def empty_like(self, collected: Any) -> Any:
+        """Returns statistics of no data, of the shapes in `collected`."""
 
         def empty(name, state):
-            if name == "count":
+            if name == "rows":
                 return jnp.zeros(state.shape, state.dtype)
             if name == "minmax":
                 shape = state.low.shape
@@ -224,7 +224,7 @@ class _Collector(floats.FloatHandler):
                 return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), state)
             return OBSERVERS[name].init(shape[:-1], shape[-1])
 
-        return {p: {o: empty(o, s) for o, s in stats.items()} for p, stats in emitted.items()}
+        return {p: {o: empty(o, s) for o, s in stats.items()} for p, stats in collected.items()}
 
     def joined(self, a: Any, b: Any) -> Any:
         """Returns the statistics of two sets of data, of which either may lack sites."""
@@ -232,12 +232,12 @@ class _Collector(floats.FloatHandler):
         self._merge(out, b)
         return out
 
-    def _merge(self, into: dict, emitted: dict) -> None:
-        for name, stats in emitted.items():
+    def _merge(self, into: dict, collected: dict) -> None:
+        for name, stats in collected.items():
             into[name] = self._join(into[name], stats) if name in into else stats
 
     def _join(self, a, b):
-        return {o: a[o] + b[o] if o == "count" else OBSERVERS[o].merge(a[o], b[o]) for o in a}
+        return {o: a[o] + b[o] if o == "rows" else OBSERVERS[o].merge(a[o], b[o]) for o in a}
 
 
 class _Program:
@@ -352,10 +352,10 @@ def calibrate(
         _check_finite(state, n)
     if program is None:
         raise CalibrationError("no calibration batches; pass at least one.")
-    counts = {p: s["count"] for p, s in state.items()}
-    states = {p: {o: v for o, v in s.items() if o != "count"} for p, s in state.items()}
+    rows = {p: s["rows"] for p, s in state.items()}
+    states = {p: {o: v for o, v in s.items() if o != "rows"} for p, s in state.items()}
     shared = {p: program.shared[p] for p in program.usage.parameters if p in program.shared}
-    return Calibration(states, counts, shared, program.usage)
+    return Calibration(states, rows, shared, program.usage)
 
 
 def _check_finite(state: Any, batch: int) -> None:

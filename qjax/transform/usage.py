@@ -188,10 +188,10 @@ class _Recorder(walk.Handler):
         self.record(view, primitive)
         return _array(view)
 
-    def contraction(self, view, contracting, batch):
+    def contraction(self, view, contracting, batch) -> Any:
         return dict.fromkeys(contracting, "k") | dict.fromkeys(batch, "b")
 
-    def dot_general(self, view, x, how, *, weight_first, x_axes, w_axes, params):
+    def dot_general(self, view, x, how: Any, *, weight_first, x_axes, w_axes, params):
         self.record(view, "dot_general", how)
         operands = (_array(view), x) if weight_first else (x, _array(view))
         return lax.dot_general(

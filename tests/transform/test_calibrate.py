@@ -45,7 +45,7 @@ def test_a_scan_gives_what_its_unrolled_layers_give():
         np.testing.assert_allclose(
             scanned.stats["hessian"][i], loose[f"w/{i}"].stats["hessian"], rtol=1e-5, atol=1e-7
         )
-    assert scanned.count.tolist() == [5.0] * 3
+    assert scanned.rows.tolist() == [5.0] * 3
 
 
 @pytest.mark.parametrize("observer", ["absmax", "minmax", "percentile", "hessian", "moments"])
@@ -62,7 +62,7 @@ def test_streaming_equals_one_batch(observer):
     for a, b in zip(jax.tree.leaves(whole.stats), jax.tree.leaves(parts.stats), strict=True):
         # Sums of 6 rows differ by their order: a few units in the last place of the largest.
         np.testing.assert_allclose(a, b, rtol=0, atol=0 if exact else 4e-7 * float(jnp.max(a)))
-    assert float(whole.count) == float(parts.count) == 6
+    assert float(whole.rows) == float(parts.rows) == 6
 
 
 def test_second_moments_are_those_of_the_input():
@@ -88,7 +88,7 @@ def test_padding_does_not_count():
     valid = jnp.array([[True, True, False, False], [True, True, True, False]])
     noisy = jnp.where(valid[..., None], x, 1e6)
     c = calibrate(lambda p, x: x @ p["w"], {"w": w}, [noisy], mask=lambda _: valid, **QUIET)["w"]
-    assert float(c.count) == 5
+    assert float(c.rows) == 5
     np.testing.assert_allclose(c.stats["hessian"], moments(x[valid]), rtol=1e-5)
 
 
@@ -101,7 +101,7 @@ def test_a_branch_not_taken_and_a_loop_count_what_ran():
 
     x = weights(5, K)
     c = calibrate(fn, params, [x, x], **QUIET)
-    assert [float(c[name].count) for name in "abc"] == [10, 0, 30]
+    assert [float(c[name].rows) for name in "abc"] == [10, 0, 30]
     assert c.without_data() == ["b"]
     np.testing.assert_allclose(c["c"].stats["hessian"], moments(x), rtol=1e-5)
 
@@ -110,7 +110,7 @@ def test_experts_see_their_own_rows():
     x, w = weights(5, K), weights(3, K, 4)
     sizes = jnp.array([2, 0, 3])
     c = calibrate(lambda p, x: lax.ragged_dot(x, p["w"], sizes), {"w": w}, [x], **QUIET)
-    assert c["w"].count.tolist() == [2, 0, 3]
+    assert c["w"].rows.tolist() == [2, 0, 3]
     assert c.without_data() == ["w[1]"]
     np.testing.assert_allclose(c["w"].stats["hessian"][2], moments(x[2:]), rtol=1e-5)
 
