@@ -257,6 +257,37 @@ def test_derivatives_vmap_and_remat_with_explicit_axes(normal):
     run(mesh, fn, normal(16, 256), w, P("x"), P(None, "y"))
 
 
+SPOKEN = {  # functions that say in explicit mode where their results are
+    "out-sharding": (P(None, "y"), P("y"), lambda x, w: jnp.matmul(x, w, out_sharding=P("y"))),
+    "reshard": (P("x"), P(None, "y"), lambda x, w: x @ jax.sharding.reshard(w, P())),
+    "reshard-to-k": (P("x"), P(None, "y"), lambda x, w: x @ jax.sharding.reshard(w, P("y"))),
+    "auto-axes": (
+        P("x"),
+        P(None, "y"),
+        lambda x, w: jax.sharding.auto_axes(jnp.matmul, out_sharding=P("x", "y"))(x, w),
+    ),
+    "cond": (
+        P("x"),
+        P(None, "y"),
+        lambda x, w: lax.cond(x.sum() < 1e9, lambda: x @ w, lambda: -(x @ w)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPOKEN)
+def test_functions_that_name_shardings(normal, name):
+    x_spec, w_spec, fn = SPOKEN[name]
+    mesh, x, w = make_mesh(EXPLICIT), normal(16, 256), quantize(normal(256, 512), FORMATS["group"])
+    want = dot(x, w)
+    with jax.set_mesh(mesh):
+        xs, ws = place(mesh, x, w, x_spec, w_spec)
+        floats = jax.device_put(qjax.dequantize(w), NamedSharding(mesh, w_spec))
+        got, plain = jax.jit(qjax.apply(fn))(xs, ws), jax.jit(fn)(xs, floats)
+        assert got.sharding == plain.sharding
+        assert not qjax.explain(fn)(xs, ws).dequantized
+    assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
+
+
 # ---- shard_map ----------------------------------------------------------------------------------
 
 
