@@ -57,8 +57,7 @@ def quantize(
     """Quantize a model, save it, reload it, and judge what was reloaded.
 
     The checkpoint holds all that is needed to run it: parameters, config and tokenizer.
-    Both models run with their layers stacked. That compiles ten times faster than unrolled
-    layers; on a CPU it decodes packed weights faster, and float weights about a fifth slower.
+    Both models run with their layers stacked, which compiles several times faster.
 
     [bold]Examples[/bold]
 
