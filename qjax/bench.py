@@ -6,6 +6,7 @@ Four ways to the same product, x [M, K] times a weight [K, N]:
   float32     `x @ w` on the float weight
   dequantize  `x @ qjax.dequantize(qw)`: the whole weight in float first
   qwix        `qwix.dot_general` on the same weight quantized by Qwix, where it is installed
+              and the groups divide K
 
 Repeats are interleaved, so that all ways share the machine's good and bad moments; a ratio is of
 medians over the same repeats, or of minima, which say more on a busy machine.
@@ -33,8 +34,8 @@ from qjax.transform.apply import apply
 
 FORMATS: Mapping[str, Format] = {
     "int8": Format("int8"),
-    "int4-g128": Format("int4", group_size=128, scale="bfloat16"),
-    "nf4-g64": Format("nf4", group_size=64),
+    "int4-g128": Format("int4", group_size=128, scale="bfloat16", remainder="ragged"),
+    "nf4-g64": Format("nf4", group_size=64, remainder="ragged"),
 }
 SHAPES = ((4096, 4096), (4096, 11008))
 TOKENS = (1, 8, 16, 128)
@@ -212,7 +213,8 @@ _WAYS: Mapping[str, Callable[..., Array]] = {
 def _weights(w: Float[Array, "K N"], name: str) -> dict[str, Any]:
     qw = jax.jit(lambda w: qtensor.quantize_array(w, FORMATS[name]))(w)
     weights = {"packed": qw, "float32": w, "dequantize": qw}
-    if has_qwix():
+    # Qwix has no shorter last group.
+    if has_qwix() and w.shape[0] % (FORMATS[name].group_size or 1) == 0:
         weights["qwix"] = _qwix_weight(w, FORMATS[name])
     return weights
 

@@ -115,15 +115,23 @@ def _products(formats, shapes, tokens, repeats) -> list[Product]:
 
 
 def _print_products(products: list[Product]) -> None:
-    ways = list(products[0].timings)
+    ways = list(dict.fromkeys(way for p in products for way in p.timings))
     others = [way for way in ways if way != "packed"]
     rows = [
         (
             p.format,
             f"{p.K}x{p.N}",
             str(p.M),
-            *(f"{p.timings[w].median_ms:.2f} ({p.timings[w].min_ms:.2f})" for w in ways),
-            *(f"{p.ratios[w]:.2f} ({p.ratios_of_minima[w]:.2f})" for w in others),
+            *(
+                f"{p.timings[w].median_ms:.2f} ({p.timings[w].min_ms:.2f})"
+                if w in p.timings
+                else "-"
+                for w in ways
+            ),
+            *(
+                f"{p.ratios[w]:.2f} ({p.ratios_of_minima[w]:.2f})" if w in p.ratios else "-"
+                for w in others
+            ),
             f"{p.timings['packed'].temp_bytes / 1e6:.1f}",
         )
         for p in products
