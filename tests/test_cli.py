@@ -123,7 +123,6 @@ def test_quantize_by_a_policy_file(tiny, tmp_path):
     assert formats["layers/mlp/up_proj/kernel"].startswith("int4 g16")
 
 
-@pytest.mark.xfail(strict=False, reason="`usage` forgets the dtype of a converted parameter")
 def test_quantize_in_bfloat16(tiny, tmp_path):
     out = tmp_path / "q"
     run("quantize", tiny, "-p", "int8", "-o", out, "--dtype", "bfloat16", "--no-eval")

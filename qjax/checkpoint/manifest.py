@@ -19,7 +19,7 @@ from jax.core import Tracer
 from qjax.format import Format
 from qjax.layout import Axis, Layout
 from qjax.paths import key_str
-from qjax.qtensor import QTensor
+from qjax.qtensor import QTensor, is_qtensor
 
 FILE = "qjax_manifest.json"
 METADATA_FILE = "qjax_metadata.json"
@@ -302,7 +302,8 @@ def _leaf(path: str, node: dict[str, Any]) -> Leaf:
         return Leaf(path, kind, None, (), node["type"], 0)
     nbytes = sum(math.prod(a["shape"]) * jnp.dtype(a["dtype"]).itemsize for a in arrays_of(node))
     x = abstract(node)
-    return Leaf(path, kind, getattr(x, "format", None), x.shape, str(x.dtype), nbytes)
+    fmt = x.format if is_qtensor(x) else None  # arrays have a `format` too
+    return Leaf(path, kind, fmt, x.shape, str(x.dtype), nbytes)
 
 
 # ---- a part of the tree -------------------------------------------------------------------------

@@ -220,13 +220,18 @@ def _few_rows(x, data, scale, bias, element: Element, g: int, chunk: int) -> Flo
     """
     (M, K), N, n = x.shape, data.shape[1], _unit(element)
     P, units = K // chunk, chunk // n
+    if element.levels:
+        # In a scan over layers XLA would fuse the slice of the stack into every select of the
+        # lookup, and do it ten times over.
+        data = lax.optimization_barrier(data)
     chunks = data.reshape(P, units, -1, N)
     xs = x.reshape(M, P, units, n).swapaxes(0, 1)[..., None]
     fields = [_fields(chunks[:, u], element) for u in range(units)]
-    total = jnp.zeros((), jnp.float32)
+    parts = []
     for i, gain in enumerate(_gains(element)):
         products = (fields[u][i][:, None] * xs[:, :, u, i] for u in range(units))
-        total = total + float(gain) * functools.reduce(jnp.add, products)  # [P, M, N]
+        parts.append(float(gain) * functools.reduce(jnp.add, products))
+    total = functools.reduce(jnp.add, parts)  # [P, M, N]
     if g < K:
         total = total.reshape(K // g, -1, M, N) * scale[:, None, None]
         if bias is not None:

@@ -160,7 +160,8 @@ def _array(view: View) -> Any:
     stored = view.atoms(_UNKNOWN)
     logical = [a for dim in view.dims for a in dim]
     w = view.payload.array.reshape([a.size for a in stored])
-    return w.transpose([stored.index(a) for a in logical]).reshape(view.shape)
+    w = w.transpose([stored.index(a) for a in logical]).reshape(view.shape)
+    return w.astype(view.dtype)
 
 
 class _Recorder(walk.Handler):
