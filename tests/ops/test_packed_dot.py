@@ -122,7 +122,7 @@ def test_shapes_that_do_not_fit_are_named():
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("spec", [P("y", "x"), P(("x", "y"))], ids=str)
-@pytest.mark.parametrize("fmt", [*FORMATS[:4], FORMATS[5], FORMATS[6], FORMATS[9]], ids=str)
+@pytest.mark.parametrize("fmt", [FORMATS[1], FORMATS[3], FORMATS[5], FORMATS[9]], ids=str)
 def test_a_split_weight_is_never_gathered_where_its_storage_splits(fmt, spec, transposed):
     """8-bit collectives of the size of the codes only where groups or bytes would be cut."""
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)

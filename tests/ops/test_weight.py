@@ -104,7 +104,7 @@ def test_stacked_axes_can_be_regrouped():
 
 @pytest.mark.parametrize(
     ("fmt", "K"),
-    [*((fmt, 512) for fmt in FORMATS[:5]), (FORMATS[0], 64), (FORMATS[7], 512)],
+    [(FORMATS[0], 64), (FORMATS[1], 512), (FORMATS[4], 512), (FORMATS[7], 512)],
     ids=str,
 )
 def test_ragged_dot(fmt, K):
@@ -125,13 +125,12 @@ def conv_params(x, w, numbers, **options):
     return jaxpr.jaxpr.eqns[0].params
 
 
-@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(
-    ("numbers", "x_shape", "w_shape", "layout"),
+    ("numbers", "x_shape", "w_shape", "layout", "stride"),
     [
-        (("NHWC", "HWIO", "NHWC"), (2, 6, 5, 64), (1, 1, 64, 48), "kkkn"),
-        (("NCHW", "OIHW", "NCHW"), (2, 64, 6, 5), (48, 64, 1, 1), "nkkk"),
-        (("CNHW", "HIWO", "HWNC"), (64, 2, 6, 5), (1, 64, 1, 48), "kkkn"),
+        (("NHWC", "HWIO", "NHWC"), (2, 6, 5, 64), (1, 1, 64, 48), "kkkn", 1),
+        (("NCHW", "OIHW", "NCHW"), (2, 64, 6, 5), (48, 64, 1, 1), "nkkk", 2),
+        (("CNHW", "HIWO", "HWNC"), (64, 2, 6, 5), (1, 64, 1, 48), "kkkn", 2),
     ],
     ids=str,
 )
