@@ -39,8 +39,8 @@ _ROWS_PACKED, _ROWS_NATIVE, _ROWS_TABLE = 8, 16, 4
 # Those sums, M for every chunk of rows, may take this part of W. More tokens would also dequantize
 # it M times: from 3 on that is slower.
 _PARTIAL_SUMS = 1 / 8
-# Bytes of a block of float32 weights: the L2 caches of two cores hold it.
-_BLOCK_BYTES = 1 << 21
+# Bytes of a block of float32 weights: measured best from 4 to 16 rows of x, and no worse at 128.
+_BLOCK_BYTES = 1 << 22
 # Groups or blocks shorter than this many rows go the irregular way.
 _SHORTEST = 16
 
