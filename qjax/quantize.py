@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -243,10 +244,13 @@ def quantize(
     usage: Any = None,
     donate: bool = False,
     return_report: bool = False,
+    fn: Callable | None = None,
+    calibration: Iterable[Any] | None = None,
+    report: Callable[[str], None] | None = print,
 ) -> Any:
-    """Quantizes a tree of parameters by policy, without data (round to nearest).
+    """Quantizes a tree of parameters by policy: rounded to nearest, or with calibration data.
 
-    Pure: works under `jit`, `vmap` and `eval_shape` (which plans a tree without its memory), on
+    Without data it is pure: works under `jit`, `vmap` and `eval_shape` (which plans a tree without its memory), on
     stacked kernels, and on sharded arrays, whose sharding codes and scales inherit.
 
     Args:
@@ -258,10 +262,17 @@ def quantize(
       donate: free each float leaf as soon as its quantized one exists. Peak memory is then the
         float tree plus one leaf. An array that also stays in the tree as it is stays alive.
       return_report: also return a `Summary` with the SQNR of every leaf.
+      fn: with `calibration`, the function of `(params, *batch)` whose outputs are to be kept.
+      calibration: batches for fn. Every weight of a product is then solved by GPTQ and coordinate
+        descent on the second moments of its input in the float model (`qjax.ptq.gptq`); every
+        fifth batch is held out to choose the damping and to judge the result. What is only looked
+        up is rounded to nearest.
+      report: with `calibration`, called with a line for each step; None: silent.
 
     Returns:
       The same tree with a QTensor in place of each leaf that a rule gave a format; with
-      `return_report`, a pair of that and the `Summary`.
+      `return_report`, a pair of that and the `Summary`; with `calibration`, a pair of that and a
+      `SolveReport`.
 
     Raises:
       QuantizationError: naming the parameter path, for rules that match nothing, NaN or Inf
@@ -269,6 +280,13 @@ def quantize(
         `jit` values are not known: there a NaN or Inf weight makes the scale of its group NaN.
     """
     policy = Policy.of(policy)
+    if calibration is not None:
+        if fn is None or donate or return_report:
+            raise ValueError(
+                "`calibration` needs `fn`, the function that the data is for; it does not go with"
+                " `donate` or `return_report`."
+            )
+        return _quantize_with_data(params, policy, usage, fn, list(calibration), report)
     plan = assign(params, policy, usage)
     check_finite(plan)
     tree = jax.tree.structure(params, is_leaf=is_qtensor)
@@ -297,6 +315,44 @@ def quantize(
     if not return_report:
         return qparams
     return qparams, Summary(tuple(rows))
+
+
+def _quantize_with_data(
+    params: Any, policy: Policy, usage: Any, fn: Callable, batches: list[Any], report: Any
+) -> Any:
+    from qjax.ptq import gptq, pipeline
+    from qjax.transform.usage import usage as usage_of
+
+    if not batches:
+        raise QuantizationError("`calibration` has no batches; pass at least one.")
+    if usage is None:
+        first = batches[0] if isinstance(batches[0], tuple) else (batches[0],)
+        usage = usage_of(fn)(params, *first)
+    plan = assign(params, policy, usage)
+    check_finite(plan)
+    paths = [a.path for a in plan if a.format is not None and usage[a.path].is_multiplied]
+    train, held_out = pipeline.statistics(fn, params, batches, paths, usage, report)
+    if empty := train.without_data():
+        raise QuantizationError(
+            f"{empty[0]}: no calibration token reached it ({len(empty)} such in all). Use more"
+            " data, or skip it."
+        )
+    out, solved = [], []
+    for path, leaf, fmt, layout, _ in plan:
+        if fmt is None or layout is None:
+            out.append(leaf)
+        elif path not in train:  # only looked up
+            out.append(_quantizer(fmt, layout, None, False)(leaf)[0])
+        else:
+            qt, what = pipeline.solve_weight(
+                path, leaf, fmt, layout, train, held_out, gptq.Options()
+            )
+            out.append(qt)
+            solved.append(what)
+            if report is not None:
+                report(f"{path}: {what.rtn:.5f} > {what.final:.5f} in {what.seconds:.1f} s")
+    tree = jax.tree.structure(params, is_leaf=is_qtensor)
+    return jax.tree.unflatten(tree, out), pipeline.SolveReport(tuple(solved))
 
 
 def dequantize(qparams: Any) -> Any:

@@ -41,6 +41,8 @@ _ROWS_PACKED, _ROWS_NATIVE, _ROWS_TABLE = 8, 16, 4
 _PARTIAL_SUMS = 1 / 8
 # Bytes of a block of float32 weights: measured best from 4 to 16 rows of x, and no worse at 128.
 _BLOCK_BYTES = 1 << 22
+# The transposed product also holds x once for each group of a block.
+_BLOCK_BYTES_T = 1 << 21
 # Groups or blocks shorter than this many rows go the irregular way.
 _SHORTEST = 16
 
@@ -75,7 +77,7 @@ def matmul(
     zero, offset = (_per_column(v, N, columns) if v is not None else None for v in (zero, offset))
     n = _unit(element)
     g = _uniform_group(K, group_size, n)
-    block = _block(K, g, n, N)
+    block = _block(K, g, n, N, _BLOCK_BYTES)
     if not block:
         return _irregular(x.astype(jnp.float32), data, scale, zero, offset, element, group_size)
     scale = _regroup(scale, group_size, g, K)
@@ -139,7 +141,7 @@ def matmul_t(
     zero, offset = (_per_column(v, N, columns) if v is not None else None for v in (zero, offset))
     n = _unit(element)
     g = _uniform_group(K, group_size, n)
-    block = _block(K, g, n, N)
+    block = _block(K, g, n, N, _BLOCK_BYTES_T)
     if not block:
         return _irregular_t(x, data, scale, zero, offset, element, group_size, K)
     scale = _regroup(scale, group_size, g, K)
@@ -396,11 +398,11 @@ def _uniform_group(K: int, g: int, n: int) -> int:
     return g if g % n == 0 and (g >= _SHORTEST or g == K) else 0
 
 
-def _block(K: int, g: int, n: int, N: int) -> int:
+def _block(K: int, g: int, n: int, N: int, n_bytes: int) -> int:
     """Returns the rows to dequantize at a time: a divisor of K that nests with the groups, or 0."""
     if not g:
         return 0
-    target = max(64, _BLOCK_BYTES // (4 * N))
+    target = max(64, n_bytes // (4 * N))
     sizes = [b for b in range(n, K + 1, n) if K % b == 0 and (b % g == 0 or g % b == 0)]
     best = min(sizes, key=lambda b: abs(math.log(b / target)), default=0)
     return best if target // 8 <= best <= 4 * target or best == K <= target else 0

@@ -615,7 +615,9 @@ def test_is_silent(tmp_path, caplog, capfd):
         save(tmp_path / "c", {"a": jnp.ones(3), "q": filled((128, 8), FORMATS["nf4"])})
         load(tmp_path / "c", shardings=NamedSharding(mesh(8), P()))
         load(tmp_path / "c", select="a")
-    assert not [r for r in caplog.records if "orbax" in r.pathname]
+    # Threads of other saves may still log what nobody is shown by default.
+    shown = [r for r in caplog.records if r.levelno >= logging.WARNING]
+    assert not [r for r in shown if "orbax" in r.pathname]
     assert capfd.readouterr() == ("", "")
 
 

@@ -1,0 +1,120 @@
+"""Laws of quantization with data, through the front door."""
+
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import qjax
+
+INT4 = qjax.Format("int4", group_size=16)
+D, LAYERS = 32, 2
+
+
+def fn(params, tokens):
+    """A tied embedding around stacked layers."""
+    x = params["embed"][tokens]
+
+    def layer(x, w):
+        return x + jnp.tanh(nn.silu(x @ w["up"]) @ w["down"]), None
+
+    x, _ = lax.scan(layer, x, params["layers"])
+    return x @ params["embed"].T
+
+
+@pytest.fixture(scope="module")
+def params():
+    keys = jax.random.split(jax.random.key(0), 3)
+    return {
+        # Few directions carry most of the input: what GPTQ exploits.
+        "embed": jax.random.normal(keys[0], (50, D)) * jnp.exp(-jnp.arange(D) / 6),
+        "layers": {
+            "up": jax.random.normal(keys[1], (LAYERS, D, 64)) / 6,
+            "down": jax.random.normal(keys[2], (LAYERS, 64, D)) / 8,
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def batches():
+    tokens = np.random.default_rng(0).integers(0, 50, (6, 4, 16))
+    return [jnp.asarray(t) for t in tokens]
+
+
+@pytest.fixture(scope="module")
+def solved(params, batches):
+    policy = qjax.Policy([qjax.Rule("layers/*", INT4)])
+    return policy, *qjax.quantize(params, policy, fn=fn, calibration=batches, report=None)
+
+
+def error(params, qparams, tokens):
+    exact, quantized = fn(params, tokens), qjax.apply(fn)(qparams, tokens)
+    return float(jnp.sum((exact - quantized) ** 2))
+
+
+def test_the_outputs_are_nearer_than_those_of_rounding(params, solved):
+    policy, qparams, _ = solved
+    rtn = qjax.quantize(params, policy, usage=qjax.usage(fn)(params, jnp.zeros((1, 2), int)))
+    unseen = jnp.asarray(np.random.default_rng(9).integers(0, 50, (8, 16)))
+    assert error(params, qparams, unseen) < 0.8 * error(params, rtn, unseen)
+
+
+def test_the_storage_is_that_of_rounding(params, solved):
+    policy, qparams, _ = solved
+    rtn = qjax.quantize(params, policy)
+    assert jax.tree.structure(qparams) == jax.tree.structure(rtn)
+    assert qparams["embed"] is params["embed"]
+
+
+def test_the_report_says_what_happened(solved):
+    _, _, report = solved
+    rows = {s.path: s for s in report.solved}
+    assert set(rows) == {"layers/up", "layers/down"}
+    for row in rows.values():
+        assert row.final <= row.gptq <= row.rtn
+        assert row.held_out < row.held_out_rtn
+        assert row.rows == 5 * 4 * 16  # one batch of six is held out
+    assert len(json.loads(report.to_json())) == 2
+    assert "layers/up" in str(report)
+
+
+def test_a_tied_table_is_solved_on_its_product(params, batches):
+    policy = qjax.Policy([qjax.Rule("embed", INT4)])
+    qparams, report = qjax.quantize(params, policy, fn=fn, calibration=batches[:1], report=None)
+    assert qparams["embed"].layout.letters == "nk"
+    assert report.solved[0].held_out is None  # a single batch leaves nothing to hold out
+
+
+def test_few_rows_are_said_to_be_few(params, batches):
+    policy = qjax.Policy([qjax.Rule("layers/down", INT4)])
+    few = [batches[0][:1]]
+    _, report = qjax.quantize(params, policy, fn=fn, calibration=few, report=None)
+    assert "rank at most 16 of 64" in report.solved[0].note
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"calibration": []}, "no batches"),
+        ({"fn": None}, "needs `fn`"),
+        ({"donate": True}, "does not go with"),
+    ],
+)
+def test_bad_calls_are_refused(params, batches, change, message):
+    arguments = {"fn": fn, "calibration": batches, "report": None} | change
+    with pytest.raises(ValueError, match=message):
+        qjax.quantize(params, INT4, **arguments)
+
+
+def test_an_expert_without_data_is_an_error():
+    params = {"w": jnp.ones((3, 16, 8))}
+    sizes = jnp.array([2, 0, 3])
+    with pytest.raises(qjax.QuantizationError, match=r"w\[1\]: no calibration token"):
+        qjax.quantize(
+            params, INT4, fn=lambda p, x: lax.ragged_dot(x, p["w"], sizes),
+            calibration=[jnp.ones((5, 16))], report=None,
+        )  # fmt: skip
