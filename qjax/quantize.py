@@ -250,8 +250,8 @@ def quantize(
 ) -> Any:
     """Quantizes a tree of parameters by policy: rounded to nearest, or with calibration data.
 
-    Without data it is pure: works under `jit`, `vmap` and `eval_shape` (which plans a tree without its memory), on
-    stacked kernels, and on sharded arrays, whose sharding codes and scales inherit.
+    Without data it is pure: works under `jit`, `vmap` and `eval_shape` (which plans a tree without
+    its memory), on stacked kernels, and on sharded arrays, whose sharding codes and scales inherit.
 
     Args:
       params: tree of arrays; ShapeDtypeStructs are planned instead of computed.

@@ -2,7 +2,7 @@
 
 The objective, for a weight W [K, N], its quantized values Q and D = W - Q, is
 
-  J(Q) = tr(Dᵀ H D),   H = XᵀX / n + λI   [K, K]
+  J(Q) = tr(Dᵀ H D),   H = XᵀX / n + λ diag(XᵀX / n)   [K, K]
 
 Both algorithms visit the rows k of W (columns of the paper's matrix, which is our transpose) and
 round each to its best value given the others:
@@ -40,8 +40,10 @@ class Options(NamedTuple):
     """How hard to try. Static.
 
     Attributes:
-      damping: λ as a fraction of the mean of diag(H); raised tenfold while the Cholesky
-        factorization fails.
+      damping: λ, by which every input's own second moment grows: how far correlations between
+        inputs are disbelieved. Not a multiple of mean(diag H) as in the paper: where a few inputs
+        are a thousand times the others, that would drown the others. Raised tenfold while the
+        Cholesky factorization fails.
       act_order: visit rows by decreasing H_kk. Groups stay where they are, so the format does too.
       sweeps: rounds of coordinate descent, each followed by a refit of all scales; 0: plain GPTQ.
       refit: whether to refit scales.
@@ -59,7 +61,7 @@ class Diagnostics(NamedTuple):
     Attributes:
       rtn, gptq, final: J(Q) / J(0) after rounding to nearest, after GPTQ, at the end: the squared
         output error relative to the squared output, on the calibration data.
-      damping: λ / mean(diag H) that was used.
+      damping: λ that was used.
       dead: number of inputs that were zero in all calibration data.
     """
 
@@ -137,13 +139,12 @@ def _sweep(
 
 
 def _factor(H: Float[Array, "K K"], damping: float) -> tuple[Array, Array]:
-    """Returns upper triangular R with R Rᵀ = H + λI, and λ / mean(diag H)."""
-    K = H.shape[0]
-    mean = jnp.mean(jnp.diagonal(H))
+    """Returns upper triangular R with R Rᵀ = H + λ diag(H), and λ."""
+    diagonal = jnp.diag(jnp.diagonal(H))
 
     def reversed_cholesky(fraction):
         # R is the Cholesky factor of the matrix with rows and columns reversed, reversed back.
-        L = jnp.linalg.cholesky(H[::-1, ::-1] + fraction * mean * jnp.eye(K, dtype=H.dtype))
+        L = jnp.linalg.cholesky((H + fraction * diagonal)[::-1, ::-1])
         return L[::-1, ::-1]
 
     def failed(state):
@@ -231,7 +232,7 @@ def _solve(W, H, fmt: Format, options: Options):
     order = jnp.argsort(-diagonal) if options.act_order else jnp.arange(K)
     Hp = H[order][:, order]
     R, damping = _factor(Hp, options.damping)
-    Hd = H + damping * jnp.mean(diagonal) * jnp.eye(K, dtype=H.dtype)
+    Hd = H + damping * jnp.diag(diagonal)
     M = (jnp.triu(R, 1) / jnp.diagonal(R)).T
     Wp, gp = W[order], group[order]
     Dp = _sweep(Wp, jnp.zeros_like(Wp), M, grid, gp, fmt)

@@ -19,7 +19,7 @@ from qjax.qtensor import dequantize_canonical
 from qjax.transform.calibrate import Calibration, calibrate
 from qjax.transform.usage import Usage
 
-# Candidates for λ / mean(diag H). How much of H to believe depends on how many independent rows it
+# Candidates for λ. How much of H to believe depends on how many independent rows it
 # was made of, which no formula knows: text is correlated. So it is measured on held-out rows.
 _DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 # Output columns on which the candidates are compared; they are exchangeable.
@@ -34,7 +34,7 @@ class Solved:
       path: of the parameter; a stacked weight has the means over its stack.
       rtn, gptq, final: on the calibration data, after rounding to nearest, after GPTQ, at the end.
       held_out_rtn, held_out: the first and the last on held-out data; None without.
-      damping: λ / mean(diag H).
+      damping: λ, see `gptq.Options`.
       rows: activations that H was made of.
       dead: inputs that were always zero.
       seconds: spent on it, compilation included.

@@ -45,7 +45,7 @@ def objective(w, qt, h):
 def textbook(w, h, scale, group_size, damping):
     """The paper's loop: quantize a row, spread its error through the inverse Hessian (float64)."""
     w, h = np.asarray(w, np.float64).copy(), np.asarray(h, np.float64)
-    h = h + damping * np.mean(np.diag(h)) * np.eye(K)
+    h = h + damping * np.diag(np.diag(h))
     u = np.linalg.cholesky(np.linalg.inv(h)).T
     out = np.zeros_like(w)
     for k in range(K):
