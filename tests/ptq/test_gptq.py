@@ -61,9 +61,10 @@ def test_it_is_the_loop_of_the_paper():
     options = gptq.Options(damping=0.01, act_order=False, sweeps=0)
     qt, _ = gptq.solve(w, h, fmt, KN, options)
     expected = textbook(w, h, qt.scale, 32, 0.01)
-    # A value within float32 rounding of a midpoint may go the other way, and what follows with it.
+    # A value within float32 rounding of a midpoint may go the other way, and what follows it in its
+    # column with it: so columns are counted.
     same = np.isclose(np.asarray(dequantize_array(qt)), expected, atol=1e-5)
-    assert same.mean() > 0.98
+    assert same.all(0).mean() > 0.8
     d = np.asarray(w, np.float64) - expected
     assert objective(w, qt, h) == pytest.approx(np.sum(d * (np.asarray(h) @ d)), rel=0.02)
 
