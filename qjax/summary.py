@@ -14,6 +14,7 @@ from jax.core import Tracer
 
 from qjax.paths import path_str
 from qjax.qtensor import QTensor, dequantize_array, is_qtensor
+from qjax.tables import align
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,15 +132,7 @@ class Summary:
                 f"{t['quantized_bits_per_weight']:.3f} bits/w where quantized",
             )
         )
-        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        right = {1, 4, 5, 6}
-        text = [
-            "  ".join(
-                cell.rjust(w) if i in right else cell.ljust(w)
-                for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        ]
+        text = align(lines, right={1, 4, 5, 6})
         rule = "-" * max(map(len, text))
         return "\n".join([text[0], rule, *text[1:-1], rule, text[-1]])
 

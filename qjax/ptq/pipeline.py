@@ -15,7 +15,8 @@ import numpy as np
 from qjax.format import Format
 from qjax.layout import Layout
 from qjax.ptq import gptq
-from qjax.qtensor import dequantize_canonical
+from qjax.qtensor import dequantize_canonical, quantize_array
+from qjax.tables import align
 from qjax.transform.calibrate import Calibration, calibrate
 from qjax.transform.usage import Usage
 
@@ -79,11 +80,11 @@ class SolveReport:
                     s.note,
                 )
             )
-        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        return "\n".join(
-            "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
-            for line in lines
-        )
+        return "\n".join(align(lines))
+
+
+# Made once, so that equal shapes share a compilation.
+_round_to_nearest = jax.jit(quantize_array, static_argnums=(1, 2))
 
 
 @jax.jit
@@ -147,10 +148,8 @@ def solve_weight(
         notes.append("damping raised until H factored")
     rtn_held_out = final_held_out = None
     if h_held_out is not None:
-        from qjax.qtensor import quantize_array
-
         diagonal = jnp.diagonal(h, axis1=-2, axis2=-1)
-        rtn = jax.jit(quantize_array, static_argnums=(1, 2))(w, fmt, layout, importance=diagonal)
+        rtn = _round_to_nearest(w, fmt, layout, importance=diagonal)
         rtn_held_out = float(jnp.mean(_relative_error(canonical, rtn, h_held_out)))
         final_held_out = float(jnp.mean(_relative_error(canonical, qt, h_held_out)))
     mean = lambda a: float(np.mean(np.asarray(a)))

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from qjax import _compat, sharding
 from qjax.ops import packed_dot, weight
 from qjax.qtensor import is_qtensor
+from qjax.tables import align
 from qjax.transform import walk
 from qjax.transform.trace import Call, take_apart, trace
 from qjax.view import View
@@ -59,11 +60,7 @@ class Explanation(tuple[Use, ...]):
             (u.path, u.op + (f" x{u.count}" if u.count > 1 else ""), u.how, u.implementation)
             for u in self
         ]
-        widths = [max(len(line[i]) for line in lines) for i in range(4)]
-        return "\n".join(
-            "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
-            for line in lines
-        )
+        return "\n".join(align(lines))
 
 
 class _Packed(walk.Handler):

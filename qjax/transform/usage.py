@@ -12,6 +12,7 @@ import jax
 from jax import lax
 
 from qjax.paths import path_str
+from qjax.tables import align
 from qjax.transform import walk
 from qjax.transform.trace import take_apart, trace
 from qjax.view import Atom, View
@@ -129,11 +130,7 @@ class Usage:
         for p in self.parameters.values():
             ops = ", ".join(dict.fromkeys(c.op for c in p.consumptions))
             lines.append((p.path, "x".join(map(str, p.shape)), p.layout or "-", ops, p.note))
-        widths = [max(len(line[i]) for line in lines) for i in range(5)]
-        return "\n".join(
-            "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
-            for line in lines
-        )
+        return "\n".join(align(lines))
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["ndim"])
