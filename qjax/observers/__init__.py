@@ -7,15 +7,15 @@ Every module is one statistic, with the same four pure functions around a NamedT
   merge(a, b)              the state of both data sets together
   finalize(state)          the statistic
 
-The law they keep: merge is associative and commutative with `init` as its identity, and updating
-with two batches equals updating with their concatenation: exactly for extrema and counts, up to
-float32 summation order for sums.
+The law they keep: merge is associative with `init` as its identity, and updating with two batches
+equals updating with their concatenation: exactly for extrema, counts and samples, up to float32
+summation order for sums. It is commutative, except for `sample`, which keeps what came first.
 """
 
-from qjax.observers import absmax, hessian, minmax, moments, percentile
+from qjax.observers import absmax, hessian, minmax, moments, percentile, sample
 
 OBSERVERS = {
-    m.__name__.rpartition(".")[2]: m for m in (absmax, hessian, minmax, moments, percentile)
+    m.__name__.rpartition(".")[2]: m for m in (absmax, hessian, minmax, moments, percentile, sample)
 }
 
-__all__ = ["OBSERVERS", "absmax", "hessian", "minmax", "moments", "percentile"]
+__all__ = ["OBSERVERS", "absmax", "hessian", "minmax", "moments", "percentile", "sample"]
