@@ -11,6 +11,7 @@ from qjax import numerics, packing
 RULES = ("absmax", "absmax_full", "signed_absmax", "minmax", "mse", "absmean")
 REMAINDERS = ("error", "ragged", "shrink")
 ACTIVATIONS = ("int8", "e4m3")
+ACTIVATION_SCALES = ("token", "tensor", "static")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -46,7 +47,15 @@ class Format:
       remainder: what to do when `group_size` does not divide K: "error"; "ragged", a last group
         that is shorter; "shrink", the largest divisor of K below `group_size`.
       activation: None (weight-only), or the element type to which the other operand of a matmul
-        is quantized per token at run time ("int8": W8A8 with an int32 accumulator).
+        is quantized at run time: "int8" (W8A8 with an int32 accumulator) or "e4m3".
+      activation_scale: where the step of the activation's codes comes from: "token", the largest
+        magnitude of each token; "tensor", that of the whole activation; "static", the weight's
+        `act_scale`, measured on calibration data.
+      outliers: None, or the magnitude from which on an input channel counts as an outlier: it
+        leaves the int8 product, in which it would set the step of every token, and is multiplied
+        in float (Dettmers et al., 2022, LLM.int8(): 6.0).
+      outlier_capacity: outlier channels for which the float product has room. With more, the whole
+        weight takes part in it: the result is the same, the time is not.
     """
 
     element: str
@@ -58,6 +67,9 @@ class Format:
     rule: str | None = None
     remainder: str = "error"
     activation: str | None = None
+    activation_scale: str = "token"
+    outliers: float | None = None
+    outlier_capacity: int = 32
 
     def __post_init__(self):
         element = numerics.get_element(self.element)
@@ -101,13 +113,7 @@ class Format:
         if self.offset == "e8m0":
             raise ValueError("`offset` has a sign; e8m0 holds only positive powers of two.")
         self._check_rule(element)
-        if self.activation == "int8":
-            signed = element.kind == "int" and element.qmin < 0
-            if not signed or self.zero_point or self.offset is not None:
-                raise ValueError(
-                    "`activation='int8'` multiplies integers: it needs a signed integer element"
-                    f" without zero point or offset, got {self.element!r}."
-                )
+        self._check_activation(element)
 
     def _check_rule(self, element: numerics.Element) -> None:
         rule = self.scale_rule
@@ -133,7 +139,65 @@ class Format:
                 f"`rule='signed_absmax'` needs a signed scale; ({self.scale}) has no sign."
             )
 
+    def _check_activation(self, element: numerics.Element) -> None:
+        if self.activation == "int8":
+            signed = element.kind == "int" and element.qmin < 0
+            if not signed or self.zero_point or self.offset is not None:
+                raise ValueError(
+                    "`activation='int8'` multiplies integers: it needs a signed integer element"
+                    f" without zero point or offset, got {self.element!r}."
+                )
+        if self.activation is not None and (self.zero_point or self.offset is not None):
+            raise ValueError(
+                f"`activation={self.activation!r}` needs a weight without zero point or offset."
+            )
+        if self.activation_scale not in ACTIVATION_SCALES:
+            raise ValueError(
+                f"`activation_scale` must be one of {', '.join(ACTIVATION_SCALES)},"
+                f" got {self.activation_scale!r}."
+            )
+        if self.activation is None and self.activation_scale != "token":
+            raise ValueError(
+                f"`activation_scale={self.activation_scale!r}` says how activations are quantized:"
+                " set `activation` to 'int8' or 'e4m3' too."
+            )
+        capacity = self.outlier_capacity
+        if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 1:
+            raise ValueError(f"`outlier_capacity` must be a positive integer, got {capacity!r}.")
+        if self.outliers is None:
+            if capacity != type(self).outlier_capacity:
+                raise ValueError(
+                    "`outlier_capacity` is the room for outliers: set their threshold `outliers`"
+                    " too, such as 6.0."
+                )
+            return
+        number = isinstance(self.outliers, int | float) and not isinstance(self.outliers, bool)
+        if not number or not 0 < self.outliers < math.inf:
+            raise ValueError(
+                "`outliers` must be None or a positive magnitude, such as 6.0,"
+                f" got {self.outliers!r}."
+            )
+        if self.activation != "int8" or self.activation_scale != "token":
+            raise ValueError(
+                "`outliers` leave an int8 product: it needs `activation='int8'` with"
+                f" `activation_scale='token'`, got {self.activation!r} with"
+                f" {self.activation_scale!r}."
+            )
+
     # ---- derived ----
+
+    @property
+    def weight_only(self) -> Format:
+        """The format of the same storage, whose products leave the activation as it is."""
+        if self.activation is None:
+            return self
+        return dataclasses.replace(
+            self,
+            activation=None,
+            activation_scale="token",
+            outliers=None,
+            outlier_capacity=type(self).outlier_capacity,
+        )
 
     @property
     def scale_rule(self) -> str:
@@ -219,7 +283,10 @@ class Format:
             offset = self.offset
             parts.append("+" + (short.get(offset, offset) if isinstance(offset, str) else "q"))
         if self.activation:
-            parts.append(f"a:{self.activation}")
+            dynamic = self.activation_scale == "token"
+            parts.append(f"a:{self.activation}" + ("" if dynamic else f"/{self.activation_scale}"))
+        if self.outliers is not None:
+            parts.append(f"o>={self.outliers:g}")
         return " ".join(parts)
 
     def __repr__(self) -> str:

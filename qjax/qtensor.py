@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from qjax import numerics, packing, scales
 from qjax.format import Format
 from qjax.layout import DEFAULT, Layout
+
+PARTS = ("data", "scale", "zero", "pre_scale", "act_scale")
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -33,6 +35,11 @@ class QTensor:
       dtype: static. Name of the logical (dequantized) dtype.
       pad: static. Zero codes at the end of each packed column, 0 unless K is no multiple of
         `packing.unit(b)`.
+      pre_scale: None; or float32 [*lead, K] that activations are multiplied by before they are
+        quantized. The codes hold W' of y = (x * pre_scale) @ W', so that the logical weight is
+        diag(pre_scale) @ W': smoothing that no neighbouring layer could absorb.
+      act_scale: None; or float32 [*lead], the step of the codes of x * pre_scale, for formats with
+        `activation_scale="static"`.
 
     All static fields stay true when `vmap` or `scan` takes away a leading axis and when a mesh
     shards K, N or a leading axis: shapes are read off `data`.
@@ -48,17 +55,21 @@ class QTensor:
     layout: Layout
     dtype: str
     pad: int
+    pre_scale: Any = None
+    act_scale: Any = None
 
     # ---- pytree ----
 
     def tree_flatten_with_keys(self):
         key = jax.tree_util.GetAttrKey
-        children = ((key("data"), self.data), (key("scale"), self.scale), (key("zero"), self.zero))
+        children = tuple((key(name), getattr(self, name)) for name in PARTS)
         return children, (self.format, self.layout, self.dtype, self.pad)
 
     @classmethod
     def tree_unflatten(cls, aux, children):
-        return cls(*children, *aux)
+        data, scale, zero, pre_scale, act_scale = children
+        fmt, layout, dtype, pad = aux
+        return cls(data, scale, zero, fmt, layout, dtype, pad, pre_scale, act_scale)
 
     # ---- shapes ----
 
@@ -101,7 +112,10 @@ class QTensor:
             shape = "x".join(map(str, self.shape))
         except (AttributeError, TypeError):  # inside tree_map the children may be anything
             return f"QTensor({self.format}, children={type(self.data).__name__})"
-        return f"QTensor({shape} {self.dtype} as {self.format}, {self.bits_per_weight:.3f} bpw)"
+        extra = "".join(f", {n}" for n in PARTS[3:] if getattr(self, n) is not None)
+        return (
+            f"QTensor({shape} {self.dtype} as {self.format}, {self.bits_per_weight:.3f} bpw{extra})"
+        )
 
     # ---- refusing to be an array ----
 
@@ -158,6 +172,8 @@ def quantize_array(
     layout: str | Layout = DEFAULT,
     *,
     importance: Float[Array, "*b K"] | None = None,
+    pre_scale: Float[Array, "*b K"] | None = None,
+    act_scale: Float[Array, "*b"] | None = None,
 ) -> QTensor:
     """Quantizes one array; pure, works under `jit`, `vmap` and `eval_shape`.
 
@@ -168,16 +184,25 @@ def quantize_array(
       w: the weight, any float dtype.
       fmt: how to store it.
       layout: which axes are contracted, as letters ("kn", "nk", "kkn", see `Layout`).
-      importance: weights of the error of row k for `rule="mse"`, e.g. a Hessian diagonal.
+      importance: weights of the error of row k for `rule="mse"`, e.g. a Hessian diagonal; with a
+        `pre_scale`, of the row that is quantized.
+      pre_scale: factors of the activation's channels, not 0: what is quantized is then
+        w / pre_scale[:, None].
+      act_scale: the static step of the activation's codes, after `pre_scale`.
 
     Raises:
-      ValueError: if the group size does not divide K and `fmt.remainder` is "error".
+      ValueError: if the group size does not divide K and `fmt.remainder` is "error", or if a
+        `pre_scale` or `act_scale` does not fit the weight.
     """
     if not isinstance(layout, Layout):
         layout = Layout.parse(layout, w.shape)
     dtype = jnp.dtype(w.dtype).name
     w = layout.to_canonical(w).astype(jnp.float32)
-    K = w.shape[-2]
+    *lead, K, _ = w.shape
+    pre_scale = _fitting("pre_scale", pre_scale, (*lead, K))
+    act_scale = _fitting("act_scale", act_scale, tuple(lead))
+    if pre_scale is not None:
+        w = w / pre_scale[..., None]
     fmt = fmt.fit(K)
     element = numerics.get_element(fmt.element)
 
@@ -194,7 +219,23 @@ def quantize_array(
 
     codes = numerics.encode(scaled(w, scale, zero, fmt), element)
     pad = packing.padding(K, element.bits) if element.is_packed else 0
-    return QTensor(_pack(codes, element), scale_stored, zero_stored, fmt, layout, dtype, pad)
+    return QTensor(
+        _pack(codes, element), scale_stored, zero_stored, fmt, layout, dtype, pad, pre_scale,
+        act_scale,
+    )  # fmt: skip
+
+
+def _fitting(name: str, a: Any, shape: tuple[int, ...]) -> Array | None:
+    """Returns `a` in float32, after checking that it has the shape that the weight asks for."""
+    if a is None:
+        return None
+    a = jnp.asarray(a, jnp.float32)
+    if a.shape != shape:
+        raise ValueError(
+            f"`{name}` must have the shape {shape} of this weight's"
+            f" {'[*lead, K]' if name == 'pre_scale' else '[*lead]'}, got {a.shape}."
+        )
+    return a
 
 
 def scaled(w: Array, scale: Array, zero: Array | None, fmt: Format) -> Array:
@@ -244,7 +285,27 @@ def read_codes(qt: QTensor) -> Float[Array, "*b K N"]:
 
 def dequantize_canonical(qt: QTensor) -> Float[Array, "*b K N"]:
     """Returns the float32 weight in canonical order."""
-    return unscaled(read_codes(qt), *read_scales(qt), qt.format)
+    w = unscaled(read_codes(qt), *read_scales(qt), qt.format)
+    return w if qt.pre_scale is None else qt.pre_scale[..., None] * w
+
+
+def dequantize_rows(qt: QTensor, rows: Int[Array, " i"]) -> Float[Array, "i N"]:
+    """Returns rows of the canonical float32 weight [K, N], reading only them.
+
+    Args:
+      qt: a weight without leading axes.
+      rows: integers in range.
+    """
+    scale, zero = read_scales(qt)
+    g = qt.format.group_size
+    at = jnp.zeros_like(rows) if g is None else rows // g
+    w = unscaled(
+        numerics.decode(packing.unpack_rows(qt.data, qt.element.bits, rows), qt.element),
+        scale[at],
+        None if zero is None else zero[at],
+        dataclasses.replace(qt.format, group_size=1),
+    )
+    return w if qt.pre_scale is None else qt.pre_scale[rows][:, None] * w
 
 
 def dequantize_array(qt: QTensor) -> Array:

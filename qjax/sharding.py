@@ -25,6 +25,7 @@ def shardings_of(qt: QTensor, sharding: NamedSharding) -> QTensor:
       data   (*lead, K, N)   K only in whole packing units and without padding
       scale  (*lead, K, N)   K only in whole groups, N only in whole column blocks
       zero   like scale; packed zero points also only in whole packing units
+      pre_scale (*lead, K), like data; act_scale (*lead)
 
     Where an axis cannot be split over all its mesh axes, it is split over as many of the first ones
     as can be, so a per-channel scale (G = 1) is replicated along K.
@@ -99,8 +100,21 @@ def _canonical(qt: QTensor, like: NamedSharding, lead, k: _Axes, n: _Axes) -> QT
     zero = None
     if qt.zero is not None:
         zero = part(qt.zero, packed(G, g) if fmt.zero_point else g)
-    data = named(packed(K, k), n)
-    return dataclasses.replace(qt, data=data, scale=part(qt.scale, g), zero=zero)
+    k = packed(K, k)
+    factors = _factors(qt, lead, k)
+    place = lambda spec: NamedSharding(mesh, spec, memory_kind=like.memory_kind)
+    return dataclasses.replace(
+        qt, data=named(k, n), scale=part(qt.scale, g), zero=zero, **jax.tree.map(place, factors)
+    )
+
+
+def _factors(qt: QTensor, lead, k: _Axes) -> dict[str, PartitionSpec | None]:
+    """Returns the PartitionSpecs of `pre_scale` [*lead, K] and `act_scale` [*lead]."""
+    stacked = [_entry(a) for a in lead]
+    return {
+        "pre_scale": None if qt.pre_scale is None else PartitionSpec(*stacked, _entry(k)),
+        "act_scale": None if qt.act_scale is None else PartitionSpec(*stacked),
+    }
 
 
 def _axes_of(spec: PartitionSpec, shape: tuple[int, ...], mesh: _Mesh) -> list[_Axes]:
@@ -158,7 +172,7 @@ def shard_specs(qt: QTensor, lead: list, k: _Axes, n: _Axes, mesh) -> QTensor | 
         return None
     if n_parts > 1 and C > 1 and (C * (fmt.group_columns or N) != N or C % n_parts):
         return None
-    if N % n_parts:
+    if N % n_parts or K % k_parts:
         return None
     g, c = (k if G > 1 else ()), (n if C > 1 else ())
 
@@ -177,4 +191,4 @@ def shard_specs(qt: QTensor, lead: list, k: _Axes, n: _Axes, mesh) -> QTensor | 
     if scale is None or (qt.zero is not None and zero is None):
         return None
     data = PartitionSpec(*(_entry(a) for a in (*lead, k, n)))
-    return dataclasses.replace(qt, data=data, scale=scale, zero=zero)
+    return dataclasses.replace(qt, data=data, scale=scale, zero=zero, **_factors(qt, lead, k))

@@ -146,6 +146,10 @@ def note_of(qt: QTensor) -> str:
         notes.append(f"last group {K % g}")
     if qt.pad:
         notes.append(f"{qt.pad} padding codes")
+    if qt.pre_scale is not None:
+        notes.append("inputs scaled")
+    if qt.act_scale is not None:
+        notes.append("static activation step")
     return ", ".join(notes)
 
 

@@ -14,6 +14,8 @@ FORMATS = [
     Format("int4"),
     Format("int4", 128, scale="bfloat16", rule="mse", remainder="ragged"),
     Format("int8", group_columns=None, activation="int8"),
+    Format("int8", activation="int8", activation_scale="static"),
+    Format("int8", activation="int8", outliers=6.0, outlier_capacity=8),
     Format("e4m3", 128, 128, remainder="shrink"),
     Format("int3", 32, zero_point=True),
     NVFP4,
@@ -46,6 +48,8 @@ def test_a_dict_leaves_defaults_out():
         (Format("uint4", 32, offset="float16"), "uint4 g32 f32 +f16"),
         (DOUBLE, "nf4 g64 (uint8 b1x256 f32)"),
         (Format("int8", activation="int8"), "int8 ch f32 a:int8"),
+        (Format("e4m3", activation="e4m3", activation_scale="static"), "e4m3 ch f32 a:e4m3/static"),
+        (Format("int8", activation="int8", outliers=6), "int8 ch f32 a:int8 o>=6"),
     ],
 )
 def test_short_names(fmt, text):
@@ -118,6 +122,30 @@ def test_remainder_policies():
         ),
         ({"element": "nf4", "activation": "int8"}, "needs a signed integer element"),
         ({"element": "int8", "activation": "int8", "zero_point": True}, "without zero point"),
+        ({"element": "int8", "activation": "e4m3", "zero_point": True}, "without zero point"),
+        (
+            {"element": "int8", "activation": "int8", "activation_scale": "row"},
+            "`activation_scale` must be one of token, tensor, static",
+        ),
+        ({"element": "int8", "activation_scale": "static"}, "set `activation` to 'int8'"),
+        ({"element": "int8", "activation": "int8", "outliers": -1.0}, "a positive magnitude"),
+        ({"element": "int8", "activation": "int8", "outliers": True}, "a positive magnitude"),
+        ({"element": "int8", "activation": "int8", "outlier_capacity": 8}, "set their threshold"),
+        (
+            {"element": "int8", "activation": "int8", "outliers": 6.0, "outlier_capacity": 0},
+            "`outlier_capacity` must be a positive integer",
+        ),
+        ({"element": "int8", "outliers": 6.0}, "needs `activation='int8'`"),
+        ({"element": "e4m3", "activation": "e4m3", "outliers": 6.0}, "needs `activation='int8'`"),
+        (
+            {
+                "element": "int8",
+                "activation": "int8",
+                "activation_scale": "tensor",
+                "outliers": 6.0,
+            },
+            "with 'tensor'",
+        ),
     ],
 )
 def test_contradictions_are_refused(kwargs, message):
@@ -143,3 +171,13 @@ def test_bad_dicts_say_where(spec, message):
 def test_a_format_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Format("int4").element = "int8"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_weight_only_drops_what_activations_need():
+    fmt = Format("int4", 32)
+    assert fmt.weight_only is fmt
+    fmt = Format("int8", 32, activation="int8", outliers=6.0, outlier_capacity=4)
+    assert fmt.weight_only == Format("int8", 32)
+    assert Format("e4m3", activation="e4m3", activation_scale="static").weight_only == Format(
+        "e4m3"
+    )

@@ -514,3 +514,49 @@ def test_bitsandbytes_chooses_the_same_scales_and_codes(golden, element):
     want = numerics.decode(jnp.asarray(codes), qt.element)
     np.testing.assert_array_equal(read_codes(qt), want)
     np.testing.assert_array_equal(dequantized(qt)[:4], g[f"{element}_deq_first4rows"])
+
+
+# ---- factors of the activation ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", [FORMATS[0], FORMATS[2], FORMATS[9], FORMATS[16]], ids=name)
+def test_a_pre_scale_multiplies_the_rows_of_what_is_stored(fmt):
+    w = weight()
+    s = jnp.exp2(jnp.arange(3 * K).reshape(3, K) % 5 - 2.0)  # powers of two: no rounding
+    qt = quantize_array(w, fmt, pre_scale=s, act_scale=jnp.ones(3))
+    inner = quantize_array(w / s[..., None], fmt)
+    assert (qt.shape, qt.dtype) == (inner.shape, inner.dtype)
+    np.testing.assert_array_equal(qt.data, inner.data)
+    np.testing.assert_array_equal(dequantize_array(qt), s[..., None] * dequantize_array(inner))
+    assert qt.nbytes == inner.nbytes + s.nbytes + 3 * 4
+    assert repr(qt).endswith("bpw, pre_scale, act_scale)")
+    paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(qt)]
+    assert paths[-2:] == [".pre_scale", ".act_scale"]
+
+
+def test_factors_follow_vmap_and_layout():
+    w, s = weight(), jnp.linspace(0.5, 2, 3 * K).reshape(3, K)
+    fmt = Format("int8", activation="int8", activation_scale="static")
+    stacked = quantize_array(w, fmt, pre_scale=s, act_scale=jnp.arange(3.0))
+    mapped = jax.vmap(lambda w, s, a: quantize_array(w, fmt, pre_scale=s, act_scale=a))(
+        w, s, jnp.arange(3.0)
+    )
+    for a, b in zip(jax.tree.leaves(stacked), jax.tree.leaves(mapped), strict=True):
+        np.testing.assert_array_equal(a, b)
+    turned = quantize_array(w.swapaxes(1, 2), fmt, "nk", pre_scale=s, act_scale=jnp.ones(3))
+    np.testing.assert_array_equal(turned.data, stacked.data)
+    np.testing.assert_array_equal(
+        dequantize_array(turned), dequantize_array(stacked).swapaxes(1, 2)
+    )
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"pre_scale": jnp.ones(K)}, r"`pre_scale` must have the shape \(3, 96\).*got \(96,\)"),
+        ({"act_scale": jnp.ones(())}, r"`act_scale` must have the shape \(3,\).*got \(\)"),
+    ],
+)
+def test_factors_that_do_not_fit_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        quantize_array(weight(), FORMATS[0], **kwargs)

@@ -128,3 +128,15 @@ def test_refuses_a_sharding_that_does_not_fit(mesh):
         shardings_of(qt, NamedSharding(mesh, P(None, "y")))
     with pytest.raises(ValueError, match="names 3 axes"):
         shardings_of(qt, NamedSharding(mesh, P(None, None, "x")))
+
+
+def test_a_pre_scale_follows_k_and_an_act_scale_the_stack(mesh):
+    fmt = Format("int8", activation="int8", activation_scale="static")
+    qt = jax.eval_shape(
+        lambda: quantize_array(
+            jnp.zeros((4, 512, 256)), fmt, pre_scale=jnp.ones((4, 512)), act_scale=jnp.ones(4)
+        )
+    )
+    s = shardings_of(qt, NamedSharding(mesh, P("x", "y")))
+    assert s.pre_scale.spec == P("x", "y")
+    assert s.act_scale.spec == P("x")

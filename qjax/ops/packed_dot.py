@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 
 from qjax import _compat, numerics, packing, qtensor
 from qjax.format import Format
-from qjax.ops import blocked
+from qjax.ops import activation, blocked
 from qjax.qtensor import QTensor
 
 IMPLEMENTATIONS = ("reference", "xla")
@@ -71,9 +71,13 @@ def packed_dot(
 
     y[.., n] = sum_k x[.., k] * (q[k, n] - zero_point[g(k), n]) * scale[g(k), n]
 
-    accumulated in float32. With `activation` in the format, x is first quantized per token:
-    s = max |x| / qmax, xq = round(x / s), and y = s * (xq @ q) * scale; its derivative is that of
-    the product without rounding (straight-through).
+    accumulated in float32. A weight with a `pre_scale` multiplies x by it first (Wᵀ: the result).
+    With `activation` in the format, x is then quantized with a step s that belongs to each token,
+    to all of x, or to the weight: xq = round(x / s), and y = s * (xq @ q) * scale; its derivative
+    is that of the product without rounding (straight-through).
+
+    With `outliers` in the format, channels of x with a magnitude of that threshold or more leave
+    the quantized product and are multiplied in float (Dettmers et al., 2022, LLM.int8()).
 
     The weight is a constant: derivatives with respect to its scales are refused, not zero.
 
@@ -83,17 +87,71 @@ def packed_dot(
       transposed: contract N instead of K.
       out_dtype: default: that of x.
       implementation: None, "reference" or "xla".
+
+    Raises:
+      ValueError: for an unknown implementation, or static activations without their step.
     """
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"`implementation` must be None or one of {', '.join(IMPLEMENTATIONS)},"
             f" got {implementation!r}."
         )
+    out = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+    if transposed:
+        if qt.pre_scale is None:
+            return _bind(x, qt, out, implementation, transposed=True)
+        y = _bind(x, qt, jnp.float32, implementation, transposed=True)
+        return activation.scaled(y, qt).astype(out)
+    x = activation.scaled(x, qt)
+    if qt.format.outliers is not None:
+        return _with_outliers(x, qt, implementation).astype(out)
+    step = activation.step_of(x, qt)
+    if step is None:
+        return _bind(x, qt, out, implementation)
+    x = activation.in_steps(x, step)
+    return (step * _bind(x, qt, jnp.float32, implementation)).astype(out)
+
+
+def _bind(x, qt: QTensor, out_dtype, implementation: str | None, transposed: bool = False) -> Array:
+    """Binds the primitive: the product with the codes and scales of `qt`, without its factors."""
     scale, zero = qtensor.read_scales(qt)
-    out = jnp.dtype(x.dtype if out_dtype is None else out_dtype).name
-    spec = Spec(qt.format, qt.pad, transposed, out, implementation)
+    spec = Spec(qt.format, qt.pad, transposed, jnp.dtype(out_dtype).name, implementation)
     operands = [x, qt.data, scale] + ([] if zero is None else [zero])
     return packed_dot_p.bind(*_compat.align_varying(*operands), spec=spec)
+
+
+def _with_outliers(x, qt: QTensor, implementation: str | None) -> Array:
+    """Returns the int8 product of the regular channels of x plus a float one of the others.
+
+    The float product reads as many rows of the weight as the format has room for. Were there more
+    outliers, it would be wrong; then all of x's outliers meet all of the weight.
+    """
+    fmt, lead = qt.format, qt.data.shape[:-2]
+    K = x.shape[-1]
+    capacity = min(fmt.outlier_capacity, K)
+    plain = dataclasses.replace(qt, format=fmt.weight_only, pre_scale=None, act_scale=None)
+    assert fmt.outliers is not None
+    inside, outside, is_outlier = activation.split_outliers(x, fmt.outliers, len(lead))
+
+    def all_rows(x):
+        return _bind(x, plain, jnp.float32, implementation)
+
+    def few_rows(x):
+        rows = lax.top_k(is_outlier.astype(jnp.float32), capacity)[1]  # [*lead, capacity]
+
+        def one(x, rows, qt):
+            w = qtensor.dequantize_rows(qt, rows)
+            return jnp.dot(x[..., rows], w, precision=lax.Precision.HIGHEST)
+
+        for _ in lead:
+            one = jax.vmap(one)
+        return one(x, rows, plain)
+
+    y = _bind(inside, qt, jnp.float32, implementation)
+    if capacity == K:
+        return y + all_rows(outside)
+    too_many = jnp.any(jnp.sum(is_outlier, axis=-1) > capacity)
+    return y + lax.cond(too_many, all_rows, few_rows, outside)
 
 
 packed_dot_p = _compat.Primitive("packed_dot")
@@ -146,9 +204,7 @@ def _jvp(primals, tangents, *, spec):
 
 def _linear(spec: Spec) -> Spec:
     # The tangent is not rounded: straight-through.
-    if spec.format.activation is None:
-        return spec
-    return dataclasses.replace(spec, format=dataclasses.replace(spec.format, activation=None))
+    return dataclasses.replace(spec, format=spec.format.weight_only)
 
 
 def _transpose(ct, x, *weight, spec):
@@ -246,58 +302,52 @@ def _reference(x, data, scale, zero, spec: Spec):
     return jnp.dot(x.astype(jnp.float32), w, precision=lax.Precision.HIGHEST)
 
 
-def quantize_tokens(
-    x: Float[Array, "M K"], element: str, axes: tuple[str, ...] = ()
-) -> tuple[Array, Float[Array, "M 1"]]:
-    """Quantizes each row of x: s = max |x| / qmax, codes = round(x / s).
-
-    Args:
-      x: activation.
-      element: what the codes are.
-      axes: mesh axes over which the rows of x are split, inside one partition.
-    """
-    e = numerics.get_element(element)
-    x = x.astype(jnp.float32)
-    absmax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    # 0 * x is NaN for NaN and Inf, which a max or a cast to int8 would hide.
-    poison = jnp.sum(x * 0.0, axis=-1, keepdims=True)
-    if axes:
-        absmax, poison = lax.pmax(absmax, axes), lax.psum(poison, axes)
-    scale = absmax / e.qmax + poison
-    safe = jnp.where(scale == 0, 1.0, scale)
-    return numerics.encode(x / safe, e), scale
-
-
 def _activation_quantized(x, data, scale, spec: Spec):
-    """Returns s_x * sum_g (xq @ q)_g * scale_g; the inner product is exact in int32 or of FP8."""
+    """Returns s_x * sum_g (xq @ q)_g * scale_g; the inner product is exact in int32 or of FP8.
+
+    With a step that all tokens share, x is already in such steps, and the caller multiplies by it.
+    """
     fmt = spec.format
     assert fmt.activation is not None
-    xq, sx = quantize_tokens(x, fmt.activation, spec.summed_over)
+    is_dynamic = fmt.activation_scale == "token"
+    quantize = activation.quantize_tokens if is_dynamic else activation.round_steps
+    xq, sx = quantize(x, fmt.activation, spec.summed_over)
     K, N = spec.rows(data), data.shape[-1]
+    q, accumulator, precision = data, jnp.float32, lax.Precision.HIGHEST
     if fmt.activation == "int8":
-        q = packing.unpack(data, spec.element.bits, spec.pad) if spec.element.is_packed else data
+        accumulator, precision = jnp.int32, None
         if spec.element.is_packed:
-            q = (q.astype(jnp.int8) + jnp.int8(int(spec.element.qmin))).astype(jnp.int8)
-        accumulator = jnp.int32
-    else:
-        q, xq, accumulator = _codes(data, spec), xq.astype(jnp.float32), jnp.float32
+            q = packing.unpack(data, spec.element.bits, spec.pad).astype(jnp.int8)
+            q = q + jnp.int8(int(spec.element.qmin))
+    elif fmt.element != fmt.activation:  # one FP8 type: that dot is left to XLA as it is
+        q, xq = _codes(data, spec), xq.astype(jnp.float32)
     G, C = scale.shape
     g = fmt.group_size or K
     if G * g != K:
         xq = jnp.pad(xq, ((0, 0), (0, G * g - K)))
         q = jnp.pad(q, ((0, G * g - K), (0, 0)))
-    parts = lax.dot_general(
-        xq.reshape(-1, G, g),
-        q.reshape(G, g, N),
-        (((2,), (1,)), ((1,), (0,))),
-        preferred_element_type=accumulator,
-    )  # [G, M, N]
-    if spec.summed_over and G == 1:  # one scale for all of K: the integers add up exactly
-        parts = lax.psum(parts, spec.summed_over)
     columns = 1 if C == 1 else fmt.group_columns or 1
     wide = jnp.repeat(scale, columns, axis=-1)[:, :N] if columns > 1 else scale
-    y = sx * jnp.sum(parts.astype(jnp.float32) * wide[:, None, :], axis=0)
-    if spec.summed_over and G > 1:  # every shard has groups of its own
+
+    def product(xq, q):
+        return jnp.dot(xq, q, precision=precision, preferred_element_type=accumulator)
+
+    if G == 1:
+        y = product(xq, q)
+        if spec.summed_over:  # one scale for all of K: the integers add up exactly
+            y = lax.psum(y, spec.summed_over)
+        return (sx * (y.astype(jnp.float32) * wide)).astype(spec.out_dtype)
+
+    # Group after group: one product batched over groups is up to 20 times slower on a CPU, where
+    # only plain integer dots are fast, and holds [G, M, N] integers.
+    def step(total, group):
+        xq, q, scale = group
+        return total + product(xq, q).astype(jnp.float32) * scale, None
+
+    groups = (xq.reshape(-1, G, g).swapaxes(0, 1), q.reshape(G, g, N), wide)
+    y, _ = lax.scan(step, jnp.zeros((xq.shape[0], N), jnp.float32), groups)
+    y = sx * y
+    if spec.summed_over:  # every shard has groups of its own
         y = lax.psum(y, spec.summed_over)
     return y.astype(spec.out_dtype)
 
@@ -480,11 +530,16 @@ def as_dot_general(x, data, scale, *zero, spec: Spec) -> tuple[Any, tuple, dict]
     return lax.dot_general_p, (x, w), params
 
 
-def describe(fmt: Format, form: str, implementation: str | None) -> str:
+def describe(qt: QTensor, form: str, implementation: str | None) -> str:
     """Returns which implementation runs and why, for `qjax.explain`."""
+    fmt = qt.format
     if fmt.activation is not None and form == "forward":
         kind = "int32 accumulator" if fmt.activation == "int8" else "FP8 values"
-        return f"xla, {fmt.activation} activations per token, {kind}"
+        return f"xla, {activation.describe(qt)}, {kind}"
     if implementation == "reference":
-        return "reference: dequantizes the whole weight (asked for)"
-    return "xla, blocks of K" + ("" if implementation is None else " (asked for)")
+        text = "reference: dequantizes the whole weight (asked for)"
+    else:
+        text = "xla, blocks of K" + ("" if implementation is None else " (asked for)")
+    if qt.pre_scale is not None:
+        text += ", x * pre_scale" if form == "forward" else ", y * pre_scale"
+    return text

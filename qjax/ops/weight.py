@@ -15,7 +15,8 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from qjax import _compat, numerics, packing, qtensor
+from qjax import _compat, packing, qtensor
+from qjax.ops import activation
 from qjax.ops.packed_dot import packed_dot
 from qjax.qtensor import QTensor
 from qjax.view import Atom, Contraction, View, contraction, view_of
@@ -225,7 +226,11 @@ def take_axis(view: View, axis: int, take: Any, size: int) -> View | None:
     if stored is not None:
         payload = jax.tree.map(lambda a: take(a, stored), qt)
     elif atom.kind == "n" and size > 1 and len(view.atoms("n")) == 1 and _per_column(qt):
-        payload = jax.tree.map(lambda a: take(a, a.ndim - 1), qt)
+        zero = None if qt.zero is None else take(qt.zero, qt.zero.ndim - 1)
+        payload = dataclasses.replace(
+            qt, data=take(qt.data, qt.data.ndim - 1), scale=take(qt.scale, qt.scale.ndim - 1),
+            zero=zero,
+        )  # fmt: skip
     else:
         return None
     dim = (Atom(atom.kind, atom.position, size),) if size > 1 else ()
@@ -254,7 +259,8 @@ def align_lead(view: View) -> View:
     lead = view.payload.data.shape[:-2]
     if [size for size in lead if size > 1] == sizes:
         return view
-    return view.with_payload(jax.tree.map(lambda a: a.reshape(*sizes, *a.shape[-2:]), view.payload))
+    split = lambda a: a.reshape(*sizes, *a.shape[len(lead) :])
+    return view.with_payload(jax.tree.map(split, view.payload))
 
 
 def can_unstack(view: View) -> bool:
@@ -328,8 +334,8 @@ def gather_rows(view: View, axis: int, indices: Array) -> Array | None:
     if list(atoms) != view.atoms(kind):
         return None
     flat = indices.reshape(-1)
-    scale, zero = qtensor.read_scales(qt)
     if kind == "n":
+        scale, zero = qtensor.read_scales(qt)
         columns = qt.format.group_columns
         at = jnp.zeros_like(flat) if columns is None else flat // columns
         picked = dataclasses.replace(qt, data=jnp.take(qt.data, flat, axis=1, mode="clip"))
@@ -340,18 +346,11 @@ def gather_rows(view: View, axis: int, indices: Array) -> Array | None:
             None if zero is None else jnp.take(zero, at, axis=1, mode="clip"),
             fmt,
         ).T  # [i, K]
+        if qt.pre_scale is not None:
+            rows = rows * qt.pre_scale
         others = view.atoms("k")
     else:
-        codes = packing.unpack_rows(qt.data, qt.element.bits, flat)
-        g = qt.format.group_size
-        at = jnp.zeros_like(flat) if g is None else flat // g
-        fmt = dataclasses.replace(qt.format, group_size=1)
-        rows = qtensor.unscaled(
-            numerics.decode(codes, qt.element),
-            scale[at],
-            None if zero is None else zero[at],
-            fmt,
-        )  # [i, N]
+        rows = qtensor.dequantize_rows(qt, flat)  # [i, N]
         others = view.atoms("n")
     rows = rows.astype(view.dtype).reshape(-1, *(a.size for a in others))
     logical = [a for i, dim in enumerate(view.dims) if i != axis for a in dim]
@@ -365,6 +364,8 @@ def ragged_dot(
 ) -> Array | None:
     """`lax.ragged_dot` with packed experts [E, K, N], dequantizing one block of K at a time.
 
+    Activations are rounded as the format says and multiplied in float.
+
     Args:
       x: [M, K], rows sorted by expert.
       view: the experts; returns None unless its axes are E, K, N in that order.
@@ -376,10 +377,13 @@ def ragged_dot(
         return None
     E, K, N = qt.canonical_shape
     block = _row_block(qt, K)
+    x = activation.of_experts(x, qt, group_sizes)
+    qt = dataclasses.replace(qt, pre_scale=None, act_scale=None)
+    dtype = jnp.promote_types(view.dtype, x.dtype)
     if block == K:
         w = qtensor.dequantize_canonical(qt)
         return lax.ragged_dot(
-            x, w.astype(view.dtype), group_sizes, precision=precision,
+            x, w.astype(dtype), group_sizes, precision=precision,
             preferred_element_type=out_dtype,
         )  # fmt: skip
     n_blocks = K // block
@@ -397,7 +401,7 @@ def ragged_dot(
     def step(total, operands):
         xb, data, s, z = operands
         part = dataclasses.replace(qt, data=data)
-        w = qtensor.unscaled(qtensor.read_codes(part), s, z, qt.format).astype(view.dtype)
+        w = qtensor.unscaled(qtensor.read_codes(part), s, z, qt.format).astype(dtype)
         y = lax.ragged_dot(
             xb, w, group_sizes, precision=precision, preferred_element_type=jnp.float32
         )

@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qjax import _compat, sharding
-from qjax.ops import packed_dot, weight
+from qjax.ops import activation, packed_dot, weight
 from qjax.qtensor import is_qtensor
 from qjax.tables import align
 from qjax.transform import walk
@@ -63,7 +63,7 @@ class Explanation(tuple[Use, ...]):
         return "\n".join(align(lines))
 
 
-class _Packed(walk.Handler):
+class Packed(walk.Handler):
     """Runs contractions and lookups on the packed weight and records every use."""
 
     def __init__(self, implementation: str | None):
@@ -92,9 +92,11 @@ class _Packed(walk.Handler):
             result = run(view.with_payload(payload), *arrays)
         if isinstance(result, View):
             # Leading axes may have gone or come; K and N are where they were.
+            n_lead = view.payload.data.ndim - 2
+
             def back(a, was):
-                spec = [None] * (a.ndim - 2) + list(_compat.spec_of(was)[-2:])
-                return PartitionSpec(*spec)
+                kept = _compat.spec_of(was)[n_lead:]
+                return PartitionSpec(*[None] * (a.ndim - len(kept)), *kept)
 
             specs = jax.tree.map(back, result.payload, view.payload)
             return result.with_payload(_compat.leave_auto(result.payload, specs, mesh))
@@ -124,7 +126,7 @@ class _Packed(walk.Handler):
 
     def dot_general(self, view, x, how, *, weight_first, x_axes, w_axes, params):
         name = "x @ W" if how.form == "forward" else "x @ Wᵀ"
-        chosen = packed_dot.describe(view.payload.format, how.form, self.implementation)
+        chosen = packed_dot.describe(view.payload, how.form, self.implementation)
         self.record(view, "dot_general", name, chosen)
         out_dtype = params["preferred_element_type"]
         if out_dtype is None:
@@ -147,12 +149,15 @@ class _Packed(walk.Handler):
     def conv(self, view, x, params):
         out_dtype = params["preferred_element_type"] or jnp.result_type(x.dtype, view.dtype)
         if weight.is_pointwise(view, params):
-            chosen = packed_dot.describe(view.payload.format, "forward", self.implementation)
+            chosen = packed_dot.describe(view.payload, "forward", self.implementation)
             self.record(view, "conv_general_dilated", "x @ W at every position", chosen)
             return weight.pointwise_conv(
                 x, view, params, out_dtype=out_dtype, implementation=self.implementation
             )
-        self.record(view, "conv_general_dilated", "x * W", "kernel dequantized in the op")
+        chosen = "kernel dequantized in the op"
+        if view.payload.format.activation is not None:
+            chosen += ", activations stay float"
+        self.record(view, "conv_general_dilated", "x * W", chosen)
         return weight.conv(x, view, params)
 
     def ragged_dot(self, view, x, group_sizes, params):
@@ -161,7 +166,9 @@ class _Packed(walk.Handler):
             x, view, group_sizes, out_dtype=out_dtype, precision=params["precision"]
         )
         if out is not None:
-            self.record(view, "ragged_dot", "x @ W by expert", "xla, blocks of K")
+            how = activation.describe(view.payload)
+            how = f", {how}, rounded in float" if how else ""
+            self.record(view, "ragged_dot", "x @ W by expert", f"xla, blocks of K{how}")
         return out
 
     def gather(self, view, axis, indices, params):
@@ -218,7 +225,7 @@ def _shard(view: View, spec: Any, mesh: Any) -> tuple[Any, View] | None:
     return None if specs is None else (specs, view.with_dims(dims))
 
 
-def _run(handler: _Packed, fn: Callable, call: Call) -> Any:
+def _run(handler: Packed, fn: Callable, call: Call) -> Any:
     jaxpr, consts, rebuild = trace(fn, call)
     values = []
     for leaf, name in zip(call.leaves, call.names, strict=True):
@@ -266,7 +273,7 @@ def apply(fn: Callable, *, implementation: str | None = None) -> Callable:
         call = take_apart(args, kwargs)
         if not any(map(is_qtensor, call.leaves)):
             return fn(*args, **kwargs)
-        return _run(_Packed(implementation), fn, call)
+        return _run(Packed(implementation), fn, call)
 
     return applied
 
@@ -280,7 +287,7 @@ def explain(fn: Callable, *, implementation: str | None = None) -> Callable[...,
     @functools.wraps(fn)
     def explained(*args, **kwargs):
         call = take_apart(args, kwargs)
-        handler = _Packed(implementation)
+        handler = Packed(implementation)
         leaves, tree = jax.tree.flatten(call.leaves)
 
         def run(*leaves):

@@ -1,0 +1,183 @@
+"""The activation of a product, quantized at run time: steps, codes, outlier channels."""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from qjax import numerics
+from qjax.qtensor import QTensor
+
+# Beyond the range of every element, and still finite.
+_FAR = 2.0**127
+
+
+def scaled(x: Float[Array, "*b *m K"], qt: QTensor) -> Float[Array, "*b *m K"]:
+    """Returns x * pre_scale in float32, or x if the weight has none."""
+    if qt.pre_scale is None:
+        return x
+    return x.astype(jnp.float32) * over_tokens(qt.pre_scale, x.ndim, x.ndim - 1)
+
+
+def over_tokens(a: Float[Array, "*b *c"], ndim: int, at: int) -> Array:
+    """Returns `a` with axes of size 1 after its first ones, `ndim` in all.
+
+    Args:
+      at: where the axes after the new ones begin: `ndim - 1` for [*b, K], `ndim` for [*b].
+    """
+    n_lead = a.ndim - (ndim - at)
+    return a.reshape(*a.shape[:n_lead], *[1] * (at - n_lead), *a.shape[n_lead:])
+
+
+def step_of(x: Float[Array, "*b *m K"], qt: QTensor) -> Float[Array, "*b *1"] | None:
+    """Returns the step s that all tokens of `x` share; None where every token has its own.
+
+      tensor   s = max |x| / qmax over all of x, NaN if x has a NaN or Inf
+      static   s = act_scale
+
+    Args:
+      x: the activation after `scaled`; its leading axes are those of the weight.
+
+    Raises:
+      ValueError: if the step is static, and the weight has none.
+    """
+    fmt, n_lead = qt.format, qt.data.ndim - 2
+    if fmt.activation is None or fmt.activation_scale == "token":
+        return None
+    if fmt.activation_scale == "static":
+        if qt.act_scale is None:
+            raise ValueError(
+                f"{qt!r}: `activation_scale='static'` takes the step of the activation from"
+                " `act_scale`, and this weight has none. Quantize it with calibration data, or"
+                " use activation_scale='token'."
+            )
+        s = over_tokens(qt.act_scale, x.ndim, x.ndim)
+    else:
+        s = _absmax_step(x, fmt.activation, tuple(range(n_lead, x.ndim)))
+    return lax.stop_gradient(s)
+
+
+def _absmax_step(x: Array, element: str, axes: tuple[int, ...]) -> Array:
+    x = x.astype(jnp.float32)
+    if not x.size:
+        return jnp.ones([1 if i in axes else n for i, n in enumerate(x.shape)], jnp.float32)
+    absmax = jnp.max(jnp.abs(x), axes, keepdims=True)
+    # 0 * x is NaN for NaN and Inf, which a max may drop and a cast to int8 would hide.
+    poison = jnp.sum(x * 0.0, axes, keepdims=True)
+    return absmax / numerics.get_element(element).qmax + poison
+
+
+def in_steps(x: Float[Array, "*b *m K"], step: Float[Array, "*b *1"]) -> Float[Array, "*b *m K"]:
+    """Returns x / step: finite where x is, NaN where it is not, 0 where the step is 0."""
+    steps = x.astype(jnp.float32) / jnp.where(step == 0, 1.0, step)
+    return jnp.where(jnp.isfinite(x), jnp.clip(steps, -_FAR, _FAR), jnp.nan)
+
+
+def quantize_tokens(
+    x: Float[Array, "M K"], element: str, axes: tuple[str, ...] = ()
+) -> tuple[Array, Float[Array, "M 1"]]:
+    """Quantizes each row of x: s = max |x| / qmax, codes = round(x / s).
+
+    Args:
+      x: activation.
+      element: what the codes are.
+      axes: mesh axes over which the rows of x are split, inside one partition.
+
+    Returns:
+      The codes, and s: NaN for a row with a NaN or Inf.
+    """
+    e = numerics.get_element(element)
+    x = x.astype(jnp.float32)
+    absmax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    # 0 * x is NaN for NaN and Inf, which a max or a cast to int8 would hide.
+    poison = jnp.sum(x * 0.0, axis=-1, keepdims=True)
+    if axes:
+        absmax, poison = lax.pmax(absmax, axes), lax.psum(poison, axes)
+    scale = absmax / e.qmax + poison
+    safe = jnp.where(scale == 0, 1.0, scale)
+    return numerics.encode(x / safe, e), scale
+
+
+def round_steps(
+    x: Float[Array, "M K"], element: str, axes: tuple[str, ...] = ()
+) -> tuple[Array, Float[Array, "M 1"]]:
+    """Rounds x, already in steps, to codes; what lies outside the range saturates.
+
+    Arguments as for `quantize_tokens`.
+
+    Returns:
+      The codes, and 1 for each row: NaN for a row with a NaN.
+    """
+    poison = jnp.sum(x * 0.0, axis=-1, keepdims=True)
+    if axes:
+        poison = lax.psum(poison, axes)
+    return numerics.encode(x, numerics.get_element(element)), 1.0 + poison
+
+
+def split_outliers(
+    x: Float[Array, "*b *m K"], threshold: float, n_lead: int
+) -> tuple[Float[Array, "*b *m K"], Float[Array, "*b *m K"], Bool[Array, "*b K"]]:
+    """Splits x into (regular channels, outlier channels, which are outliers); the parts add up.
+
+    A channel is an outlier if any token has a magnitude of `threshold` or more in it
+    (Dettmers et al., 2022, LLM.int8(), section 3.2). NaN and Inf stay with the regular ones, whose
+    codes say so.
+    """
+    x = x.astype(jnp.float32)
+    is_large = jnp.abs(x) >= threshold
+    is_outlier = jnp.any(is_large, tuple(range(n_lead, x.ndim - 1)))  # [*b, K]
+    leaves = over_tokens(is_outlier, x.ndim, x.ndim - 1) & jnp.isfinite(x)
+    return jnp.where(leaves, 0.0, x), jnp.where(leaves, x, 0.0), is_outlier
+
+
+def of_experts(x: Float[Array, "M K"], qt: QTensor, group_sizes: Int[Array, " E"]) -> Array:
+    """Returns float rows, sorted by expert, as the product with the codes of each expert sees them.
+
+    Multiplied by `pre_scale` and rounded as the format says; the derivative is that without
+    rounding. A step that all tokens share, and outliers, are those of all rows together.
+
+    Args:
+      qt: experts [E, K, N].
+      group_sizes: rows of each expert.
+    """
+    fmt = qt.format
+    ends = jnp.cumsum(group_sizes)
+    expert = jnp.searchsorted(ends, jnp.arange(x.shape[0]), side="right")
+    expert = jnp.minimum(expert, ends.shape[0] - 1)
+    if qt.pre_scale is not None:
+        x = x.astype(jnp.float32) * qt.pre_scale[expert]
+    if fmt.activation is None or not math.prod(x.shape):
+        return x
+    wide = x.astype(jnp.float32)
+    outside = jnp.zeros_like(wide)
+    if fmt.outliers is not None:
+        wide, outside, _ = split_outliers(wide, fmt.outliers, 0)
+    if fmt.activation_scale == "token":
+        codes, s = quantize_tokens(wide, fmt.activation)
+    else:
+        if fmt.activation_scale == "static":
+            step_of(x[None], qt)  # says what is missing
+            step = qt.act_scale[expert][:, None]
+        else:
+            step = _absmax_step(wide, fmt.activation, (0, 1))
+        codes, s = round_steps(in_steps(wide, step), fmt.activation)
+        s = s * step
+    rounded = codes.astype(jnp.float32) * s + outside
+    return x + lax.stop_gradient(rounded - x)
+
+
+def describe(qt: QTensor) -> str:
+    """Returns what happens to the activation, for `qjax.explain`; "" if nothing does."""
+    fmt, parts = qt.format, []
+    if qt.pre_scale is not None:
+        parts.append("x * pre_scale")
+    if fmt.activation is not None:
+        how = {"token": "per token", "tensor": "per tensor", "static": "in static steps"}
+        parts.append(f"{fmt.activation} activations {how[fmt.activation_scale]}")
+    if fmt.outliers is not None:
+        room = fmt.outlier_capacity
+        parts.append(f"channels from {fmt.outliers:g} on in float (room for {room})")
+    return ", ".join(parts)
