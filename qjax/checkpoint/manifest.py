@@ -19,11 +19,12 @@ from jax.core import Tracer
 from qjax.format import Format
 from qjax.layout import Axis, Layout
 from qjax.paths import key_str
-from qjax.qtensor import QTensor, is_qtensor
+from qjax.qtensor import PARTS, QTensor, is_qtensor
 
 FILE = "qjax_manifest.json"
 METADATA_FILE = "qjax_metadata.json"
 VERSION = 1
+VERSION_FACTORS = 2  # of a tree whose QTensors have factors of activations
 _TMP = ".orbax-checkpoint-tmp"
 PACKING_VERSION = 1  # the bit order of qjax.packing
 
@@ -37,7 +38,7 @@ _DTYPES = frozenset(
     | {f"float8_{f}" for f in ("e5m2", "e5m2fnuz", "e8m0fnu")}
 )
 _NUMBERS = {"bool": bool, "int": int, "float": float, "complex": complex}
-_PARTS = ("data", "scale", "zero")
+_FACTORS = PARTS[3:]
 
 # A node is None or a dict with a "kind":
 #   dict          items: [[key, node], ...], keys are strings or integers
@@ -45,7 +46,8 @@ _PARTS = ("data", "scale", "zero")
 #   array         name: in the array store, null for an array without elements; dtype, shape
 #   key           impl, data: the node of the key data's array
 #   number        type, value: text that gives the number back exactly
-#   qtensor       format, layout, dtype, pad; data, scale, zero: nodes
+#   qtensor       format, layout, dtype, pad; data, scale, zero: nodes; pre_scale and act_scale
+#                 where there are
 Node = dict[str, Any] | None
 
 
@@ -94,7 +96,11 @@ class Manifest:
         return rebuild(self.tree, _shape)
 
     def to_json(self) -> str:
-        head = {"version": VERSION, "packing": PACKING_VERSION, "crc32": _crc(self.tree)}
+        # A reader that does not know of the factors would leave them out in silence.
+        nodes = (node for _, node in walk(self.tree))
+        factors = any(name in node for node in nodes for name in _FACTORS)
+        version = VERSION_FACTORS if factors else VERSION
+        head = {"version": version, "packing": PACKING_VERSION, "crc32": _crc(self.tree)}
         return json.dumps({**head, "tree": self.tree}, separators=(",", ":"))
 
     @classmethod
@@ -116,13 +122,13 @@ class Manifest:
                 f"{where}: {FILE} is damaged (cut short, or not written by qjax). Restore it from a"
                 " copy of the checkpoint, or save the model again."
             ) from None
-        for name, version, known in zip(
-            ("manifest", "packing"), versions, (VERSION, PACKING_VERSION), strict=True
-        ):
-            if version != known:
+        ours = ((VERSION, VERSION_FACTORS), (PACKING_VERSION,))
+        for name, version, known in zip(("manifest", "packing"), versions, ours, strict=True):
+            if version not in known:
+                readable = " or ".join(map(str, known))
                 raise CheckpointError(
                     f"{where}: was saved with {name} version {version!r}; this qjax reads version"
-                    f" {known}. Update qjax, or save again with an older one."
+                    f" {readable}. Update qjax, or save again with an older one."
                 )
         if crc != _crc(tree):
             raise CheckpointError(
@@ -224,8 +230,10 @@ def _describe_qtensor(qt: QTensor, path: tuple[str, ...], arrays: dict[str, Any]
         "dtype": qt.dtype,
         "pad": qt.pad,
     }
-    for part in _PARTS:
-        node[part] = _describe(getattr(qt, part), (*path, part), arrays)
+    for part in PARTS:
+        stored = getattr(qt, part)
+        if stored is not None or part not in _FACTORS:
+            node[part] = _describe(stored, (*path, part), arrays)
     return node
 
 
@@ -254,10 +262,10 @@ def rebuild(node: Node, array: Callable[[dict[str, Any]], Any]) -> Any:
         wrap = lambda d: jax.random.wrap_key_data(d, impl=node["impl"])
         return jax.eval_shape(wrap, data) if isinstance(data, jax.ShapeDtypeStruct) else wrap(data)
     if kind == "qtensor":
-        data, scale, zero = (rebuild(node[part], array) for part in _PARTS)
+        parts = {part: rebuild(node.get(part), array) for part in PARTS}
         fmt = Format.from_dict(node["format"])
         layout = Layout(Axis(kind, size) for kind, size in node["layout"])
-        return QTensor(data, scale, zero, fmt, layout, node["dtype"], node["pad"])
+        return QTensor(format=fmt, layout=layout, dtype=node["dtype"], pad=node["pad"], **parts)
     return array(node)
 
 

@@ -23,7 +23,7 @@ from orbax.checkpoint import future
 from qjax.checkpoint import checksum
 from qjax.checkpoint import manifest as mf
 from qjax.checkpoint.manifest import CheckpointError, Manifest, Node
-from qjax.qtensor import QTensor
+from qjax.qtensor import PARTS, QTensor
 from qjax.sharding import shardings_of
 
 # A restore onto a mesh reads whole chunks: small enough that a shard reads little besides itself.
@@ -288,8 +288,8 @@ def _place_leaf(node: dict[str, Any], spec: Any, path: str, out: dict[str, Shard
             parts = _parts(x, spec)
         except ValueError as e:
             raise ValueError(f"{path}: {e}") from None
-        for part in ("data", "scale", "zero"):
-            if node[part] is not None:
+        for part in PARTS:
+            if node.get(part) is not None:
                 _place_leaf(node[part], getattr(parts, part), f"{path}/{part}", out)
         return
     try:

@@ -401,7 +401,9 @@ def test_refuses_a_damaged_manifest(broken):
 def test_refuses_a_newer_version(broken, name):
     spec = json.loads((broken / FILE).read_text())
     (broken / FILE).write_text(json.dumps({**spec, name: 99}))
-    with pytest.raises(CheckpointError, match=r"version 99; this qjax reads version 1. Update"):
+    with pytest.raises(
+        CheckpointError, match=r"version 99; this qjax reads version 1( or 2)?\. Update"
+    ):
         load(broken)
 
 
@@ -671,3 +673,41 @@ def test_works_with_a_plain_checkpointer(tmp_path):
         checkpointer.save(tmp_path / "c", args=QTreeSave(tree))
         assert_same(tree, checkpointer.restore(tmp_path / "c", args=QTreeRestore()))
     assert_same(tree, load(tmp_path / "c"))
+
+
+# ---- factors of the activation ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def factored():
+    fmt = Format("int4", 32, activation="int8", activation_scale="static")
+    w = np.random.default_rng(0).normal(size=(2, 64, 16)).astype(np.float32)
+    smooth = quantize_array(
+        jnp.asarray(w), fmt, pre_scale=jnp.full((2, 64), 0.5), act_scale=jnp.array([0.1, 0.2])
+    )
+    return {"smooth": smooth, "plain": filled((64, 16), Format("int8"))}
+
+
+def test_factors_come_back(factored, tmp_path):
+    save(tmp_path / "c", factored)
+    assert_same(factored, load(tmp_path / "c"))
+    assert_same(factored["smooth"], load(tmp_path / "c", select="smooth")["smooth"])
+    leaves = {leaf.path: leaf for leaf in checkpoint.read_manifest(tmp_path / "c").leaves}
+    assert leaves["smooth"].nbytes == factored["smooth"].nbytes
+
+
+def test_factors_are_placed_as_the_weight_is(factored, tmp_path):
+    save(tmp_path / "c", factored)
+    where = NamedSharding(mesh(2, 4), P("x", "y"))
+    got = load(tmp_path / "c", select="smooth", shardings={"smooth": where})["smooth"]
+    assert got.pre_scale.sharding.spec == P("x", "y")
+    assert got.act_scale.sharding.spec == P("x")
+    assert_same(jax.device_get(factored["smooth"]), jax.device_get(got))
+
+
+def test_only_a_tree_with_factors_needs_a_reader_that_knows_them(factored, tmp_path):
+    for name, version in (("plain", 1), ("smooth", 2)):
+        save(tmp_path / name, {"w": factored[name]})
+        spec = json.loads((tmp_path / name / FILE).read_text())
+        assert spec["version"] == version
+        assert ("pre_scale" in json.dumps(spec)) == (version == 2)
