@@ -140,6 +140,7 @@ def test_an_unknown_preset_lists_those_there_are():
 
 def test_presets_are_the_promised_ones():
     promised = {"int8", "int4-g128", "w4a16", "nf4", "nf4-dq", "fp8", "w8a8", "mxfp4", "nvfp4"}
+    promised |= {"w8a8-tensor", "llm-int8", "fp8-dynamic"}
     assert promised <= set(presets())
 
 
