@@ -118,8 +118,9 @@ def tie(s: Float[Array, "*lead K"], tied: Sequence[Piece]) -> Float[Array, "*lea
 def fold(params: Any, group: Group, s: Float[Array, "*lead K"]) -> Any:
     """Multiplies the readers of a group by s and divides its targets by it.
 
-    The function of the new parameters is that of the old ones, up to rounding. Computed in float32
-    and cast back; works under `jit`.
+    The function of the new parameters is that of the old ones, up to rounding: computed in float32
+    and cast back, which for bfloat16 parameters is exact only where s is a power of two. Inputs of
+    other groups stay as they are, so their statistics do too. Works under `jit`.
 
     Args:
       params: the tree that `find` was called with.

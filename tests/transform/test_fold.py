@@ -418,3 +418,77 @@ def test_groups_print_as_a_table():
         ["weights", "channels", "into"],
         ["b", "8", "a,", "bias"],
     ]
+
+
+# ---- random programs -----------------------------------------------------------------------------
+
+T, W = 3, 4
+
+
+def attention(p, q, a, b):
+    return jax.nn.softmax(a @ b.T) @ (a @ p) @ q
+
+
+def residual_layers(g, up, down, a, b):
+    def body(c, layer):
+        g, up, down = layer
+        return c + 0.3 * jax.nn.relu((c * g) @ up) @ down, None
+
+    return lax.scan(jax.checkpoint(body), a, (g, up, down))[0]
+
+
+# Functions of parameters of the given shapes, and of two earlier values.
+STEPS = [
+    ([(W,)], lambda p, a, b: a * p),
+    ([(W,)], lambda p, a, b: a + p),
+    ([(W, W)], lambda p, a, b: a @ p),
+    ([(W, W)], lambda p, a, b: jnp.einsum("td,nd->tn", a, p)),
+    ([(2, 2, W)], lambda p, a, b: jnp.einsum("thk,hkd->td", a.reshape(T, 2, 2), p)),
+    ([(W, 2)], lambda p, a, b: jnp.repeat(a @ p, 2, axis=1)),
+    ([(W, W), (W, W)], lambda p, q, a, b: jax.nn.silu(a @ p) * (a @ q)),
+    ([(W, W), (W, W)], attention),
+    ([(2, W), (2, W, W), (2, W, W)], residual_layers),
+    ([], lambda a, b: jax.nn.relu(a)),
+    ([], lambda a, b: jax.nn.leaky_relu(a)),
+    ([], lambda a, b: jnp.sqrt(jnp.square(a))),
+    ([], lambda a, b: a + b),
+    ([], lambda a, b: 0.5 * a * b),
+    ([], lambda a, b: jnp.maximum(a, b)),
+    ([], lambda a, b: jnp.where(a > 0, a, b)),
+    ([], lambda a, b: a.reshape(T, 2, 2).swapaxes(1, 2).reshape(T, W)),
+    ([], lambda a, b: a - a.mean(0, keepdims=True)),
+    ([], lambda a, b: jnp.tanh(a)),
+]
+
+
+def random_program(seed):
+    """A function of 4 to 10 random steps, with residuals and now and then a shared parameter."""
+    rng = np.random.default_rng(seed)
+    params, steps = {}, []
+    for n in range(rng.integers(3, 10)):
+        shapes, step = STEPS[2 if n == 0 else rng.integers(len(STEPS))]
+        names = []
+        for shape in shapes:
+            shared = [k for k, v in params.items() if v.shape == shape and rng.random() < 0.1]
+            names.append(shared[0] if shared else f"p{len(params)}")
+            params.setdefault(names[-1], jnp.asarray(0.3 + 0.5 * rng.standard_normal(shape)))
+        latest = n if rng.random() < 0.75 else rng.integers(n + 1)
+        steps.append((step, names, latest, rng.integers(n + 1)))
+    params["head"] = jnp.asarray(rng.standard_normal((W, W)))
+
+    def fn(p, x):
+        values = [x]
+        for step, names, a, b in steps:
+            values.append(step(*(p[k] for k in names), values[a], values[b]))
+        return values[-1] @ p["head"]
+
+    return fn, jax.tree.map(lambda a: a.astype(jnp.float32), params)
+
+
+def test_random_programs_stay_what_they_are():
+    folded = 0
+    for seed in range(24):
+        fn, params = random_program(seed)
+        groups = assert_folds(fn, params, normal(T, W, seed=seed))
+        folded += sum(g.targets is not None for g in groups.values())
+    assert folded > 20
