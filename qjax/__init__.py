@@ -5,18 +5,24 @@ from qjax.format import Format
 from qjax.policy import Policy, Rule, presets
 from qjax.qtensor import QTensor, is_qtensor
 from qjax.quantize import QuantizationError, dequantize, quantize
+from qjax.recipe import Recipe
 from qjax.summary import Summary, summary
 from qjax.transform.apply import apply, explain
+from qjax.transform.calibrate import Calibration, CalibrationError, calibrate
 from qjax.transform.usage import usage
 
 __all__ = [
+    "Calibration",
+    "CalibrationError",
     "Format",
     "Policy",
     "QTensor",
     "QuantizationError",
+    "Recipe",
     "Rule",
     "Summary",
     "apply",
+    "calibrate",
     "dequantize",
     "explain",
     "is_qtensor",

@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 __all__ = [
     "Primitive",
+    "ShapedArray",
     "abstract_like",
     "align_varying",
     "as_traced",
@@ -32,6 +33,9 @@ __all__ = [
     "unplaced",
     "without_mesh",
 ]
+
+
+ShapedArray = _core.ShapedArray
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:

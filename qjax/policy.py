@@ -13,6 +13,7 @@ from typing import Any
 
 from qjax.format import Format
 from qjax.layout import check_letters
+from qjax.recipe import Recipe
 
 _RULE_KEYS = {"match", "format", "skip", "layout", "min_ndim", "optional"}
 
@@ -75,9 +76,15 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """Which array gets which Format: the first rule that matches a path decides.
+    """Which array gets which Format, and by which recipe: the first rule that matches decides.
 
     A leaf that no rule matches stays as it is.
+
+    Attributes:
+      rules: in order.
+      name: for messages and tables.
+      recipe: how weights get their codes; None: rounded to nearest, or by the default `Recipe` if
+        there is calibration data.
 
     Example:
       >>> policy = Policy([Rule("*embed*"), Rule("*/kernel", Format("int4", group_size=64))])
@@ -87,6 +94,7 @@ class Policy:
 
     rules: Sequence[Rule]  # a tuple, once made
     name: str = "custom"
+    recipe: Recipe | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "rules", tuple(self.rules))
@@ -152,9 +160,11 @@ class Policy:
     def from_dict(cls, spec: dict[str, Any], *, name: str = "custom") -> Policy:
         """Builds a policy from a plain dict, the inverse of `to_dict`."""
         where = f"policy {name!r}"
-        unknown = sorted(set(spec) - {"rules", "description"})
-        if unknown:
-            raise ValueError(f"{where}: unknown key {unknown[0]!r}. Known: rules, description.")
+        known = {"rules", "description", "recipe"}
+        if unknown := sorted(set(spec) - known):
+            raise ValueError(
+                f"{where}: unknown key {unknown[0]!r}. Known: {', '.join(sorted(known))}."
+            )
         if not isinstance(spec.get("rules"), list):
             raise ValueError(f"{where}: `rules` is missing; a policy is a list of [[rules]].")
         rules = []
@@ -179,7 +189,16 @@ class Policy:
                 rules.append(Rule(tuple(match) if isinstance(match, list) else match, **values))
             except ValueError as e:
                 raise ValueError(f"{at}: {e}") from None
-        return cls(tuple(rules), name=name)
+        recipe = spec.get("recipe")
+        if recipe is not None:
+            recipe = Recipe.from_dict(recipe, where=f"{where}, recipe")
+        return cls(tuple(rules), name=name, recipe=recipe)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it cannot be carried out without calibration data."""
+        is_static = any(r.format and r.format.activation_scale == "static" for r in self.rules)
+        return is_static or (self.recipe is not None and self.recipe.needs_data)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a plain dict that `from_dict` reads back, for manifests and reports."""
@@ -199,7 +218,7 @@ class Policy:
             if rule.optional:
                 item["optional"] = True
             out.append(item)
-        return {"rules": out}
+        return {"rules": out} | ({"recipe": self.recipe.to_dict()} if self.recipe else {})
 
 
 def _preset_dir():

@@ -18,6 +18,7 @@ from qjax.layout import DEFAULT, Layout
 from qjax.paths import path_str
 from qjax.policy import Policy, Rule
 from qjax.qtensor import QTensor, is_qtensor
+from qjax.recipe import Recipe
 from qjax.sharding import float_sharding, shardings_of
 from qjax.summary import Summary, energies, row_of
 
@@ -107,6 +108,16 @@ def _check_leaf(path: str, leaf: Any, rule: Rule, fmt: Format) -> None:
             f"{path}: {fmt.element!r} has no negative values, weights do. Set zero_point=True or an"
             f" offset, or use 'int{element.bits}'."
         )
+
+
+def _check_data_free(plan: list[Assignment]) -> None:
+    """Refuses formats that only calibration data can complete."""
+    for a in plan:
+        if a.format is not None and a.format.activation_scale == "static":
+            raise QuantizationError(
+                f"{a.path}: `activation_scale='static'` is a step measured on activations. Pass"
+                " `fn` and `calibration` data, or use activation_scale='token' or 'tensor'."
+            )
 
 
 # Weights in a leaf above which its parts (slices of a stack, blocks of columns) are quantized one
@@ -246,6 +257,8 @@ def quantize(
     return_report: bool = False,
     fn: Callable | None = None,
     calibration: Iterable[Any] | None = None,
+    mask: Callable[[Any], Any] | None = None,
+    resume: Any = None,
     report: Callable[[str], None] | None = print,
 ) -> Any:
     """Quantizes a tree of parameters by policy: rounded to nearest, or with calibration data.
@@ -263,16 +276,19 @@ def quantize(
         float tree plus one leaf. An array that also stays in the tree as it is stays alive.
       return_report: also return a `Summary` with the SQNR of every leaf.
       fn: with `calibration`, the function of `(params, *batch)` whose outputs are to be kept.
-      calibration: batches for fn. Every weight of a product is then solved by GPTQ and coordinate
-        descent on the second moments of its input in the float model (`qjax.ptq.gptq`); every
-        fifth batch is held out to choose the damping and to judge the result. What is only looked
-        up is rounded to nearest.
+      calibration: batches for fn. Every weight of a product then gets its codes by the policy's
+        `Recipe`: without one, by GPTQ and coordinate descent on inputs that the quantized model
+        before it makes. Every fifth batch is held out to choose the damping and to judge the
+        result. What is only looked up is rounded to nearest.
+      mask: with `calibration`, function of a batch that says which tokens count, [B, T].
+      resume: with `calibration`, a directory for finished weights: the same call, interrupted and
+        made again, goes on from there and gives the same result bit for bit. Yours to delete.
       report: with `calibration`, called with a line for each step; None: silent.
 
     Returns:
       The same tree with a QTensor in place of each leaf that a rule gave a format; with
       `return_report`, a pair of that and the `Summary`; with `calibration`, a pair of that and a
-      `SolveReport`.
+      `Report`.
 
     Raises:
       QuantizationError: naming the parameter path, for rules that match nothing, NaN or Inf
@@ -286,8 +302,15 @@ def quantize(
                 "`calibration` needs `fn`, the function that the data is for; it does not go with"
                 " `donate` or `return_report`."
             )
-        return _quantize_with_data(params, policy, usage, fn, list(calibration), report)
+        return _quantize_with_data(
+            params, policy, usage, fn, list(calibration), mask, resume, report
+        )
     plan = assign(params, policy, usage)
+    _check_data_free(plan)
+    if policy.needs_data:
+        raise QuantizationError(
+            f"policy {policy.name!r} needs calibration data: pass `fn` and `calibration`."
+        )
     check_finite(plan)
     tree = jax.tree.structure(params, is_leaf=is_qtensor)
     # One array under several paths (tied weights) is freed after its last use, if it is not kept.
@@ -318,9 +341,16 @@ def quantize(
 
 
 def _quantize_with_data(
-    params: Any, policy: Policy, usage: Any, fn: Callable, batches: list[Any], report: Any
+    params: Any,
+    policy: Policy,
+    usage: Any,
+    fn: Callable,
+    batches: list[Any],
+    mask: Any,
+    resume: Any,
+    report: Any,
 ) -> Any:
-    from qjax.ptq import gptq, pipeline
+    from qjax.ptq import pipeline
     from qjax.transform.usage import usage as usage_of
 
     if not batches:
@@ -330,29 +360,22 @@ def _quantize_with_data(
         usage = usage_of(fn)(params, *first)
     plan = assign(params, policy, usage)
     check_finite(plan)
-    paths = [a.path for a in plan if a.format is not None and usage[a.path].is_multiplied]
-    train, held_out = pipeline.statistics(fn, params, batches, paths, usage, report)
-    if empty := train.without_data():
-        raise QuantizationError(
-            f"{empty[0]}: no calibration token reached it ({len(empty)} such in all). Use more"
-            " data, or skip it."
-        )
-    out, solved = [], []
+    weights, out = [], {}
     for path, leaf, fmt, layout, _ in plan:
         if fmt is None or layout is None:
-            out.append(leaf)
-        elif path not in train:  # only looked up
-            out.append(_quantizer(fmt, layout, None, False)(leaf)[0])
-        else:
-            qt, what = pipeline.solve_weight(
-                path, leaf, fmt, layout, train, held_out, gptq.Options()
-            )
-            out.append(qt)
-            solved.append(what)
-            if report is not None:
-                report(f"{path}: {what.rtn:.5f} > {what.final:.5f} in {what.seconds:.1f} s")
-    tree = jax.tree.structure(params, is_leaf=is_qtensor)
-    return jax.tree.unflatten(tree, out), pipeline.SolveReport(tuple(solved))
+            continue
+        if usage[path].is_multiplied:
+            weights.append(pipeline.Weight(path, leaf, fmt, layout))
+        else:  # only looked up: no product whose error could be measured
+            out[path] = _quantizer(fmt, layout, None, False)(leaf)[0]
+    made, params, what = pipeline.run(
+        fn, params, weights, batches, policy.recipe or Recipe(), usage,
+        mask=mask, resume=resume, report=report,
+    )  # fmt: skip
+    out |= made
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: out.get(path_str(path), leaf), params, is_leaf=is_qtensor
+    ), what
 
 
 def dequantize(qparams: Any) -> Any:

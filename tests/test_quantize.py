@@ -364,3 +364,10 @@ def test_a_search_over_shards_is_as_good():
     whole = quantize({"w": w}, fmt)
     a, b = (float(jnp.sum((qjax.dequantize(q)["w"] - w) ** 2)) for q in (sharded, whole))
     assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_a_static_step_needs_data():
+    fmt = qjax.Format("int8", activation="int8", activation_scale="static")
+    params = {"mlp": {"up": jnp.ones((8, 4))}}
+    with pytest.raises(qjax.QuantizationError, match=r"mlp/up: .*Pass `fn` and `calibration`"):
+        qjax.quantize(params, fmt)

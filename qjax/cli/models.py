@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qjax.models import Generation
     from qjax.models.load import LoadedModel
     from qjax.models.tokenizer import Tokenizer
+    from qjax.texts import Split
 
 
 class Runner(NamedTuple):
@@ -51,10 +52,10 @@ def tokenizer_of(r: Runner, name: str) -> Tokenizer:
     return r.loaded.tokenizer
 
 
-def read_text(name: str) -> str:
+def read_text(name: str, split: Split = "evaluation") -> str:
     from qjax.texts import load_text
 
-    return load_text(name)
+    return load_text(name, split)
 
 
 def text_windows(r: Runner, name: str, text: str, window: int, windows: int | None) -> np.ndarray:

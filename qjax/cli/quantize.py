@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qjax.cli import models, options
-from qjax.cli.terminal import megabytes, print_json, print_table, step
+from qjax.cli.terminal import megabytes, print_json, print_table, progress_lines, step
 
 if TYPE_CHECKING:
     from qjax import Policy, Summary
@@ -23,15 +24,33 @@ def quantize(
         str,
         typer.Option(
             "--policy",
+            "--recipe",
             "-p",
             metavar="PRESET|FILE.toml",
-            help="How to store what; `qjax presets` lists the presets.",
+            help="How to store what, and how to get there; `qjax presets` lists the presets.",
             show_default=False,
         ),
     ],
     out: Annotated[
         Path, typer.Option("--out", "-o", help="The checkpoint to write.", show_default=False)
     ],
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            "--calibration",
+            "-c",
+            metavar="NAME|FILE",
+            help="Text to calibrate on: wiki, pydoc (documents that are not for evaluation), or a"
+            " file. Needed by recipes with data, such as w4a16-gptq.",
+        ),
+    ] = None,
+    calibration_windows: Annotated[
+        int, typer.Option(min=2, help="Windows of that text; every fifth only judges.")
+    ] = 64,
+    calibration_window: Annotated[int, typer.Option(min=8, help="Tokens in each.")] = 512,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would take, and stop.")
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a qjax checkpoint that is there.")
     ] = False,
@@ -57,11 +76,14 @@ def quantize(
     """Quantize a model, save it, reload it, and judge what was reloaded.
 
     The checkpoint holds all that is needed to run it: parameters, config and tokenizer.
+    A recipe with data keeps finished weights in OUT.unfinished: interrupted, it goes on from there.
     Both models run with their layers stacked, which compiles several times faster.
 
     [bold]Examples[/bold]
 
       qjax quantize smollm2 --policy w4a16 --out out/smollm2-w4a16
+
+      qjax quantize smollm2 --recipe w4a16-gptq --calibration wiki --out out/smollm2-gptq
 
       qjax quantize ./Llama-3.2-1B -p my-policy.toml -o out/llama --dtype bfloat16 --no-eval
 
@@ -75,6 +97,8 @@ def quantize(
     # Whatever can be known to be wrong is found before the model is loaded.
     chosen = Policy.of(policy)
     _check_out(out, overwrite)
+    _check_calibration(chosen, calibration)
+    data_text = models.read_text(calibration, "calibration") if calibration else ""
     evaluation_text = models.read_text(text) if evaluate else ""
 
     source = models.open_runner(model, dtype and dtype.value)
@@ -83,8 +107,17 @@ def quantize(
     if evaluate:
         limit = None if full else windows
         pieces = models.text_windows(source, model, evaluation_text, window, limit)
-    with step(f"Quantizing by {chosen.name}"):
-        qparams, summary = _quantize(source, chosen)
+    report, batches = None, []
+    if calibration is None:
+        with step(f"Quantizing by {chosen.name}"):
+            qparams, summary = _quantize(source, chosen)
+    else:
+        batches = _batches(source, model, data_text, calibration_windows, calibration_window)
+        if dry_run:
+            return _print_plan(source, chosen, batches, as_json)
+        qparams, summary, report = _quantize_with_data(source, chosen, batches, out)
+        if not as_json:
+            typer.echo(f"\n{report}")
     if not as_json:
         typer.echo(f"\n{summary.table()}\n")
 
@@ -93,9 +126,13 @@ def quantize(
         "policy": {"name": chosen.name, **chosen.to_dict()},
         "summary": summary.to_dict(),
     }
+    if report is not None:
+        record["calibration"] = {"text": calibration, "tokens": int(sum(b.size for b in batches))}
+        record["report"] = report.to_dict()
     with step(f"Saving to {out}"):
         save_model(out, source.loaded._replace(params=qparams), record=record, overwrite=overwrite)
     del qparams
+    shutil.rmtree(_unfinished(out), ignore_errors=True)
     result = {
         "model": model,
         "policy": chosen.name,
@@ -104,7 +141,7 @@ def quantize(
         "bytes_on_disk": sum(f.stat().st_size for f in out.rglob("*") if f.is_file()),
         "source_bytes": models.total_nbytes(source.loaded.params),
         "summary": summary.to_dict(),
-    }
+    } | ({"report": report.to_dict()} if report is not None else {})
     if pieces is not None:
         with step(f"Reloading {out}"):
             reloaded = models.runner(load_model(out))
@@ -118,6 +155,63 @@ def quantize(
 def _check_out(out: Path, overwrite: bool) -> None:
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out}: exists. Pass --overwrite to replace it, or choose another.")
+
+
+def _check_calibration(policy: Policy, calibration: str | None) -> None:
+    if policy.needs_data and calibration is None:
+        raise ValueError(
+            f"the recipe {policy.name} looks at activations: pass a text to calibrate on, for"
+            " example `--calibration wiki`."
+        )
+
+
+def _unfinished(out: Path) -> Path:
+    return out.with_name(out.name + ".unfinished")
+
+
+def _batches(source: Runner, name: str, text: str, windows: int, window: int) -> list[Any]:
+    """Returns calibration tokens, in batches of four windows spread over the text."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    every = models.text_windows(source, name, text, window, None)
+    if len(every) < windows:
+        raise ValueError(
+            f"the calibration text fills {len(every)} windows of {window} tokens, not {windows}."
+            " Give a longer text, or ask for fewer with --calibration-windows."
+        )
+    picked = every[np.linspace(0, len(every) - 1, windows).astype(int)]
+    size = next(n for n in (4, 2, 1) if windows % n == 0 and windows // n > 1)
+    return [jnp.asarray(b) for b in picked.reshape(-1, size, window)]
+
+
+def _quantize_with_data(
+    source: Runner, policy: Policy, batches: list[Any], out: Path
+) -> tuple[Any, Summary, Any]:
+    import qjax
+    from qjax.summary import summary
+
+    params = source.loaded.params
+    with progress_lines(f"Quantizing by {policy.name}") as line:
+        qparams, report = qjax.quantize(
+            params, policy, fn=source.logits, calibration=batches,
+            resume=_unfinished(out), report=line,
+        )  # fmt: skip
+    return qparams, summary(qparams, params), report
+
+
+def _print_plan(source: Runner, policy: Policy, batches: list[Any], as_json: bool) -> None:
+    from qjax import Recipe, usage
+    from qjax.ptq import pipeline
+    from qjax.ptq.plan import plan
+    from qjax.quantize import assign
+
+    params = source.loaded.params
+    assigned = assign(params, policy, usage(source.logits)(params, batches[0]))
+    formats = {a.path: (a.format, a.layout) for a in assigned if a.format and a.layout}
+    options = pipeline.options_of(policy.recipe or Recipe())
+    made = plan(source.logits, params, formats, batches, options)
+    print_json(made.to_dict()) if as_json else typer.echo(str(made))
 
 
 def _quantize(source: Runner, policy: Policy) -> tuple[Any, Summary]:

@@ -129,5 +129,29 @@ def progress(text: str, total: int) -> Iterator[Callable[[int], None]]:
     console.print(Text.assemble(text, (f"  {time.perf_counter() - start:.1f} s", "dim")))
 
 
+@contextlib.contextmanager
+def progress_lines(text: str) -> Iterator[Callable[[str], None]]:
+    """Shows a spinner beside the last of many lines; yields the function that takes a line.
+
+    Where stderr is no terminal the lines are printed, one in ten seconds at most.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True, highlight=False)
+    start = last = time.perf_counter()
+    with console.status(Text(text)) as status:
+
+        def line(message: str) -> None:
+            nonlocal last
+            status.update(Text(f"{text}: {message}"))
+            if not console.is_terminal and time.perf_counter() - last > 10:
+                last = time.perf_counter()
+                console.print(Text(message), soft_wrap=True)
+
+        yield line
+    console.print(Text.assemble(text, (f"  {time.perf_counter() - start:.1f} s", "dim")))
+
+
 def megabytes(nbytes: int) -> str:
     return f"{nbytes / 1e6:,.1f} MB"

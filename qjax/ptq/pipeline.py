@@ -1,71 +1,65 @@
-"""Quantization with data: calibrate a function, solve every weight, report what came of it."""
+"""Quantization with data: from a plan and calibration batches to QTensors and a report.
+
+What a `Recipe` says, in order: smooth (AWQ, SmoothQuant), fix the static scales of activations,
+round (to nearest, GPTQ and descent, HQQ).
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
+from jaxtyping import Array
 
 from qjax.format import Format
 from qjax.layout import Layout
-from qjax.ptq import gptq
-from qjax.qtensor import dequantize_canonical, quantize_array
+from qjax.paths import path_str
+from qjax.ptq import sequential
+from qjax.ptq.moments import Moments
+from qjax.ptq.smooth import OBSERVERS, Smoothed, Smoothing, act_scales, smooth
+from qjax.ptq.solve import Solved, SolverOptions, round_weight, solve_weight
+from qjax.ptq.store import Store, fingerprint
+from qjax.recipe import Recipe
 from qjax.tables import align
 from qjax.transform.calibrate import Calibration, calibrate
 from qjax.transform.usage import Usage
 
-# Candidates for λ. How much of H to believe depends on how many independent rows it
-# was made of, which no formula knows: text is correlated. So it is measured on held-out rows.
-_DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-# Output columns on which the candidates are compared; they are exchangeable.
-_PROBE_COLUMNS = 96
 
-
-@dataclasses.dataclass(frozen=True)
-class Solved:
-    """What a solver made of one weight. Errors are squared and relative, ‖X(W-Q)‖² / ‖XW‖².
-
-    Attributes:
-      path: of the parameter; a stacked weight has the means over its stack.
-      rtn, gptq, final: on the calibration data, after rounding to nearest, after GPTQ, at the end.
-      held_out_rtn, held_out: the first and the last on held-out data; None without.
-      damping: λ, see `gptq.Options`.
-      rows: activations that H was made of.
-      dead: inputs that were always zero.
-      seconds: spent on it, compilation included.
-      note: fallbacks and warnings, e.g. a rank-deficient H.
-    """
+class Weight(NamedTuple):
+    """A parameter that is to be quantized with data: `format` has been fit to it."""
 
     path: str
-    rtn: float
-    gptq: float
-    final: float
-    held_out_rtn: float | None
-    held_out: float | None
-    damping: float
-    rows: int
-    dead: int
-    seconds: float
-    note: str = ""
+    value: Any
+    format: Format
+    layout: Layout
 
 
 @dataclasses.dataclass(frozen=True)
-class SolveReport:
-    """One `Solved` for each weight, in tree order. Prints as a table."""
+class Report:
+    """What a quantization with data did. Prints as a table.
+
+    Attributes:
+      solved: a line for each weight, or slice of a stacked one.
+      smoothed: a line for each activation that was smoothed.
+    """
 
     solved: tuple[Solved, ...]
+    smoothed: tuple[Smoothing, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "smoothed": [dataclasses.asdict(s) for s in self.smoothed],
+            "solved": [dataclasses.asdict(s) for s in self.solved],
+        }
 
     def to_json(self) -> str:
-        return json.dumps([dataclasses.asdict(s) for s in self.solved], indent=2)
+        return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
-        lines = [("weight", "rtn", "gptq", "final", "held-out", "damping", "s", "note")]
+        lines = [("weight", "rtn", "gptq", "final", "held-out", "damping", "strength", "s", "note")]
         for s in self.solved:
             held = "-" if s.held_out is None else f"{s.held_out_rtn:.5f} > {s.held_out:.5f}"
             lines.append(
@@ -76,110 +70,167 @@ class SolveReport:
                     f"{s.final:.5f}",
                     held,
                     f"{s.damping:.3g}",
+                    f"{s.strength:.2g}",
                     f"{s.seconds:.1f}",
                     s.note,
                 )
             )
-        return "\n".join(align(lines))
+        text = "\n".join(align(lines))
+        if not self.smoothed:
+            return text
+        head = [("input of", "method", "alpha", "rtn", "smoothed", "where")]
+        for line in self.smoothed:
+            alpha = "-" if line.alpha is None else f"{line.alpha:.2f}"
+            errors = (f"{line.before:.5f}", f"{line.after:.5f}")
+            head.append((", ".join(line.weights), line.method, alpha, *errors, line.where))
+        return "\n".join(align(head)) + "\n\n" + text
 
 
-# Made once, so that equal shapes share a compilation.
-_round_to_nearest = jax.jit(quantize_array, static_argnums=(1, 2))
+def held_out(n: int) -> list[bool]:
+    """Returns which of n batches only judge: every fifth, if there are two or more."""
+    return [n > 1 and i % 5 == 1 for i in range(n)]
 
 
-@jax.jit
-def _relative_error(w: Any, qt: Any, h: Any) -> Any:
-    """Returns tr(DᵀHD) / tr(WᵀHW) of canonical w, one for each leading index."""
-    d = w - dequantize_canonical(qt)
-    hd = jnp.einsum("...kl,...ln->...kn", h, d, precision=jax.lax.Precision.HIGHEST)
-    hw = jnp.einsum("...kl,...ln->...kn", h, w, precision=jax.lax.Precision.HIGHEST)
-    total = jnp.sum(w * hw, (-2, -1))
-    return jnp.sum(d * hd, (-2, -1)) / jnp.where(total == 0, 1.0, total)
+def options_of(recipe: Recipe) -> SolverOptions:
+    return SolverOptions(
+        damping=recipe.damping,
+        sweeps=recipe.sweeps,
+        refit=recipe.refit,
+        act_order=recipe.act_order,
+        asymmetric=recipe.asymmetric,
+        unseen=recipe.unseen,
+    )
 
 
-def choose_damping(
-    w: Any, h: Any, h_held_out: Any, fmt: Format, dampings: Sequence[float] = _DAMPINGS
-) -> float:
-    """Returns the damping whose GPTQ solution has the least error on held-out second moments.
+def run(
+    fn: Callable,
+    params: Any,
+    weights: Sequence[Weight],
+    batches: Sequence[Any],
+    recipe: Recipe,
+    usage: Usage,
+    *,
+    mask: Callable[[Any], Array] | None,
+    resume: Any,
+    report: Callable[[str], None] | None,
+) -> tuple[dict[str, Any], Any, Report]:
+    """Quantizes weights by a recipe.
 
     Args:
-      w: canonical weight [*lead, K, N]; some of its columns are tried.
-      h, h_held_out: second moments [*lead, K, K] of disjoint data.
+      fn: of `(params, *batch)`.
+      params: its float parameters.
+      weights: what to quantize.
+      batches: calibration data.
+      recipe: how.
+      usage: of fn.
+      mask: function of a batch that says which tokens count.
+      resume: directory of finished weights, or None.
+      report: called with a line for each step.
+
+    Returns:
+      QTensors by path, the parameters with what was folded into them, and the report.
     """
-    N = w.shape[-1]
-    columns = np.unique(np.linspace(0, N - 1, min(N, _PROBE_COLUMNS)).astype(int))
-    probe = w[..., columns]
-    layout = Layout.parse("kn", probe.shape)
-    # Scales shared by columns, or quantized again, mean something else on a part of the columns.
-    fmt = dataclasses.replace(fmt, group_columns=1) if fmt.group_columns != 1 else fmt
-    fmt = dataclasses.replace(fmt, scale="float32") if isinstance(fmt.scale, Format) else fmt
-    errors = []
-    for damping in dampings:
-        qt, _ = gptq.solve(probe, h, fmt, layout, gptq.Options(damping=damping, sweeps=1))
-        errors.append(float(jnp.mean(_relative_error(probe, qt, h_held_out))))
-    return dampings[int(np.argmin(errors))]
+    judged = held_out(len(batches))
+    options = options_of(recipe)
+    formats = {w.path: (w.format, w.layout) for w in weights}
+    store = None
+    if resume is not None:
+        key = sorted((path, f.to_dict(), str(layout)) for path, (f, layout) in formats.items())
+        store = Store(resume, fingerprint(params, list(batches), repr(key), repr(recipe)))
+
+    train = judge = None
+    wanted = _observers(recipe, formats)
+    if wanted:
+        train, judge = statistics(
+            fn, params, batches, judged, list(formats), usage, mask, report, wanted
+        )
+    smoothed = Smoothed(params, {}, {}, ())
+    if recipe.scaling != "none":
+        assert train is not None
+        first = batches[0] if isinstance(batches[0], tuple) else (batches[0],)
+        smoothed = smooth(fn, params, formats, recipe, train, first, usage)
+        if report is not None:
+            for line in smoothed.lines:
+                report(line.line())
+    steps = {} if train is None else act_scales(formats, train, smoothed.divisors, recipe.static)
+
+    if recipe.rounding == "gptq" and recipe.mode == "sequential":
+        out, solved = sequential.quantize(
+            fn, smoothed.params, formats, batches, held_out=judged, options=options, mask=mask,
+            pre_scales=smoothed.pre_scales, act_scales=steps, store=store, report=report,
+        )  # fmt: skip
+        return out, smoothed.params, Report(tuple(solved), smoothed.lines)
+
+    leaves = jax.tree_util.tree_flatten_with_path(smoothed.params)[0]
+    named = {path_str(path): leaf for path, leaf in leaves}
+    out, lines = {}, []
+    for path, (fmt, layout) in formats.items():
+        if store is not None and path in store:
+            out[path], what = store.load(path)
+            lines.append(what)
+            continue
+        extra = {"pre_scale": smoothed.pre_scales.get(path), "act_scale": steps.get(path)}
+        folded = smoothed.divisors.get(path) if path not in smoothed.pre_scales else None
+        if recipe.rounding == "gptq":
+            assert train is not None
+            out[path], what = solve_weight(
+                path, named[path], fmt, layout, moments(train, path, folded),
+                None if judge is None else moments(judge, path, folded), options, **extra,
+            )  # fmt: skip
+        else:
+            h = None
+            if train is not None and "hessian" in wanted:
+                h = moments(train, path, folded).hessian
+            out[path], what = round_weight(
+                path, named[path], fmt, layout, h,
+                method=recipe.rounding, clip=recipe.clip, **extra,
+            )  # fmt: skip
+        if store is not None:
+            store.save(path, out[path], what)
+        if report is not None:
+            report(what.line())
+        lines.append(what)
+    return out, smoothed.params, Report(tuple(lines), smoothed.lines)
 
 
-def solve_weight(
-    path: str,
-    w: Any,
-    fmt: Format,
-    layout: Layout,
-    train: Calibration,
-    held_out: Calibration | None,
-    options: gptq.Options,
-) -> tuple[Any, Solved]:
-    """Quantizes one weight on its own statistics; returns the QTensor and what happened."""
-    start = time.perf_counter()
-    site = train[path]
-    h = site.stats["hessian"]
-    canonical = layout.to_canonical(jnp.asarray(w)).astype(jnp.float32)
-    K = canonical.shape[-2]
-    h_held_out = held_out[path].stats["hessian"] if held_out is not None else None
-    if h_held_out is not None:
-        damping = choose_damping(canonical, h, h_held_out, fmt.fit(K))
-        options = options._replace(damping=damping)
-    qt, d = gptq.solve(w, h, fmt, layout, options)
-    rows = int(np.min(np.asarray(site.rows)))
-    notes = []
-    if rows < K:
-        notes.append(f"H has rank at most {rows} of {K}: use more calibration tokens")
-    if float(np.max(np.asarray(d.damping))) > options.damping * 1.01 + 1e-6:
-        notes.append("damping raised until H factored")
-    rtn_held_out = final_held_out = None
-    if h_held_out is not None:
-        diagonal = jnp.diagonal(h, axis1=-2, axis2=-1)
-        rtn = _round_to_nearest(w, fmt, layout, importance=diagonal)
-        rtn_held_out = float(jnp.mean(_relative_error(canonical, rtn, h_held_out)))
-        final_held_out = float(jnp.mean(_relative_error(canonical, qt, h_held_out)))
-    mean = lambda a: float(np.mean(np.asarray(a)))
-    solved = Solved(
-        path, mean(d.rtn), mean(d.gptq), mean(d.final), rtn_held_out, final_held_out,
-        float(np.max(np.asarray(d.damping))), rows, int(np.sum(np.asarray(d.dead))),
-        time.perf_counter() - start, "; ".join(notes),
-    )  # fmt: skip
-    return qt, solved
+def _observers(recipe: Recipe, formats: Mapping[str, tuple[Format, Layout]]) -> list[str]:
+    """Returns the statistics of the float model that a recipe needs."""
+    wanted = list(OBSERVERS[recipe.scaling])
+    if recipe.clip or (recipe.rounding == "gptq" and recipe.mode == "parallel"):
+        wanted.append("hessian")
+    if any(f.activation and f.activation_scale == "static" for f, _ in formats.values()):
+        wanted += ["absmax", recipe.static]
+    return list(dict.fromkeys(wanted))
 
 
-def split_batches(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """Returns (train, held out): every fifth batch is held out, if there are two or more."""
-    held_out = list(batches[1::5]) if len(batches) > 1 else []
-    train = [b for i, b in enumerate(batches) if not held_out or i % 5 != 1]
-    return train, held_out
+def moments(calibration: Calibration, path: str, divisor: Array | None = None) -> Moments:
+    """Returns the second moments of a weight's input in the float model, after a division."""
+    site = calibration[path]
+    plain = Moments(site.stats["hessian"] * site.rows[..., None, None], None, site.rows)
+    return plain if divisor is None else plain.scaled(1 / divisor)
 
 
 def statistics(
     fn: Callable,
     params: Any,
     batches: Sequence[Any],
+    judged: Sequence[bool],
     paths: Sequence[str],
     usage: Usage,
+    mask: Callable[[Any], Array] | None,
     report: Callable[[str], None] | None,
+    observers: Sequence[str] = ("hessian",),
 ) -> tuple[Calibration, Calibration | None]:
-    """Returns the second moments on the calibration batches and on the held-out ones."""
-    train, held_out = split_batches(batches)
-    shared = {"usage": usage, "paths": list(paths)}
-    first = calibrate(fn, params, train, ("hessian",), report=report, **shared)
-    if not held_out:
-        return first, None
-    return first, calibrate(fn, params, held_out, ("hessian",), report=None, **shared)
+    """Returns the statistics of the calibration batches, and of the held-out ones if there are any.
+
+    Raises:
+      CalibrationError: no token reached a weight, or a part of one.
+    """
+    sets = [
+        [b for b, j in zip(batches, judged, strict=True) if j is which] for which in (False, True)
+    ]
+    common: Mapping[str, Any] = {"usage": usage, "paths": list(paths), "mask": mask}
+    train = calibrate(fn, params, sets[0], observers, report=report, **common)
+    if not sets[1]:
+        return train, None
+    return train, calibrate(fn, params, sets[1], observers, report=None, **common)

@@ -88,7 +88,7 @@ class _Scope(NamedTuple):
     seen: dict[Any, tuple[str, Any]]  # product key -> path, activation (kept alive: keys hold ids)
 
 
-class _Collector(floats.FloatHandler):
+class Collector(floats.FloatHandler):
     """Emits the statistics of one batch; bodies of scans and branches hand theirs out."""
 
     def __init__(self, observers: Sequence[str], mask: Any):
@@ -261,7 +261,7 @@ class _Program:
     def _collect(self, params: Any, args: tuple, mask: Any) -> dict[str, Any]:
         """Runs fn once and returns the statistics of that batch."""
         call = take_apart((params, *args), {})
-        handler = _Collector(self.observers, mask)
+        handler = Collector(self.observers, mask)
         jaxpr, consts, _ = trace(self.fn, call)
         values = []
         for leaf, path in zip(call.leaves, call.paths, strict=True):
@@ -277,7 +277,7 @@ class _Program:
         return handler.scopes[0].stats
 
     def _fold(self, state: dict[str, Any], params: Any, args: tuple, mask: Any) -> dict[str, Any]:
-        return _Collector(self.observers, None).joined(state, self._collect(params, args, mask))
+        return Collector(self.observers, None).joined(state, self._collect(params, args, mask))
 
 
 def _wanted(usage: Usage, paths: Iterable[str] | None) -> set[str]:

@@ -1,0 +1,47 @@
+"""Recipes: read from text, checked, carried by policies."""
+
+import pytest
+
+from qjax import Policy, Recipe
+
+
+def test_dict_round_trip_leaves_defaults_out():
+    recipe = Recipe(scaling="awq", damping=None, sweeps=2)
+    assert recipe.to_dict() == {"scaling": "awq", "sweeps": 2}
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+def test_null_is_search_in_text():
+    recipe = Recipe(alpha=None)
+    assert recipe.to_dict() == {"alpha": "search"}
+    assert Recipe.from_dict({"alpha": "search"}) == recipe
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"rounding": "best"}, "recipe: `rounding` must be one of nearest, gptq, hqq, got 'best'"),
+        ({"sweep": 3}, "recipe: unknown key 'sweep'. Known: act_order"),
+        ({"sweeps": -1}, "from 0 on, got -1"),
+        ({"damping": 0.0}, "positive or None, got 0.0"),
+        ({"clip": True}, "`clip` is for rounding to nearest; 'gptq' chooses its own scales"),
+        ({"alpha": 2}, "from 0 to 1"),
+        (3, "expected a table"),
+    ],
+)
+def test_mistakes_are_named(spec, message):
+    with pytest.raises(ValueError, match="recipe") as e:
+        Recipe.from_dict(spec)
+    assert message in str(e.value)
+
+
+def test_a_policy_carries_its_recipe():
+    policy = Policy.load("w4a16-gptq")
+    assert policy.recipe == Recipe(rounding="gptq")
+    assert policy.needs_data
+    assert Policy.from_dict(policy.to_dict()).recipe == policy.recipe
+    assert not Policy.load("int8").needs_data
+
+
+def test_a_static_activation_needs_data():
+    assert Policy.load("fp8-static").needs_data
