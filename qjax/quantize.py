@@ -306,11 +306,12 @@ def quantize(
             params, policy, usage, fn, list(calibration), mask, resume, report
         )
     plan = assign(params, policy, usage)
-    _check_data_free(plan)
-    if policy.needs_data:
-        raise QuantizationError(
-            f"policy {policy.name!r} needs calibration data: pass `fn` and `calibration`."
-        )
+    if not all(isinstance(a.leaf, jax.ShapeDtypeStruct) for a in plan):  # else only a plan is made
+        _check_data_free(plan)
+        if policy.needs_data:
+            raise QuantizationError(
+                f"policy {policy.name!r} needs calibration data: pass `fn` and `calibration`."
+            )
     check_finite(plan)
     tree = jax.tree.structure(params, is_leaf=is_qtensor)
     # One array under several paths (tied weights) is freed after its last use, if it is not kept.

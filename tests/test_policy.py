@@ -97,7 +97,7 @@ def test_a_dict_holds_everything():
         ("", "'p': `rules` is missing"),
         ("[rules]\nmatch = '*'", "'p': `rules` is missing; a policy is a list of"),
         ("rules = [1]", r"'p', rule 1: expected a table.*got 1"),
-        ("rules = []\nrule = 1", "'p': unknown key 'rule'. Known: rules, description"),
+        ("rules = []\nrule = 1", "'p': unknown key 'rule'. Known: description, recipe, rules"),
         (
             "[[rules]]\nmatch='a'\nskip=true\n[[rules]]\nmatch='*'\nformt={}",
             "'p', rule 2: unknown key 'formt'. Known: format, layout, match, min_ndim, optional",
@@ -172,8 +172,8 @@ def test_every_preset_plans_a_real_model(name):
     assert Policy.from_dict(policy.to_dict(), name=name) == policy
 
 
-@pytest.mark.parametrize("name", presets())
-def test_every_preset_quantizes(name):
+@pytest.mark.parametrize("name", [p for p in presets() if not Policy.load(p).needs_data])
+def test_every_preset_without_data_quantizes(name):
     w = jax.random.normal(jax.random.key(0), (192, 48))
     deq = qjax.dequantize(qjax.quantize({"kernel": w}, name))["kernel"]
     relative = jnp.linalg.norm(deq - w) / jnp.linalg.norm(w)

@@ -20,7 +20,7 @@ from qjax.paths import path_str
 from qjax.ptq import sequential
 from qjax.ptq.moments import Moments
 from qjax.ptq.smooth import OBSERVERS, Smoothed, Smoothing, act_scales, smooth
-from qjax.ptq.solve import Solved, SolverOptions, round_weight, solve_weight
+from qjax.ptq.solve import Item, Solved, SolverOptions, round_weight, solve_weights
 from qjax.ptq.store import Store, fingerprint
 from qjax.recipe import Recipe
 from qjax.tables import align
@@ -169,13 +169,14 @@ def run(
             out[path], what = store.load(path)
             lines.append(what)
             continue
-        extra = {"pre_scale": smoothed.pre_scales.get(path), "act_scale": steps.get(path)}
         folded = smoothed.divisors.get(path) if path not in smoothed.pre_scales else None
         if recipe.rounding == "gptq":
             assert train is not None
-            out[path], what = solve_weight(
-                path, named[path], fmt, layout, moments(train, path, folded),
-                None if judge is None else moments(judge, path, folded), options, **extra,
+            item = Item(path, named[path], fmt, layout, steps.get(path))
+            ((out[path], what),) = solve_weights(
+                [item], moments(train, path, folded),
+                None if judge is None else moments(judge, path, folded), options,
+                pre_scale=smoothed.pre_scales.get(path),
             )  # fmt: skip
         else:
             h = None
@@ -183,7 +184,8 @@ def run(
                 h = moments(train, path, folded).hessian
             out[path], what = round_weight(
                 path, named[path], fmt, layout, h,
-                method=recipe.rounding, clip=recipe.clip, **extra,
+                method=recipe.rounding, clip=recipe.clip,
+                pre_scale=smoothed.pre_scales.get(path), act_scale=steps.get(path),
             )  # fmt: skip
         if store is not None:
             store.save(path, out[path], what)

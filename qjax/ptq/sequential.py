@@ -32,7 +32,7 @@ from qjax.format import Format
 from qjax.layout import Layout
 from qjax.paths import path_str
 from qjax.ptq.moments import Moments
-from qjax.ptq.solve import Solved, SolverOptions, solve_weight
+from qjax.ptq.solve import Item, Solved, SolverOptions, solve_weights
 from qjax.ptq.store import Store
 from qjax.transform import segments
 from qjax.transform.calibrate import CalibrationError
@@ -140,29 +140,26 @@ def quantize(
             seen = cut.owners(level, floats, shared | state[0].quantized, state[0].mask)
             keys = [key for key in keys if key in seen]
             train, judge = _statistics(cut, level, floats, state, shared)
+            # An activation at a time: its moments, and copies of them, are what takes memory.
+            together: dict[Key, list[Key]] = {}
             for key in keys:
-                fmt, layout = formats[key.path]
-                pre, step = (
-                    segments.slice_of(m[key.path], key) if m and key.path in m else None
-                    for m in (pre_scales, act_scales)
-                )
-                owner = str(_position(cut, level, seen[key]))
-                held = None if judge is None else judge[owner]
-                done[key], what = solve_weight(
-                    str(key),
-                    floats[key],
-                    fmt,
-                    layout,
-                    train[owner],
-                    held,
-                    options,
-                    pre_scale=pre,
-                    act_scale=step,
-                )
-                if store is not None:
-                    store.save(key, done[key], what)
-                solved.append(what)
-                progress.solved(key, what, number, len(cut.levels))
+                together.setdefault(seen[key], []).append(key)
+            for owner, members in together.items():
+                name = str(cut.read_keys(level).index(owner))
+                items = [
+                    Item(str(key), floats[key], *formats[key.path], _part(act_scales, key))
+                    for key in members
+                ]
+                made = solve_weights(
+                    items, train.pop(name), None if judge is None else judge.pop(name), options,
+                    pre_scale=_part(pre_scales, owner),
+                )  # fmt: skip
+                for key, (qt, what) in zip(members, made, strict=True):
+                    done[key] = qt
+                    if store is not None:
+                        store.save(key, qt, what)
+                    solved.append(what)
+                    progress.solved(key, what, number, len(cut.levels))
         for batch in state:
             for v in level.freed:
                 batch.quantized.pop(v, None)
@@ -180,8 +177,9 @@ def _args(batch: Any) -> tuple:
     return batch if isinstance(batch, tuple) else (batch,)
 
 
-def _position(cut: Segments, level: Level, key: Key) -> int:
-    return cut.read_keys(level).index(key)
+def _part(arrays: Mapping[str, Array] | None, key: Key) -> Array | None:
+    """Returns what belongs to a weight or to a slice of it."""
+    return segments.slice_of(arrays[key.path], key) if arrays and key.path in arrays else None
 
 
 def _make(cut: Segments, level: Level, floats, done, state: Sequence[Batch], shared) -> None:

@@ -1,10 +1,11 @@
-"""One weight: from its calibration moments to a QTensor, and a line of the report."""
+"""From the moments of an activation to the QTensors of its weights, and lines of the report."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -59,10 +60,10 @@ class Solved:
 
     Attributes:
       path: of the parameter, with the index of a slice; means over axes solved together.
-      rtn, gptq, final: on the calibration data, after rounding to nearest, after GPTQ, at the end.
-        With `strength` above 0, GPTQ's and the final errors are against another target than W.
-      held_out_rtn, held_out: the first and the last on held-out data; None without. With a
-        strength, less the error that the inputs alone make.
+      rtn, final: on the calibration data, after rounding to nearest and at the end. Sequentially,
+        less the error that the inputs alone make: negative if the weight makes up for them.
+      gptq: after GPTQ alone, against what it solved for, of all weights solved with this one.
+      held_out_rtn, held_out: the first and the last on held-out data; None without.
       damping: λ, see `gptq.Options`.
       strength: α, see `qjax.ptq.sequential`.
       rows: activations that H was made of.
@@ -138,132 +139,215 @@ def target(
     return w + strength * jax.scipy.linalg.cho_solve(factor, move)
 
 
-def _probe(w: Array, fmt: Format) -> tuple[np.ndarray, Format]:
-    """Returns columns to try candidates on, and the format that means the same for them."""
-    N = w.shape[-1]
-    columns = np.unique(np.linspace(0, N - 1, min(N, _PROBE_COLUMNS)).astype(int))
-    # Scales shared by columns, or quantized again, mean something else on a part of the columns.
-    fmt = dataclasses.replace(fmt, group_columns=1) if fmt.group_columns != 1 else fmt
-    fmt = dataclasses.replace(fmt, scale="float32") if isinstance(fmt.scale, Format) else fmt
-    return columns, fmt
+class Item(NamedTuple):
+    """A weight to solve.
+
+    Attributes:
+      name: for the report.
+      w: the weight, in its own layout.
+      format, layout: of the result.
+      act_scale: static step of the activation's codes, or None.
+    """
+
+    name: str
+    w: Array
+    format: Format
+    layout: Layout
+    act_scale: Float[Array, "*lead"] | None = None
 
 
-def choose_strength(w: Any, train: Moments, held_out: Moments, fmt: Format, damping: Any) -> float:
-    """Returns the strength α whose solution is nearest to the float outputs on held-out data."""
-    columns, fmt = _probe(w, fmt)
-    probe = w[..., columns]
-    # Columns do not know of each other: all candidates are solved as the columns of one weight.
-    targets = [target(probe, train.hessian, train.shift, s, damping) for s in _STRENGTHS]
-    wide = jnp.concatenate(targets, -1)
-    layout = Layout.parse("kn", wide.shape)
-    qt, _ = gptq.solve(wide, train.hessian, fmt, layout, gptq.Options(sweeps=1), damping=damping)
-    errors = _column_errors(jnp.tile(probe, (1, len(_STRENGTHS))), qt, held_out)
-    return _STRENGTHS[int(np.argmin(np.asarray(errors).reshape(len(_STRENGTHS), -1).sum(1)))]
-
-
-@jax.jit
-def _column_errors(w: Array, qt: QTensor, judge: Moments) -> Float[Array, " N"]:
-    """Returns ‖XW - X̂Q‖² - ‖XW - X̂W‖² of every column."""
-    d = w - dequantize_canonical(qt)
-    error = jnp.sum(d * jnp.dot(judge.hessian, d, precision=_HIGHEST), 0)
-    if judge.shift is None:
-        return error
-    return error + 2 * jnp.sum(d * jnp.dot(judge.shift, w, precision=_HIGHEST), 0)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _canonical(w: Array, layout: Layout) -> Array:
-    return layout.to_canonical(w).astype(jnp.float32)
-
-
-def solve_weight(
-    name: str,
-    w: Array,
-    fmt: Format,
-    layout: Layout,
+def solve_weights(
+    items: Sequence[Item],
     train: Moments,
     held_out: Moments | None,
     options: SolverOptions,
     *,
     pre_scale: Float[Array, "*lead K"] | None = None,
-    act_scale: Float[Array, "*lead"] | None = None,
-) -> tuple[QTensor, Solved]:
-    """Quantizes one weight on the moments of its input; returns the QTensor and what happened.
+) -> list[tuple[QTensor, Solved]]:
+    """Quantizes weights that read one activation; returns QTensors and what happened.
+
+    Weights of one format whose columns know nothing of each other are solved as one.
 
     Args:
-      name: for the report.
-      w: the weight in its own layout.
-      fmt, layout: of the result.
+      items: the weights.
       train, held_out: moments of disjoint data, of the input before `pre_scale`.
       options: see `SolverOptions`.
-      pre_scale: smoothing of the input that stays at the weight.
-      act_scale: static step of the activation's codes.
+      pre_scale: smoothing of the input that stays at the weights.
     """
-    start = time.perf_counter()
     counts = np.asarray(train.rows)
-    empty = [name + "".join(f"[{i}]" for i in at) for at in np.argwhere(counts == 0)]
+    empty = [items[0].name + "".join(f"[{i}]" for i in at) for at in np.argwhere(counts == 0)]
     if empty and options.unseen == "error":
         raise CalibrationError(
             f"{empty[0]}: no calibration token reached it ({len(empty)} such in this weight). Use"
             ' more data, skip it, or round it to nearest with `unseen = "nearest"` in the recipe.'
         )
-    canonical = _canonical(w, layout)
     if pre_scale is not None:
-        canonical = canonical / pre_scale[..., :, None]
         train = train.scaled(pre_scale)
         held_out = None if held_out is None else held_out.scaled(pre_scale)
-    lead = canonical.shape[:-2]
-    K = canonical.shape[-2]
-    fmt = fmt.fit(K)
-    h = train.hessian
+    together: dict[Any, list[int]] = {}
+    for i, item in enumerate(items):
+        together.setdefault(item.format if _is_by_column(item.format) else i, []).append(i)
+    out: dict[int, tuple[QTensor, Solved]] = {}
+    for members in together.values():
+        group = [items[i] for i in members]
+        made = _solve_together(group, train, held_out, options, pre_scale)
+        out.update(zip(members, made, strict=True))
+    return [out[i] for i in range(len(items))]
+
+
+def _is_by_column(fmt: Format) -> bool:
+    nested = isinstance(fmt.scale, Format) or isinstance(fmt.offset, Format)
+    return fmt.group_columns == 1 and not nested
+
+
+def _solve_together(
+    items: Sequence[Item],
+    train: Moments,
+    held_out: Moments | None,
+    options: SolverOptions,
+    pre_scale: Array | None,
+) -> list[tuple[QTensor, Solved]]:
+    start = time.perf_counter()
+    weights = [_canonical(item.w, item.layout, pre_scale) for item in items]
+    w = jnp.concatenate(weights, -1) if len(weights) > 1 else weights[0]
+    *lead, K, _ = w.shape
+    fmt, plain = items[0].format.fit(K), Layout.parse("kn", w.shape)
+    counts = np.asarray(train.rows)
+
+    h, shift = _means(train)
+    h_held_out, shift_held_out = (None, None) if held_out is None else _means(held_out)
+    if lead:  # which tokens reach an expert differs between the streams
+        shift = shift_held_out = None
     damping, strength = options.damping, 0.0
     if damping is None:
         damping = _DAMPING
-        if held_out is not None:
-            candidates = jnp.asarray(_DAMPINGS)
-            damping = gptq.choose_damping(canonical, h, held_out.hessian, fmt, candidates)
-    solved_for, plain = canonical, Layout.parse("kn", canonical.shape)
-    if options.asymmetric and train.shift is not None and not lead:
+        if h_held_out is not None:
+            damping = gptq.choose_damping(w, h, h_held_out, fmt, jnp.asarray(_DAMPINGS))
+    solved_for = w
+    if options.asymmetric and shift is not None:
         strength = 0.5
-        if held_out is not None:
-            strength = choose_strength(canonical, train, held_out, fmt, damping)
-        solved_for = target(canonical, h, train.shift, strength, damping)
+        if h_held_out is not None and shift_held_out is not None:
+            strength = choose_strength(w, h, shift, h_held_out, shift_held_out, fmt, damping)
+        solved_for = target(w, h, shift, strength, damping)
     how = gptq.Options(act_order=options.act_order, sweeps=options.sweeps, refit=options.refit)
     qt, d = gptq.solve(solved_for, h, fmt, plain, how, damping=damping)
-    if empty:  # their H says nothing, not even which scales are good
-        plainly = _round_to_nearest(canonical, fmt, plain)
-        has = jnp.asarray(counts > 0)
-        qt = jax.tree.map(
-            lambda a, b: jnp.where(has.reshape(*has.shape, *[1] * (a.ndim - has.ndim)), a, b),
-            qt,
-            plainly,
-        )
-    rows = int(np.min(counts))
+    nearest = _round_to_nearest(w, fmt, plain, importance=_diagonal(h))
     notes = []
-    if empty:
-        notes.append(f"{len(empty)} of {counts.size} without data, rounded to nearest")
-    if int(np.min(counts, where=counts > 0, initial=K)) < K:
-        seen = int(np.min(counts, where=counts > 0, initial=K))
-        notes.append(f"H has rank at most {seen} of {K}: use more calibration tokens")
+    if (missing := int(np.sum(counts == 0))) > 0:
+        # Its H says nothing, not even which scales are good.
+        qt = _where(jnp.asarray(counts > 0), qt, _round_to_nearest(w, fmt, plain))
+        notes.append(f"{missing} of {counts.size} without data, rounded to nearest")
+    fewest = int(np.min(counts, where=counts > 0, initial=K))
+    if fewest < K:
+        notes.append(f"H has rank at most {fewest} of {K}: use more calibration tokens")
     if float(np.max(np.asarray(d.damping) / np.asarray(damping))) > 1.01:
         notes.append("damping raised until H factored")
-    rtn_held_out = final_held_out = None
-    if held_out is not None:
-        diagonal = jnp.diagonal(h, axis1=-2, axis2=-1)
-        rtn = _round_to_nearest(canonical, fmt, plain, importance=diagonal)
-        judge = functools.partial(relative_error, canonical, h=held_out.hessian)
-        shift = held_out.shift if not lead else None
-        rtn_held_out = float(jnp.mean(judge(rtn, shift=shift)))
-        final_held_out = float(jnp.mean(judge(qt, shift=shift)))
-    mean = lambda a: float(np.mean(np.asarray(a)))
-    qt = dataclasses.replace(qt, layout=layout, dtype=jnp.dtype(w.dtype).name)
-    qt = dataclasses.replace(qt, pre_scale=pre_scale, act_scale=act_scale)
-    solved = Solved(
-        name, mean(d.rtn), mean(d.gptq), mean(d.final), rtn_held_out, final_held_out,
-        float(np.max(np.asarray(d.damping))), strength, rows, int(np.sum(np.asarray(d.dead))),
-        time.perf_counter() - start, "; ".join(notes),
-    )  # fmt: skip
-    return qt, solved
+
+    ends = np.cumsum([v.shape[-1] for v in weights])
+    parts = [_columns(qt, end - v.shape[-1], end) for v, end in zip(weights, ends, strict=True)]
+    rounded = [
+        _columns(nearest, end - v.shape[-1], end) for v, end in zip(weights, ends, strict=True)
+    ]
+    judged = [
+        _judge(v, r, q, h, shift, h_held_out, shift_held_out)
+        for v, r, q in zip(weights, rounded, parts, strict=True)
+    ]
+    seconds = (time.perf_counter() - start) / len(items)
+    out = []
+    for item, q, errors in zip(items, parts, jax.device_get(judged), strict=True):
+        rtn, final, held_rtn, held_final = (None if e is None else float(e) for e in errors)
+        assert rtn is not None
+        assert final is not None
+        q = dataclasses.replace(
+            q,
+            layout=item.layout,
+            dtype=jnp.dtype(item.w.dtype).name,
+            pre_scale=pre_scale,
+            act_scale=item.act_scale,
+        )
+        what = Solved(
+            item.name, rtn, float(np.mean(np.asarray(d.gptq))), final, held_rtn, held_final,
+            float(np.max(np.asarray(d.damping))), strength, int(np.min(counts)),
+            int(np.sum(np.asarray(d.dead))), seconds, "; ".join(notes),
+        )  # fmt: skip
+        out.append((q, what))
+    return out
+
+
+def choose_strength(
+    w: Float[Array, "K N"],
+    h: Float[Array, "K K"],
+    shift: Float[Array, "K K"],
+    h_held_out: Float[Array, "K K"],
+    shift_held_out: Float[Array, "K K"],
+    fmt: Format,
+    damping: Any,
+) -> float:
+    """Returns the strength α whose solution is nearest to the float outputs on held-out data."""
+    N = w.shape[-1]
+    columns = np.unique(np.linspace(0, N - 1, min(N, _PROBE_COLUMNS)).astype(int))
+    # Scales shared by columns, or quantized again, mean something else on a part of the columns.
+    fmt = dataclasses.replace(fmt, group_columns=1) if fmt.group_columns != 1 else fmt
+    fmt = dataclasses.replace(fmt, scale="float32") if isinstance(fmt.scale, Format) else fmt
+    if isinstance(fmt.offset, Format):
+        fmt = dataclasses.replace(fmt, offset="float32")
+    errors = _strength_errors(
+        w[:, columns], h, shift, h_held_out, shift_held_out, fmt, jnp.asarray(damping)
+    )
+    return _STRENGTHS[int(np.argmin(np.asarray(errors)))]
+
+
+@functools.partial(jax.jit, static_argnames="fmt")
+def _strength_errors(probe, h, shift, h_held_out, shift_held_out, fmt: Format, damping: Array):
+    # Columns do not know of each other: all candidates are solved as the columns of one weight.
+    moved = target(probe, h, shift, 1.0, damping) - probe
+    wide = jnp.concatenate([probe + s * moved for s in _STRENGTHS], -1)
+    layout = Layout.parse("kn", wide.shape)
+    qt, _ = gptq.solve(wide, h, fmt, layout, gptq.Options(sweeps=1), damping=damping)
+    w = jnp.tile(probe, (1, len(_STRENGTHS)))
+    d = w - dequantize_canonical(qt)
+    error = jnp.sum(d * jnp.dot(h_held_out, d, precision=_HIGHEST), 0)
+    error += 2 * jnp.sum(d * jnp.dot(shift_held_out, w, precision=_HIGHEST), 0)
+    return jnp.sum(error.reshape(len(_STRENGTHS), -1), 1)
+
+
+@jax.jit
+def _means(m: Moments) -> tuple[Array, Array | None]:
+    return m.hessian, m.shift
+
+
+@jax.jit
+def _judge(w, nearest, qt, h, shift, h_held_out, shift_held_out):
+    """Returns the errors of rounding to nearest and of `qt`, on both sets of data."""
+    train = [jnp.mean(relative_error(w, q, h, shift)) for q in (nearest, qt)]
+    if h_held_out is None:
+        return (*train, None, None)
+    held_out = [jnp.mean(relative_error(w, q, h_held_out, shift_held_out)) for q in (nearest, qt)]
+    return (*train, *held_out)
+
+
+def _columns(qt: QTensor, start: int, end: int) -> QTensor:
+    """Returns some columns of a canonical QTensor with a scale for each."""
+    if end - start == qt.data.shape[-1]:
+        return qt
+    return jax.tree.map(lambda a: a[..., start:end], qt)
+
+
+def _where(has: Array, a: QTensor, b: QTensor) -> QTensor:
+    """Returns a where `has` [*lead] is true, else b."""
+    wide = lambda x: has.reshape(*has.shape, *[1] * (x.ndim - has.ndim))
+    return jax.tree.map(lambda x, y: jnp.where(wide(x), x, y), a, b)
+
+
+def _diagonal(h: Array) -> Array:
+    return jnp.diagonal(h, axis1=-2, axis2=-1)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _canonical(w: Array, layout: Layout, pre_scale: Array | None) -> Array:
+    """Returns the float32 weight as it is to be rounded, [*lead, K, N]."""
+    w = layout.to_canonical(w).astype(jnp.float32)
+    return w if pre_scale is None else w / pre_scale[..., :, None]
 
 
 def round_weight(
@@ -281,7 +365,7 @@ def round_weight(
     """Rounds one weight without solving; returns the QTensor and what happened.
 
     Args:
-      name, fmt, layout, pre_scale, act_scale: as for `solve_weight`.
+      name, fmt, layout, pre_scale, act_scale: as for `solve_weights`.
       w: the weight in its own layout.
       h: second moments of its input before `pre_scale`, or None: then errors are those of the
         weight alone.
@@ -289,15 +373,13 @@ def round_weight(
       clip: whether groups are clipped where that lowers the output error; needs `h`.
     """
     start = time.perf_counter()
-    canonical = _canonical(w, layout)
-    if pre_scale is not None:
-        canonical = canonical / pre_scale[..., :, None]
-        if h is not None:
-            h = h * (pre_scale[..., :, None] * pre_scale[..., None, :])
+    canonical = _canonical(w, layout, pre_scale)
+    if pre_scale is not None and h is not None:
+        h = h * (pre_scale[..., :, None] * pre_scale[..., None, :])
     K = canonical.shape[-2]
     fmt = fmt.fit(K)
     plain = Layout.parse("kn", canonical.shape)
-    importance = None if h is None else jnp.diagonal(h, axis1=-2, axis2=-1)
+    importance = None if h is None else _diagonal(h)
     rtn = _round_to_nearest(canonical, fmt, plain, importance=importance)
     if method == "hqq":
         from qjax.ptq import hqq
