@@ -7,13 +7,13 @@ The objective, for a weight W [K, N], its quantized values Q and D = W - Q, is
 Both algorithms visit the rows k of W (columns of the paper's matrix, which is our transpose) and
 round each to its best value given the others:
 
-  GPTQ     q_k = round(w_k + sum_{j>k} L_jk d_j / L_kk),     H = L Lᵀ, from the last row to the first
+  GPTQ     q_k = round(w_k + sum_{j>k} L_jk d_j / L_kk),   H = L Lᵀ, from the last row upwards
   descent  q_k = round(w_k + sum_{j≠k} H_kj d_j / H_kk)
 
 The first is Frantar et al., 2022 (arXiv:2210.17323), eq. 2-3, written as Babai's nearest plane: the
 columns of L carry the error of the rows already rounded to those that can still absorb it, no
-inverse of H is formed, and J is known as it goes, for J = ‖LᵀD‖². The second minimizes J exactly in
-one row, so no step can raise it; nor can the refit of a scale, which is taken only where it lowers J.
+inverse of H is formed, and J is known as it goes, for J = ‖LᵀD‖². The second minimizes J exactly
+in one row, so no step can raise it; nor can the refit of a scale, taken only where it lowers J.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ class Options(NamedTuple):
     Attributes:
       act_order: visit rows by decreasing H_kk. Groups stay where they are, so the format does too.
       sweeps: at most so many rounds of coordinate descent, each refitting all scales; 0: plain
-        GPTQ. On 4096 columns each costs as much as GPTQ itself; the first takes 7 to 17 % off the
-        error, the second 3 %.
+        GPTQ. Each takes as long as two thirds of all before the first. The first takes 7 to 17 %
+        off the squared error, the second 3 %, all others together 2 %.
       refit: whether to refit scales, and offsets with them.
       tolerance: sweeps end when one lowers J by less than this part of it.
     """
 
     act_order: bool = True
-    sweeps: int = 2
+    sweeps: int = 1
     refit: bool = True
     tolerance: float = 1e-3
 
@@ -199,7 +199,7 @@ def _first_grid(
 
 
 # Fractions of a group's range that the search tries.
-_FRACTIONS = (0.4, 1.05, 14)
+_FRACTIONS = (0.4, 1.0, 12)
 
 
 def _search(W: Float[Array, "K N"], fmt: Format, importance: Float[Array, " K"]) -> _Grid:
@@ -245,7 +245,14 @@ def _search(W: Float[Array, "K N"], fmt: Format, importance: Float[Array, " K"])
 
         # The NaN scale of a group with a NaN stays: its error is NaN, and no other is below.
         error = _dot(h, jnp.square(v - _nearest(v, first, fmt)))
-        return lax.scan(step, (first, error), fractions)[0][0]
+        (grid, _), _ = lax.scan(step, (first, error), fractions)
+        ones = jnp.ones_like(v[:, :1])
+
+        def refit(_, grid: _Grid) -> _Grid:
+            Q = _nearest(v, grid, fmt)
+            return _refit(Q, h[:, None] * (v - Q), jnp.diag(h), ones, grid, floats)[0]
+
+        return lax.fori_loop(0, 2, refit, grid)
 
     return lax.map(lambda a: group(*a), (v, h, first))
 
@@ -312,13 +319,15 @@ def _refit(
 # ---- GPTQ ----------------------------------------------------------------------------------------
 
 
+def _damped(H: Float[Array, "K K"], damping: Array) -> Float[Array, "K K"]:
+    return H + damping * jnp.diag(jnp.diagonal(H))
+
+
 def _factor(H: Float[Array, "K K"], damping: Array) -> tuple[Array, Array]:
     """Returns lower triangular L with L Lᵀ = H + λ diag(H), and λ."""
-    diagonal = jnp.diag(jnp.diagonal(H))
 
     def attempt(fraction: Array) -> tuple[Array, Array]:
-        L = jnp.linalg.cholesky(H + fraction * diagonal, symmetrize_input=False)
-        return fraction, L
+        return fraction, jnp.linalg.cholesky(_damped(H, fraction), symmetrize_input=False)
 
     def failed(state: tuple[Array, Array]) -> Array:
         fraction, L = state
@@ -548,7 +557,7 @@ def _solve(
         D_rtn = W - _nearest(W, grid.at(group), fmt)
         D, J = _gptq(W[order], L, grid, group[order], fmt)
         J_rtn = _energy(L, D_rtn[order], J)
-        return jnp.where(J <= J_rtn, D[back], D_rtn), jnp.minimum(J, J_rtn), D_rtn
+        return jnp.where(J_rtn >= J, D[back], D_rtn), jnp.minimum(J, J_rtn), D_rtn
 
     stored, grid = _first_grid(W, fmt, diagonal)
     D, J, D_rtn = gptq(grid)
@@ -565,7 +574,7 @@ def _solve(
 
     total, rtn, after_gptq = measured(W), measured(D_rtn), undamped(D, J)
 
-    Hd = H + damping * jnp.diag(diagonal)
+    Hd = _damped(H, damping)
     floats = _in_floats(fmt)
     again = floats != fmt  # scales are quantized again: all of them together
     wide = (fmt.group_size or K) > _WIDE
@@ -597,8 +606,12 @@ def _solve(
 
     element = numerics.get_element(fmt.element)
     codes = _codes(W - D, grid.at(group), fmt, element)
-    errors = (scales.safe_divide(j, total) for j in (rtn, after_gptq, undamped(D, J)))
-    return D, stored, codes, Diagnostics(*errors, damping, jnp.sum(dead), sweeps)
+    relative = functools.partial(scales.safe_divide, scale=total)
+    final = relative(undamped(D, J))
+    what = Diagnostics(
+        relative(rtn), relative(after_gptq), final, damping, jnp.sum(dead), jnp.asarray(sweeps)
+    )
+    return D, stored, codes, what
 
 
 def _codes(Q: Array, grid: _Grid, fmt: Format, element: numerics.Element) -> Array:
@@ -684,7 +697,7 @@ def choose_damping(
       H, H_held_out: second moments of disjoint data.
       fmt: of the whole weight.
       dampings: candidates for λ.
-      options: of the trials; None: one sweep. Static.
+      options: of the trials. Static.
     """
     *lead, K, N = w.shape
     # Scales shared by columns, or quantized again, mean something else on a part of the columns.
@@ -693,7 +706,7 @@ def choose_damping(
 
     def run(W: Array, H: Array, H_held_out: Array) -> Array:
         def error(damping: Array) -> Array:
-            D = _solve(W, H, damping, fmt, options or Options(sweeps=1))[0]
+            D = _solve(W, H, damping, fmt, options or Options())[0]
             return objective(D, H_held_out)
 
         errors = lax.map(error, dampings)
