@@ -132,6 +132,41 @@ def test_quantize_in_bfloat16(tiny, tmp_path):
     assert info["metadata"]["dtype"] == "bfloat16"
 
 
+CALIBRATED = ["--calibration-windows", "4", "--calibration-window", "16"]
+
+
+def test_a_recipe_with_data_reports_every_weight(tiny, text, tmp_path):
+    out = tmp_path / "q"
+    args = ["quantize", tiny, "--recipe", "w4a16-gptq", "-c", text, *CALIBRATED, "-o", out]
+    made = json.loads(run(*args, "--text", text, *FEW, "--json").stdout)
+    assert len(made["report"]["solved"]) == 14  # seven weights in each of two layers
+    assert all(s["final"] <= s["rtn"] for s in made["report"]["solved"] if s["strength"] == 0)
+    assert made["evaluation"]["kl"] > 0
+    assert not out.with_name("q.unfinished").exists()
+    inspected = json.loads(run("inspect", out, "--json").stdout)
+    assert "int4" in json.dumps(inspected)
+
+
+def test_a_recipe_without_data_asks_for_it(tiny, tmp_path):
+    line = error("quantize", tiny, "--recipe", "w4a16-gptq", "-o", tmp_path / "q")
+    assert "--calibration" in line
+
+
+def test_a_short_calibration_text_is_refused(tiny, text, tmp_path):
+    args = ["quantize", tiny, "--recipe", "w4a16-gptq", "-c", text, "-o", tmp_path / "q"]
+    assert "fills" in error(*args, "--no-eval", "--calibration-window", "100")
+
+
+def test_a_dry_run_says_what_it_would_take(tiny, text, tmp_path):
+    out = tmp_path / "q"
+    args = ["quantize", tiny, "--recipe", "w4a16-gptq", "-c", text, *CALIBRATED, "-o", out]
+    planned = json.loads(run(*args, "--no-eval", "--dry-run", "--json").stdout)
+    assert planned["weights"] == 14
+    assert planned["levels"] == 8
+    assert not out.exists()
+    assert "GB at the peak" in run(*args, "--no-eval", "--dry-run").stdout
+
+
 def test_overwrite_replaces(tiny, quantized, tmp_path):
     out = tmp_path / "q"
     shutil.copytree(quantized, out)
