@@ -17,6 +17,7 @@ from qjax.format import Format
 from qjax.layout import DEFAULT, Layout
 from qjax.paths import path_str
 from qjax.policy import Policy, Rule
+from qjax.ptq import hqq
 from qjax.qtensor import QTensor, is_qtensor
 from qjax.recipe import Recipe
 from qjax.sharding import float_sharding, shardings_of
@@ -127,12 +128,20 @@ _SEQUENTIAL_SIZE = 1 << 24
 
 @functools.lru_cache(maxsize=1024)
 def _quantizer(
-    fmt: Format, layout: Layout, shardings: Any, with_energy: bool, sequential: bool = False
+    fmt: Format,
+    layout: Layout,
+    shardings: Any,
+    with_energy: bool,
+    sequential: bool = False,
+    rounding: str = "nearest",
 ):
     """Returns the jitted quantization of one leaf; equal leaves share one compilation."""
 
     def whole(w):
-        qt = qtensor.quantize_array(w, fmt, layout)
+        if rounding == "hqq":
+            qt = hqq.solve(w, fmt, layout)
+        else:
+            qt = qtensor.quantize_array(w, fmt, layout)
         return qt, energies(w, qt) if with_energy else None
 
     def plain(w):
@@ -313,6 +322,7 @@ def quantize(
                 f"policy {policy.name!r} needs calibration data: pass `fn` and `calibration`."
             )
     check_finite(plan)
+    rounding = policy.recipe.rounding if policy.recipe else "nearest"
     tree = jax.tree.structure(params, is_leaf=is_qtensor)
     # One array under several paths (tied weights) is freed after its last use, if it is not kept.
     last_use = {id(a.leaf): i for i, a in enumerate(plan)}
@@ -328,7 +338,8 @@ def quantize(
         else:
             shardings = _out_shardings(leaf, fmt, layout)
             sequential = _is_sequential(leaf, fmt, layout)
-            qt, energy = _quantizer(fmt, layout, shardings, return_report, sequential)(leaf)
+            run = _quantizer(fmt, layout, shardings, return_report, sequential, rounding)
+            qt, energy = run(leaf)
         done = last_use[id(leaf)] == i and id(leaf) not in kept
         if donate and done and isinstance(leaf, jax.Array) and not _is_abstract(leaf):
             jax.block_until_ready(qt)

@@ -1,7 +1,10 @@
 """Recipes: read from text, checked, carried by policies."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+import qjax
 from qjax import Policy, Recipe
 
 
@@ -41,6 +44,16 @@ def test_a_policy_carries_its_recipe():
     assert policy.needs_data
     assert Policy.from_dict(policy.to_dict()).recipe == policy.recipe
     assert not Policy.load("int8").needs_data
+
+
+def test_hqq_needs_no_data_and_differs_from_rounding():
+    policy = Policy.load("w4a16-hqq")
+    assert not policy.needs_data
+    w = {"kernel": jax.random.t(jax.random.key(0), 3.0, (128, 64))}
+    fitted = qjax.dequantize(qjax.quantize(w, policy))["kernel"]
+    nearest = qjax.dequantize(qjax.quantize(w, Policy(policy.rules)))["kernel"]
+    norm = lambda d: float(jnp.sum(jnp.abs(d - w["kernel"]) ** 0.7))
+    assert norm(fitted) < norm(nearest)
 
 
 def test_a_static_activation_needs_data():
