@@ -136,7 +136,10 @@ def _values(
 
 def _sums(a: Float[Array, "*b G g C c"], real: Array) -> Float[Array, "*b G C"]:
     """Sums every group, without its padding."""
-    return jnp.sum(a * real, (-3, -1))
+    # Over the rows by a dot: XLA's sum over a middle axis is ten times slower on CPUs.
+    ones = jnp.ones(a.shape[-3], a.dtype)
+    rows = jnp.einsum("...kCc,k->...Cc", a * real, ones, precision=lax.Precision.HIGHEST)
+    return jnp.sum(rows, -1)
 
 
 def _real(W: Array, fmt: Format) -> Float[Array, "G g C c"]:
