@@ -1,6 +1,9 @@
 """Laws of quantizing while executing."""
 
 import dataclasses
+import errno
+import os
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -150,6 +153,23 @@ def test_a_damaged_file_is_named(params, batches, tmp_path):
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(StoreError, match=r"is damaged.*solved again"):
         quantize(params, batches[:2], resume=tmp_path)
+
+
+def test_a_full_disk_loses_nothing(params, batches, tmp_path, monkeypatch):
+    replace, written = os.replace, []
+
+    def full(source, target):
+        if str(target).endswith(".npz"):
+            if len(written) == 2:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            written.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match=r"layers/\w+\[\d\]: cannot be kept .*run again"):
+        quantize(params, batches[:2], with_recipe(**PLAIN.to_dict()), resume=tmp_path)
+    assert sorted(tmp_path.glob("*.npz")) == sorted(map(Path, written))
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_nan_activations_name_the_weight_and_the_batch(params, batches):
