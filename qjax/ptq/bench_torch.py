@@ -10,7 +10,7 @@ at once inside a block of 128 columns, by one matmul beyond it.
 
 import argparse
 import json
-import resource
+import pathlib
 import time
 
 import numpy as np
@@ -58,6 +58,12 @@ def quantize(w, H, *, bits, group, symmetric, act_order, damping=0.01):
     return Q[:, torch.argsort(order)]
 
 
+def memory(name):
+    """Returns a figure of this process in MB. (`ru_maxrss` is no less than the parent's.)"""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("layer")
@@ -70,7 +76,7 @@ def main():
     chosen = parser.parse_args()
     arrays = np.load(chosen.layer)
     w, H = torch.from_numpy(arrays["w"].T.copy()), torch.from_numpy(arrays["H"])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = memory("VmRSS")
     seconds, Q = [], w
     for _ in range(chosen.repeats):
         start = time.process_time()
@@ -79,9 +85,8 @@ def main():
             symmetric=chosen.symmetric, act_order=chosen.act_order,
         )  # fmt: skip
         seconds.append(time.process_time() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     np.save(chosen.out, Q.numpy().T)
-    print(json.dumps({"cpu_s": seconds, "peak_mb": peak / 1024}))
+    print(json.dumps({"cpu_s": seconds, "peak_mb": memory("VmHWM") - before}))
 
 
 if __name__ == "__main__":
