@@ -35,7 +35,7 @@ from qjax.ptq.moments import Moments
 from qjax.ptq.solve import Item, Solved, SolverOptions, solve_weights
 from qjax.ptq.store import Store
 from qjax.transform import segments
-from qjax.transform.calibrate import CalibrationError
+from qjax.transform.calibrate import CalibrationError, over_rows
 from qjax.transform.segments import Key, Level, Rows, Segments
 
 
@@ -66,7 +66,10 @@ def _moments(rows: Sequence[Rows], others: Sequence[Rows] | None) -> Moments:
 
 
 def _fold(state: Mapping[str, Moments] | None, rows: Any, others: Any) -> dict[str, Moments]:
-    new = {name: _moments(r, None if others is None else others[name]) for name, r in rows.items()}
+    new = {}
+    for name, mine in rows.items():
+        theirs = None if others is None else others[name]
+        new[name] = over_rows(_moments, mine[0].x.ndim - 2, mine, theirs)
     return new if state is None else {name: state[name] + m for name, m in new.items()}
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from qjax.format import Format
 from qjax.layout import Layout
-from qjax.ptq import awq, gptq
+from qjax.ptq import awq, columns, gptq, tiles
 from qjax.ptq.moments import Moments
 from qjax.qtensor import QTensor, dequantize_canonical, quantize_array
 from qjax.transform.calibrate import CalibrationError
@@ -135,8 +135,11 @@ def target(
     # Dead inputs need something on the diagonal; nothing is moved onto them, C - H is 0 there.
     damped = h + jnp.diag(damping * diagonal + 1e-6 * mean + (mean <= 0))
     factor = jax.scipy.linalg.cho_factor(damped, lower=True)
-    move = jnp.dot(shift, w, precision=_HIGHEST)
-    return w + strength * jax.scipy.linalg.cho_solve(factor, move)
+
+    def move(w: Array) -> Array:
+        return jax.scipy.linalg.cho_solve(factor, jnp.dot(shift, w, precision=_HIGHEST))
+
+    return w + strength * tiles.each(move, w)
 
 
 class Item(NamedTuple):
@@ -166,7 +169,8 @@ def solve_weights(
 ) -> list[tuple[QTensor, Solved]]:
     """Quantizes weights that read one activation; returns QTensors and what happened.
 
-    Weights of one format whose columns know nothing of each other are solved as one.
+    Weights of one format whose columns know nothing of each other are solved as one; where those
+    lie on several devices, each device solves its own.
 
     Args:
       items: the weights.
@@ -174,7 +178,7 @@ def solve_weights(
       options: see `SolverOptions`.
       pre_scale: smoothing of the input that stays at the weights.
     """
-    counts = np.asarray(train.rows)
+    counts = columns.fetch(train.rows)
     empty = [items[0].name + "".join(f"[{i}]" for i in at) for at in np.argwhere(counts == 0)]
     if empty and options.unseen == "error":
         raise CalibrationError(
@@ -184,70 +188,74 @@ def solve_weights(
     if pre_scale is not None:
         train = train.scaled(pre_scale)
         held_out = None if held_out is None else held_out.scaled(pre_scale)
+    factors = columns.automatic(pre_scale)
+    weights = [_canonical(columns.automatic(i.w), i.layout, factors) for i in items]
+    train, held_out = columns.automatic((train, held_out))
     together: dict[Any, list[int]] = {}
-    for i, item in enumerate(items):
-        together.setdefault(item.format if _is_by_column(item.format) else i, []).append(i)
+    for i, (item, w) in enumerate(zip(items, weights, strict=True)):
+        alike = (item.format, columns.split_of(w))
+        together.setdefault(alike if columns.is_by_column(item.format) else i, []).append(i)
     out: dict[int, tuple[QTensor, Solved]] = {}
     for members in together.values():
-        group = [items[i] for i in members]
-        made = _solve_together(group, train, held_out, options, pre_scale)
+        group, own = [items[i] for i in members], [weights[i] for i in members]
+        made = _solve_together(group, own, train, held_out, options, pre_scale)
         out.update(zip(members, made, strict=True))
     return [out[i] for i in range(len(items))]
 
 
-def _is_by_column(fmt: Format) -> bool:
-    nested = isinstance(fmt.scale, Format) or isinstance(fmt.offset, Format)
-    return fmt.group_columns == 1 and not nested
-
-
 def _solve_together(
     items: Sequence[Item],
+    weights: Sequence[Array],
     train: Moments,
     held_out: Moments | None,
     options: SolverOptions,
     pre_scale: Array | None,
 ) -> list[tuple[QTensor, Solved]]:
     start = time.perf_counter()
-    weights = [_canonical(item.w, item.layout, pre_scale) for item in items]
-    w = jnp.concatenate(weights, -1) if len(weights) > 1 else weights[0]
-    *lead, K, _ = w.shape
-    fmt, plain = items[0].format.fit(K), Layout.parse("kn", w.shape)
-    counts = np.asarray(train.rows)
+    *lead, K, _ = weights[0].shape
+    fmt = items[0].format.fit(K)
+    counts = columns.fetch(train.rows)
 
-    h, shift = _means(train)
-    h_held_out, shift_held_out = (None, None) if held_out is None else _means(held_out)
+    h, shift = columns.beside(_means(train), weights[0])
+    h_held_out, shift_held_out = None, None
+    if held_out is not None:
+        h_held_out, shift_held_out = columns.beside(_means(held_out), weights[0])
     if lead:  # which tokens reach an expert differs between the streams
         shift = shift_held_out = None
+    probe = columns.sample(weights, _PROBE_COLUMNS)
     damping, strength = options.damping, 0.0
     if damping is None:
         damping = _DAMPING
         if h_held_out is not None:
-            damping = gptq.choose_damping(w, h, h_held_out, fmt, jnp.asarray(_DAMPINGS))
-    solved_for = w
+            candidates = jnp.asarray(_DAMPINGS)
+            damping = gptq.choose_damping(probe, h, h_held_out, fmt, candidates)
+    move, moved_by = None, ()
     if options.asymmetric and shift is not None:
         strength = 0.5
         if h_held_out is not None and shift_held_out is not None:
-            strength = choose_strength(w, h, shift, h_held_out, shift_held_out, fmt, damping)
-        solved_for = target(w, h, shift, strength, damping)
-    how = gptq.Options(act_order=options.act_order, sweeps=options.sweeps, refit=options.refit)
-    qt, d = gptq.solve(solved_for, h, fmt, plain, how, damping=damping)
-    nearest = _round_to_nearest(w, fmt, plain, importance=_diagonal(h))
+            strength = choose_strength(probe, h, shift, h_held_out, shift_held_out, fmt, damping)
+        move, moved_by = target, (shift, strength)
+    how = gptq.Options(
+        # All sweeps: columns on another device cannot be asked whether they still gain.
+        act_order=options.act_order, sweeps=options.sweeps, refit=options.refit, tolerance=0.0
+    )  # fmt: skip
+    parts, d = columns.solve(weights, h, fmt, how, damping=damping, move=move, extra=moved_by)
+    d = jax.tree.map(columns.fetch, d)
+    importance = _diagonal(h)
+    rounded = [_round_to_nearest(v, fmt, _plain(v), importance=importance) for v in weights]
     notes = []
     if (missing := int(np.sum(counts == 0))) > 0:
         # Its H says nothing, not even which scales are good.
-        qt = _where(jnp.asarray(counts > 0), qt, _round_to_nearest(w, fmt, plain))
+        has = jnp.asarray(counts > 0)
+        blind = [_round_to_nearest(v, fmt, _plain(v)) for v in weights]
+        parts = [_where(has, q, r) for q, r in zip(parts, blind, strict=True)]
         notes.append(f"{missing} of {counts.size} without data, rounded to nearest")
     fewest = int(np.min(counts, where=counts > 0, initial=K))
     if fewest < K:
         notes.append(f"H has rank at most {fewest} of {K}: use more calibration tokens")
-    if float(np.max(np.asarray(d.damping) / np.asarray(damping))) > 1.01:
+    if float(np.max(d.damping / columns.fetch(damping))) > 1.01:
         notes.append("damping raised until H factored")
 
-    ends = np.cumsum([v.shape[-1] for v in weights])
-    parts = [_columns(qt, end - v.shape[-1], end) for v, end in zip(weights, ends, strict=True)]
-    rounded = [
-        _columns(nearest, end - v.shape[-1], end) for v, end in zip(weights, ends, strict=True)
-    ]
     judged = [
         _judge(v, r, q, h, shift, h_held_out, shift_held_out)
         for v, r, q in zip(weights, rounded, parts, strict=True)
@@ -266,11 +274,11 @@ def _solve_together(
             act_scale=item.act_scale,
         )
         what = Solved(
-            item.name, rtn, float(np.mean(np.asarray(d.gptq))), final, held_rtn, held_final,
-            float(np.max(np.asarray(d.damping))), strength, int(np.min(counts)),
-            int(np.sum(np.asarray(d.dead))), seconds, "; ".join(notes),
+            item.name, rtn, float(np.mean(d.gptq)), final, held_rtn, held_final,
+            float(np.max(d.damping)), strength, int(np.min(counts)), int(np.sum(d.dead)), seconds,
+            "; ".join(notes),
         )  # fmt: skip
-        out.append((q, what))
+        out.append((columns.placed(q, item.w), what))
     return out
 
 
@@ -285,16 +293,16 @@ def choose_strength(
 ) -> float:
     """Returns the strength α whose solution is nearest to the float outputs on held-out data."""
     N = w.shape[-1]
-    columns = np.unique(np.linspace(0, N - 1, min(N, _PROBE_COLUMNS)).astype(int))
+    some = np.unique(np.linspace(0, N - 1, min(N, _PROBE_COLUMNS)).astype(int))
     # Scales shared by columns, or quantized again, mean something else on a part of the columns.
     fmt = dataclasses.replace(fmt, group_columns=1) if fmt.group_columns != 1 else fmt
     fmt = dataclasses.replace(fmt, scale="float32") if isinstance(fmt.scale, Format) else fmt
     if isinstance(fmt.offset, Format):
         fmt = dataclasses.replace(fmt, offset="float32")
     errors = _strength_errors(
-        w[:, columns], h, shift, h_held_out, shift_held_out, fmt, jnp.asarray(damping)
+        w[:, some], h, shift, h_held_out, shift_held_out, fmt, jnp.asarray(damping)
     )
-    return _STRENGTHS[int(np.argmin(np.asarray(errors)))]
+    return _STRENGTHS[int(np.argmin(columns.fetch(errors)))]
 
 
 @functools.partial(jax.jit, static_argnames="fmt")
@@ -326,11 +334,8 @@ def _judge(w, nearest, qt, h, shift, h_held_out, shift_held_out):
     return (*train, *held_out)
 
 
-def _columns(qt: QTensor, start: int, end: int) -> QTensor:
-    """Returns some columns of a canonical QTensor with a scale for each."""
-    if end - start == qt.data.shape[-1]:
-        return qt
-    return jax.tree.map(lambda a: a[..., start:end], qt)
+def _plain(w: Array) -> Layout:
+    return Layout.parse("kn", w.shape)
 
 
 def _where(has: Array, a: QTensor, b: QTensor) -> QTensor:

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
+from qjax import _compat
 from qjax.layout import Layout
 from qjax.observers import OBSERVERS
 from qjax.paths import path_str
@@ -121,10 +123,14 @@ class Collector(floats.FloatHandler):
         """Adds rows x [*lead, M, K] to the statistics of a site."""
         x = lax.stop_gradient(x)
         lead, K = x.shape[:-2], x.shape[-1]
-        stats = {
-            o: OBSERVERS[o].update(OBSERVERS[o].init(lead, K), x, mask) for o in self.observers
-        }
-        stats["rows"] = jnp.sum(mask, -1, dtype=jnp.float32)
+
+        def fold(x, mask):
+            new = {
+                o: OBSERVERS[o].update(OBSERVERS[o].init(lead, K), x, mask) for o in self.observers
+            }
+            return new | {"rows": jnp.sum(mask, -1, dtype=jnp.float32)}
+
+        stats = over_rows(fold, len(lead), x, mask)
         self._merge(self.scopes[-1].stats, {name: stats})
 
     def _mask(self, tokens: tuple[int, ...]) -> Array:
@@ -238,6 +244,25 @@ class Collector(floats.FloatHandler):
 
     def _join(self, a, b):
         return {o: a[o] + b[o] if o == "rows" else OBSERVERS[o].merge(a[o], b[o]) for o in a}
+
+
+def over_rows(fold: Callable, lead: int, *args: Any) -> Any:
+    """Returns fold(*args), sums over rows, which may be split over a mesh with explicit axes.
+
+    Args:
+      fold: of trees of arrays; its outputs have the first `lead` axes of the first array.
+      lead: how many axes come before rows and columns.
+    """
+    leaves = jax.tree.leaves(args)
+    mesh = _compat.explicit_mesh(leaves)
+    if mesh is None:
+        return fold(*args)
+    stacked = _compat.spec_of(leaves[0])[:lead]
+    context, args = _compat.enter_auto(args, mesh)
+    with context:
+        out = fold(*args)
+    spec = lambda a: PartitionSpec(*stacked, *[None] * (a.ndim - lead))
+    return _compat.leave_auto(out, jax.tree.map(spec, out), mesh)
 
 
 class _Program:
