@@ -33,6 +33,7 @@ from jaxtyping import Array, Float, Int
 from qjax import numerics, packing, qtensor, scales
 from qjax.format import Format, holds_sign
 from qjax.layout import Layout
+from qjax.ptq import tiles
 from qjax.qtensor import QTensor
 
 # Rows rounded one by one before their errors go to all others in one matmul.
@@ -102,7 +103,7 @@ class _Grid(NamedTuple):
 
 
 def _dot(a: Array, b: Array) -> Array:
-    return jnp.dot(a, b, precision=_HIGHEST)
+    return tiles.dot(a, b)
 
 
 def _select(take: Array, a: Any, b: Any) -> Any:
@@ -285,7 +286,7 @@ def _refit(
 
     def total(a: Array) -> Array:
         """Sums over the rows, and over the columns that share a scale."""
-        a = jnp.sum(a, 0)
+        a = tiles.total(a)
         if columns == 1:
             return a
         C = -(-N // columns)
@@ -366,7 +367,7 @@ def _energy(
     def more(state):
         b, total = state
         E = _transposed_rows(L, D, b * B, B)
-        return b + 1, total + jnp.sum(E * E, 0)
+        return b + 1, total + tiles.total(E * E)
 
     # Correlated inputs put most of it in the first rows, so that few blocks say enough.
     return lax.while_loop(unsure, more, (0, jnp.zeros(N, D.dtype)))[1]

@@ -85,6 +85,7 @@ def quantize(
     pre_scales: Mapping[str, Array] | None = None,
     act_scales: Mapping[str, Array] | None = None,
     store: Store | None = None,
+    offload: bool | None = None,
     report: Callable[[str], None] | None = None,
 ) -> tuple[dict[str, Any], list[Solved]]:
     """Quantizes the weights of a function while executing it.
@@ -100,7 +101,9 @@ def quantize(
       pre_scales: smoothing [*lead, K] of the inputs that stays at a weight, by path.
       act_scales: static steps [*lead] of activations' codes, by path.
       store: where finished weights are kept, so that an interrupted run can go on.
-      report: called with a line for each level.
+      offload: whether activations wait in host memory; None: unless the device is a CPU. Arrays
+        over several devices stay where they are.
+      report: called with a line for each weight.
 
     Returns:
       QTensors by path, and what was done, by weight or slice of a stack.
@@ -128,11 +131,13 @@ def quantize(
         exact = dict(env) if options.asymmetric else None
         state.append(Batch(env, exact, None if mask is None else mask(batch), is_held_out))
 
+    if offload is None:
+        offload = jax.default_backend() != "cpu"
     done: dict[Key, Any] = {}
     solved: list[Solved] = []
     progress = _Progress(floats, report)
     for number, level in enumerate(cut.levels):
-        _make(cut, level, floats, done, state, shared)
+        _make(cut, level, floats, done, state, shared, offload)
         keys = [key for key in level.keys if key not in done]
         if keys and store is not None and all(key in store for key in keys):
             for key in keys:
@@ -185,15 +190,27 @@ def _part(arrays: Mapping[str, Array] | None, key: Key) -> Array | None:
     return segments.slice_of(arrays[key.path], key) if arrays and key.path in arrays else None
 
 
-def _make(cut: Segments, level: Level, floats, done, state: Sequence[Batch], shared) -> None:
+def _make(
+    cut: Segments, level: Level, floats, done, state: Sequence[Batch], shared, offload: bool
+) -> None:
     """Computes the values of a level, for every batch."""
+    keep = _to_host if offload else lambda values: values
     packed = {key: done.get(key, floats[key]) for key in floats}
     for batch in state:
-        made = cut.run(level.make, packed, shared | batch.quantized)
+        made = keep(cut.run(level.make, packed, shared | batch.quantized))
         if batch.exact is not None:
-            # Up to the first quantized weight the two models are one.
-            batch.exact.update(cut.run(level.make, floats, shared | batch.exact) if done else made)
+            exact = made  # up to the first quantized weight the two models are one
+            if done:
+                exact = keep(cut.run(level.make, floats, shared | batch.exact))
+            batch.exact.update(exact)
         batch.quantized.update(made)
+
+
+def _to_host(values: dict[Any, Any]) -> dict[Any, Any]:
+    return {
+        v: a if isinstance(a, jax.Array) and len(a.devices()) > 1 else jax.device_get(a)
+        for v, a in values.items()
+    }
 
 
 def _statistics(

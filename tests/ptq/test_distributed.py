@@ -134,7 +134,6 @@ def test_columns_solved_on_eight_devices_get_the_codes_of_one(solved):
         assert eight.data.sharding.spec == eight.scale.sharding.spec == P(None, "model")
 
 
-@pytest.mark.xfail(strict=True, reason="products in `gptq` are not made by `tiles` yet")
 def test_columns_solved_on_eight_devices_are_those_of_one_bit_for_bit(solved):
     for one, eight in zip(*solved, strict=True):
         np.testing.assert_array_equal(one.data, eight.data)

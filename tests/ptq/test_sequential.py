@@ -224,10 +224,11 @@ def test_a_linen_transformer_with_attention(batches):
     rules = [qjax.Rule("*kernel", qjax.Format("int4", group_size=8))]
     policy = qjax.Policy(rules, recipe=PLAIN)
     qvariables, report = quantize(variables, batches[:3], policy, fn=model.apply)
-    rtn = qjax.quantize(variables, policy, usage=qjax.usage(model.apply)(variables, batches[0]))
+    plain = qjax.Policy(rules)
+    rtn = qjax.quantize(variables, plain, usage=qjax.usage(model.apply)(variables, batches[0]))
     exact = model.apply(variables, batches[4])
     error = lambda q: float(jnp.mean((exact - qjax.apply(model.apply)(q, batches[4])) ** 2))
-    assert error(qvariables) < 0.5 * error(rtn)
+    assert error(qvariables) < 0.7 * error(rtn)
     assert len(report.solved) == 2 * 6 + 1
     assert jax.tree.structure(qvariables) == jax.tree.structure(rtn)
 
@@ -246,7 +247,7 @@ def test_an_nnx_model():
     policy = qjax.Policy([qjax.Rule("*kernel*", INT3)], recipe=PLAIN)
     out, report = qjax.quantize(state, policy, fn=run, calibration=list(x), report=None)
     assert len(report.solved) == 2
-    rtn = qjax.quantize(state, policy)
+    rtn = qjax.quantize(state, qjax.Policy(policy.rules))
     error = lambda q: float(jnp.mean((run(state, x[0]) - qjax.apply(run)(q, x[0])) ** 2))
     assert error(out) < error(rtn)
 
