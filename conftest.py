@@ -25,6 +25,9 @@ hypothesis.settings.register_profile("dev", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
+# A script for an interpreter of its own, the only module that imports torch.
+collect_ignore = ["qjax/ptq/bench_torch.py"]
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips what this machine cannot run. In CI a missing demo model is a failure, not a skip."""

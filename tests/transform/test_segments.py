@@ -57,7 +57,7 @@ def _floats(cut, p):
     out = {}
     for key in cut.keys:
         w = p[key.path]
-        for i in key.index:
+        for i in key.at:
             w = w[i]
         out[key] = w
     return out
