@@ -162,7 +162,8 @@ def _read(stored: Any, fmt: str | Format) -> Float[Array, "*b G C"]:
     return dequantize_array(stored) if isinstance(fmt, Format) else numerics.read_scale(stored, fmt)
 
 
-def _pack(codes: Array, element: numerics.Element) -> Array:
+def pack_codes(codes: Array, element: numerics.Element) -> Array:
+    """Returns codes as they are stored: packed along K, or in their native type."""
     return packing.pack(codes, element.bits) if element.is_packed else codes
 
 
@@ -212,7 +213,7 @@ def quantize_array(
     zero_stored = zero = None
     if fmt.zero_point and minimum is not None:
         _, zero = scales.stored_pair(scale, minimum, fmt, element)
-        zero_stored = _pack(numerics.encode(zero, element), element)
+        zero_stored = pack_codes(numerics.encode(zero, element), element)
     elif fmt.offset is not None and minimum is not None:
         zero_stored = _store(minimum, fmt.offset)
         zero = _read(zero_stored, fmt.offset)
@@ -220,7 +221,7 @@ def quantize_array(
     codes = numerics.encode(scaled(w, scale, zero, fmt), element)
     pad = packing.padding(K, element.bits) if element.is_packed else 0
     return QTensor(
-        _pack(codes, element), scale_stored, zero_stored, fmt, layout, dtype, pad, pre_scale,
+        pack_codes(codes, element), scale_stored, zero_stored, fmt, layout, dtype, pad, pre_scale,
         act_scale,
     )  # fmt: skip
 

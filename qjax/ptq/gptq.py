@@ -102,8 +102,7 @@ class _Grid(NamedTuple):
         return _Grid(self.scale.at[i].set(new.scale), zero)
 
 
-def _dot(a: Array, b: Array) -> Array:
-    return tiles.dot(a, b)
+_dot = tiles.dot
 
 
 def _select(take: Array, a: Any, b: Any) -> Any:
@@ -166,7 +165,7 @@ def _store(grid: _Grid, fmt: Format) -> tuple[_Stored, _Grid]:
     if fmt.offset is not None:
         offset, offset_read = store(grid.zero, fmt.offset)
         return _Stored(scale, offset), _Grid(scale_read, offset_read)
-    codes = _pack(numerics.encode(grid.zero[:, ::columns], element), element)
+    codes = qtensor.pack_codes(numerics.encode(grid.zero[:, ::columns], element), element)
     return _Stored(scale, codes), _Grid(scale_read, grid.zero)
 
 
@@ -174,15 +173,19 @@ def _widen(a: Float[Array, "G C"], columns: int, N: int) -> Float[Array, "G N"]:
     return a if columns == 1 else jnp.repeat(a, columns, axis=1)[:, :N]
 
 
-def _pack(codes: Array, element: numerics.Element) -> Array:
-    return packing.pack(codes, element.bits) if element.is_packed else codes
-
-
 def _in_floats(fmt: Format) -> Format:
     """Returns the format whose scales and offsets are not quantized again."""
     offset = "float32" if isinstance(fmt.offset, Format) else fmt.offset
     scale = "float32" if isinstance(fmt.scale, Format) else fmt.scale
     return dataclasses.replace(fmt, scale=scale, offset=offset)
+
+
+def probe_format(fmt: Format) -> Format:
+    """Returns the format for trials on a part of the columns.
+
+    Scales shared by columns, or quantized again, mean something else there.
+    """
+    return dataclasses.replace(_in_floats(fmt), group_columns=1)
 
 
 def _first_grid(
@@ -675,7 +678,7 @@ def solve(
     stored, codes, what = _each(run, tuple(lead), size, W, H.astype(jnp.float32), dampings)
     element = numerics.get_element(fmt.element)
     pad = packing.padding(K, element.bits) if element.is_packed else 0
-    data = _pack(codes, element)
+    data = qtensor.pack_codes(codes, element)
     return QTensor(data, stored.scale, stored.zero, fmt, layout, dtype, pad), what
 
 
@@ -701,8 +704,7 @@ def choose_damping(
       options: of the trials. Static.
     """
     *lead, K, N = w.shape
-    # Scales shared by columns, or quantized again, mean something else on a part of the columns.
-    fmt = dataclasses.replace(_in_floats(fmt.fit(K)), group_columns=1)
+    fmt = probe_format(fmt.fit(K))
     probe = w[..., _columns(N, _PROBE)].astype(jnp.float32)
 
     def run(W: Array, H: Array, H_held_out: Array) -> Array:

@@ -87,11 +87,7 @@ def solve(
     codes = numerics.encode(qtensor.scaled(W, grid.scale, grid.zero, fmt), element)
     pad = packing.padding(K, element.bits) if element.is_packed else 0
     scale, zero = stored
-    return QTensor(_pack(codes, element), scale, zero, fmt, layout, dtype, pad)
-
-
-def _pack(codes: Array, element: numerics.Element) -> Array:
-    return packing.pack(codes, element.bits) if element.is_packed else codes
+    return QTensor(qtensor.pack_codes(codes, element), scale, zero, fmt, layout, dtype, pad)
 
 
 def _store(grid: _Grid, fmt: Format, element: numerics.Element) -> tuple[tuple[Any, Any], _Grid]:
@@ -110,7 +106,7 @@ def _store(grid: _Grid, fmt: Format, element: numerics.Element) -> tuple[tuple[A
     if fmt.offset is not None:
         zero, zero_read = store(grid.zero, fmt.offset)
         return (scale, zero), _Grid(scale_read, zero_read)
-    return (scale, _pack(numerics.encode(grid.zero, element), element)), grid
+    return (scale, qtensor.pack_codes(numerics.encode(grid.zero, element), element)), grid
 
 
 def _wide(a: Array) -> Array:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from qjax.format import Format
 from qjax.layout import Layout
-from qjax.ptq import awq, columns, gptq, tiles
+from qjax.ptq import awq, columns, gptq, hqq, tiles
 from qjax.ptq.moments import Moments
 from qjax.qtensor import QTensor, dequantize_canonical, quantize_array
 from qjax.transform.calibrate import CalibrationError
@@ -294,15 +294,8 @@ def choose_strength(
     damping: Any,
 ) -> float:
     """Returns the strength α whose solution is nearest to the float outputs on held-out data."""
-    N = w.shape[-1]
-    some = np.unique(np.linspace(0, N - 1, min(N, _PROBE_COLUMNS)).astype(int))
-    # Scales shared by columns, or quantized again, mean something else on a part of the columns.
-    fmt = dataclasses.replace(fmt, group_columns=1) if fmt.group_columns != 1 else fmt
-    fmt = dataclasses.replace(fmt, scale="float32") if isinstance(fmt.scale, Format) else fmt
-    if isinstance(fmt.offset, Format):
-        fmt = dataclasses.replace(fmt, offset="float32")
     errors = _strength_errors(
-        w[:, some], h, shift, h_held_out, shift_held_out, fmt, jnp.asarray(damping)
+        w, h, shift, h_held_out, shift_held_out, gptq.probe_format(fmt), jnp.asarray(damping)
     )
     return _STRENGTHS[int(np.argmin(columns.fetch(errors)))]
 
@@ -389,8 +382,6 @@ def round_weight(
     importance = None if h is None else _diagonal(h)
     rtn = _round_to_nearest(canonical, fmt, plain, importance=importance)
     if method == "hqq":
-        from qjax.ptq import hqq
-
         qt = hqq.solve(canonical, fmt, plain)
     elif clip:
         assert h is not None

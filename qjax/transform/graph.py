@@ -9,19 +9,7 @@ import numpy as np
 
 from qjax import _compat
 from qjax.paths import path_str
-from qjax.transform.trace import take_apart, trace
-
-# Operations that only call another jaxpr, and the parameter that holds it.
-_CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "checkpoint": "jaxpr",
-    "remat2": "jaxpr",
-}
+from qjax.transform.trace import CALLS, take_apart, trace
 
 # Where the body of a scan reads what is outside: one step's slice, or the same in every step.
 SLICE, CONST = "scan slice", "scan const"
@@ -112,8 +100,8 @@ class Graph:
         for eqn in jaxpr.eqns:
             ins = [read(v) for v in eqn.invars]
             name = eqn.primitive.name
-            if name in _CALLS:
-                outs = self._closed(eqn.params[_CALLS[name]], ins)
+            if name in CALLS:
+                outs = self._closed(eqn.params[CALLS[name]], ins)
             elif name == "scan":
                 outs = self._scan(eqn, ins)
             elif name == "optimization_barrier":  # every result is its own operand

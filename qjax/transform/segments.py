@@ -28,7 +28,7 @@ from qjax.ops import weight
 from qjax.paths import path_str
 from qjax.qtensor import is_qtensor
 from qjax.transform import apply, calibrate, floats, walk
-from qjax.transform.trace import take_apart, trace
+from qjax.transform.trace import CALLS, take_apart, trace
 from qjax.view import View
 
 
@@ -68,16 +68,6 @@ _MOVES = {
 # Moves that do the same to a slice of a stack as to all of it, with the same parameters.
 _ELEMENTWISE = {"convert_element_type", "copy", "copy_p"}
 _PRODUCTS = {"dot_general", "conv_general_dilated", "ragged_dot_general"}
-_INLINED = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-}
 
 
 def _is_literal(v: Any) -> bool:
@@ -119,8 +109,8 @@ class _Flattener:
 
     def _eqn(self, eqn: Any, args: list[Any]) -> list[Any]:
         name = eqn.primitive.name
-        if name in _INLINED:
-            return self.run(eqn.params[_INLINED[name]], args)
+        if name in CALLS:
+            return self.run(eqn.params[CALLS[name]], args)
         if name == "optimization_barrier":
             return args  # it orders the operations of one program; here they are several
         weights = [a for a in args if self.is_weight(a)]
@@ -340,7 +330,6 @@ class Segments:
             level.update(dict.fromkeys(eqn.outvars, at))
         # A level without products has no weights to solve: what it makes is made where it is read.
         last = max(products, default=-1)
-        needed: set[Any] = set()
         by_level: list[list[Any]] = [[] for _ in range(last + 2)]
         wanted = {v for eqns in products.values() for eqn in eqns for v in eqn.invars}
         for eqn, at in zip(reversed(flat.eqns), reversed(of_eqn), strict=True):

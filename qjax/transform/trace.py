@@ -14,6 +14,18 @@ from qjax.ops import weight
 from qjax.paths import path_str
 from qjax.qtensor import is_qtensor
 
+# Operations that only call another jaxpr, and the parameter that holds it.
+CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "checkpoint": "jaxpr",
+    "remat2": "jaxpr",
+}
+
 
 class Call(NamedTuple):
     """A call taken apart: what is traced, and how to put it together again."""
