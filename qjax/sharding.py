@@ -10,6 +10,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from qjax import packing
+from qjax.layout import Layout
 from qjax.qtensor import QTensor
 
 _Mesh = Mesh | AbstractMesh
@@ -25,7 +26,7 @@ def shardings_of(qt: QTensor, sharding: NamedSharding) -> QTensor:
       data   (*lead, K, N)   K only in whole packing units and without padding
       scale  (*lead, K, N)   K only in whole groups, N only in whole column blocks
       zero   like scale; packed zero points also only in whole packing units
-      pre_scale (*lead, K), like data; act_scale (*lead)
+      pre_scale (*lead, K), like data; act_scale (*lead); with a `perm`, K is not split
 
     Where an axis cannot be split over all its mesh axes, it is split over as many of the first ones
     as can be, so a per-channel scale (G = 1) is replicated along K.
@@ -40,15 +41,28 @@ def shardings_of(qt: QTensor, sharding: NamedSharding) -> QTensor:
     Raises:
       ValueError: if `sharding` does not fit `qt.shape`.
     """
-    axes = _axes_of(sharding.spec, qt.shape, sharding.mesh)
-    order = qt.layout._order(qt.ndim)
-    n_k, n_n = len(qt.layout.indices("k")), len(qt.layout.indices("n"))
-    n_lead = qt.ndim - n_k - n_n
-    by_order = [axes[i] for i in order]
-    lead = by_order[:n_lead]
-    k = tuple(a for part in by_order[n_lead : n_lead + n_k] for a in part)
-    n = tuple(a for part in by_order[n_lead + n_k :] for a in part)
+    lead, k, n = canonical_axes(qt.layout, qt.shape, sharding)
     return _canonical(qt, sharding, lead, k, n)
+
+
+def canonical_axes(
+    layout: Layout, shape: tuple[int, ...], sharding: NamedSharding
+) -> tuple[list[_Axes], _Axes, _Axes]:
+    """Returns the mesh axes of the leading axes, of K and of N of a logical array's canonical form.
+
+    Raises:
+      ValueError: if `sharding` does not fit `shape`.
+    """
+    axes = _axes_of(sharding.spec, shape, sharding.mesh)
+    order = layout._order(len(shape))
+    n_k, n_n = len(layout.indices("k")), len(layout.indices("n"))
+    n_lead = len(shape) - n_k - n_n
+    by_order = [axes[i] for i in order]
+    k = tuple(a for part in by_order[n_lead : n_lead + n_k] for a in part)
+    if qt.perm is not None:  # a part of the stored rows is no part of the channels
+        k = ()
+    n = tuple(a for part in by_order[n_lead + n_k :] for a in part)
+    return by_order[:n_lead], k, n
 
 
 def float_sharding(qt: QTensor) -> NamedSharding:
@@ -109,11 +123,12 @@ def _canonical(qt: QTensor, like: NamedSharding, lead, k: _Axes, n: _Axes) -> QT
 
 
 def _factors(qt: QTensor, lead, k: _Axes) -> dict[str, PartitionSpec | None]:
-    """Returns the PartitionSpecs of `pre_scale` [*lead, K] and `act_scale` [*lead]."""
+    """Returns the PartitionSpecs of `pre_scale`, `perm` [*lead, K] and `act_scale` [*lead]."""
     stacked = [_entry(a) for a in lead]
     return {
         "pre_scale": None if qt.pre_scale is None else PartitionSpec(*stacked, _entry(k)),
         "act_scale": None if qt.act_scale is None else PartitionSpec(*stacked),
+        "perm": None if qt.perm is None else PartitionSpec(*stacked, _entry(k)),
     }
 
 
@@ -172,7 +187,7 @@ def shard_specs(qt: QTensor, lead: list, k: _Axes, n: _Axes, mesh) -> QTensor | 
         return None
     if n_parts > 1 and C > 1 and (C * (fmt.group_columns or N) != N or C % n_parts):
         return None
-    if N % n_parts or K % k_parts:
+    if N % n_parts or K % k_parts or (k_parts > 1 and qt.perm is not None):
         return None
     g, c = (k if G > 1 else ()), (n if C > 1 else ())
 

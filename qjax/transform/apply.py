@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from qjax import _compat, sharding
 from qjax.ops import activation, packed_dot, weight
-from qjax.qtensor import is_qtensor
+from qjax.qtensor import QTensor, is_qtensor
 from qjax.tables import align
 from qjax.transform import walk
 from qjax.transform.trace import Call, take_apart, trace
@@ -74,6 +74,23 @@ class Packed(walk.Handler):
         use = Use(view.name, op, how, implementation)
         self.uses[use] = self.uses.get(use, 0) + 1
 
+    def explanation(self) -> Explanation:
+        """Returns all recorded uses."""
+        return Explanation(dataclasses.replace(u, count=n) for u, n in self.uses.items())
+
+    def record_product(self, view: View, op: str, form: str) -> None:
+        name = "x @ W" if form == "forward" else "x @ Wᵀ"
+        if op != "dot_general":
+            name += " at every position"
+        chosen = packed_dot.describe(stored_of(view), form, self.implementation)
+        self.record(view, op, name, chosen)
+
+    def record_conv(self, view: View) -> None:
+        chosen = "kernel dequantized in the op"
+        if stored_of(view).format.activation is not None:
+            chosen += ", activations stay float"
+        self.record(view, "conv_general_dilated", "x * W", chosen)
+
     def materialize(self, view, primitive, why):
         self.record(view, primitive, f"dequantized: {why}")
         shape = _compat.abstract_like(
@@ -106,7 +123,7 @@ class Packed(walk.Handler):
 
     def reshard(self, view, sharding):
         spec = tuple(sharding.spec) + (None,) * (view.ndim - len(sharding.spec))
-        sharded = _shard(view, spec, sharding.mesh)
+        sharded = self.shard(view, PartitionSpec(*spec), sharding.mesh)
         if sharded is None:
             return None
         move = lambda a, s: jax.sharding.reshard(a, NamedSharding(sharding.mesh, s))
@@ -124,10 +141,19 @@ class Packed(walk.Handler):
 
         return as_dot
 
+    def product(self, view: View) -> Callable:
+        """Returns the product with a view's canonical weight, for `weight.dot_general`."""
+        return functools.partial(
+            packed_dot.packed_dot, qt=view.payload, implementation=self.implementation
+        )
+
+    def describe(self, view: View, form: str) -> str:
+        """Returns which implementation runs such a product, and why."""
+        return packed_dot.describe(view.payload, form, self.implementation)
+
     def dot_general(self, view, x, how, *, weight_first, x_axes, w_axes, params):
         name = "x @ W" if how.form == "forward" else "x @ Wᵀ"
-        chosen = packed_dot.describe(view.payload, how.form, self.implementation)
-        self.record(view, "dot_general", name, chosen)
+        self.record(view, "dot_general", name, self.describe(view, how.form))
         out_dtype = params["preferred_element_type"]
         if out_dtype is None:
             out_dtype = jnp.result_type(x.dtype, view.dtype)
@@ -141,24 +167,19 @@ class Packed(walk.Handler):
             w_batch=w_axes[1],
             weight_first=weight_first,
             out_dtype=out_dtype,
-            product=functools.partial(
-                packed_dot.packed_dot, qt=view.payload, implementation=self.implementation
-            ),
+            product=self.product(view),
         )
 
     def conv(self, view, x, params):
         out_dtype = params["preferred_element_type"] or jnp.result_type(x.dtype, view.dtype)
         if weight.is_pointwise(view, params):
-            chosen = packed_dot.describe(view.payload, "forward", self.implementation)
-            self.record(view, "conv_general_dilated", "x @ W at every position", chosen)
-            return weight.pointwise_conv(
-                x, view, params, out_dtype=out_dtype, implementation=self.implementation
+            self.record_product(view, "conv_general_dilated", "forward")
+            product = functools.partial(
+                packed_dot.packed_dot, qt=view.payload, implementation=self.implementation
             )
-        chosen = "kernel dequantized in the op"
-        if view.payload.format.activation is not None:
-            chosen += ", activations stay float"
-        self.record(view, "conv_general_dilated", "x * W", chosen)
-        return weight.conv(x, view, params)
+            return weight.pointwise_conv(x, view, params, out_dtype=out_dtype, product=product)
+        self.record_conv(view)
+        return weight.conv(x, view, params, weight.materialize)
 
     def ragged_dot(self, view, x, group_sizes, params):
         out_dtype = params["preferred_element_type"] or jnp.result_type(x.dtype, view.dtype)
@@ -189,10 +210,19 @@ class Packed(walk.Handler):
         return weight.can_unstack(view)
 
     def shard(self, view, spec, mesh):
-        return _shard(view, spec, mesh)
+        return _shard(view, spec, mesh, self.shard_specs)
+
+    def shard_specs(self, payload: Any, lead: list, k: tuple, n: tuple, mesh: Any) -> Any:
+        """Returns the PartitionSpecs of a payload's arrays, as `sharding.shard_specs` does."""
+        return sharding.shard_specs(payload, lead, k, n, mesh)
 
 
-def _shard(view: View, spec: Any, mesh: Any) -> tuple[Any, View] | None:
+def stored_of(view: View) -> QTensor:
+    """Returns the QTensor of a view, also where its payload only holds one."""
+    return view.payload if is_qtensor(view.payload) else view.payload.qt
+
+
+def _shard(view: View, spec: Any, mesh: Any, specs_of: Callable) -> tuple[Any, View] | None:
     """Returns the PartitionSpecs of the stored arrays, and the view that one shard has."""
     lead = view.payload.data.shape[:-2]
     lead_names: list[tuple[str, ...]] = [()] * len(lead)
@@ -221,18 +251,29 @@ def _shard(view: View, spec: Any, mesh: Any) -> tuple[Any, View] | None:
             return None  # only the major part of K or N is contiguous in storage
         local = (atom._replace(size=atom.size // parts),) if atom.size > parts else ()
         dims[axis] = (*local, *minor)
-    specs = sharding.shard_specs(view.payload, lead_names, names["k"], names["n"], mesh)
+    specs = specs_of(view.payload, lead_names, names["k"], names["n"], mesh)
     return None if specs is None else (specs, view.with_dims(dims))
 
 
-def _run(handler: Packed, fn: Callable, call: Call) -> Any:
+def constant(qt: QTensor) -> QTensor:
+    """Returns a QTensor whose float scales take no part in differentiation."""
+    return jax.tree.map(lax.stop_gradient, qt)
+
+
+def run(handler: Packed, fn: Callable, call: Call, views: Mapping[int, View] | None = None) -> Any:
+    """Runs a call of `fn` with a View in place of every QTensor.
+
+    Args:
+      views: Views of a transform's own for some leaves of the call, by their index.
+    """
+    views = views or {}
     jaxpr, consts, rebuild = trace(fn, call)
     values = []
-    for leaf, name in zip(call.leaves, call.names, strict=True):
-        if is_qtensor(leaf):
-            # Constants: their float scales take no part in differentiation.
-            leaf = jax.tree.map(lax.stop_gradient, leaf)
-            values.append(weight.as_view(leaf, name))
+    for i, (leaf, name) in enumerate(zip(call.leaves, call.names, strict=True)):
+        if i in views:
+            values.append(views[i])
+        elif is_qtensor(leaf):
+            values.append(weight.as_view(constant(leaf), name))
         else:
             values.append(leaf)
     out = walk.evaluate(handler, jaxpr, consts, values)
@@ -273,7 +314,7 @@ def apply(fn: Callable, *, implementation: str | None = None) -> Callable:
         call = take_apart(args, kwargs)
         if not any(map(is_qtensor, call.leaves)):
             return fn(*args, **kwargs)
-        return _run(Packed(implementation), fn, call)
+        return run(Packed(implementation), fn, call)
 
     return applied
 
@@ -290,10 +331,10 @@ def explain(fn: Callable, *, implementation: str | None = None) -> Callable[...,
         handler = Packed(implementation)
         leaves, tree = jax.tree.flatten(call.leaves)
 
-        def run(*leaves):
-            return _run(handler, fn, call._replace(leaves=jax.tree.unflatten(tree, leaves)))
+        def traced(*leaves):
+            return run(handler, fn, call._replace(leaves=jax.tree.unflatten(tree, leaves)))
 
-        jax.eval_shape(run, *leaves)
-        return Explanation(dataclasses.replace(u, count=n) for u, n in handler.uses.items())
+        jax.eval_shape(traced, *leaves)
+        return handler.explanation()
 
     return explained
