@@ -14,7 +14,7 @@ from qjax import numerics, packing, scales
 from qjax.format import Format
 from qjax.layout import DEFAULT, Layout
 
-PARTS = ("data", "scale", "zero", "pre_scale", "act_scale")
+PARTS = ("data", "scale", "zero", "pre_scale", "act_scale", "perm")
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -40,6 +40,8 @@ class QTensor:
         diag(pre_scale) @ W': smoothing that no neighbouring layer could absorb.
       act_scale: None; or float32 [*lead], the step of the codes of x * pre_scale, for formats with
         `activation_scale="static"`.
+      perm: None; or int32 [*lead, K]: stored row i is row perm[i] of the weight. Groups are of rows
+        that lie together in storage, which GPTQ's act-order chose by importance.
 
     All static fields stay true when `vmap` or `scan` takes away a leading axis and when a mesh
     shards K, N or a leading axis: shapes are read off `data`.
@@ -57,6 +59,7 @@ class QTensor:
     pad: int
     pre_scale: Any = None
     act_scale: Any = None
+    perm: Any = None
 
     # ---- pytree ----
 
@@ -67,9 +70,9 @@ class QTensor:
 
     @classmethod
     def tree_unflatten(cls, aux, children):
-        data, scale, zero, pre_scale, act_scale = children
+        data, scale, zero, *factors = children
         fmt, layout, dtype, pad = aux
-        return cls(data, scale, zero, fmt, layout, dtype, pad, pre_scale, act_scale)
+        return cls(data, scale, zero, fmt, layout, dtype, pad, *factors)
 
     # ---- shapes ----
 
@@ -287,6 +290,8 @@ def read_codes(qt: QTensor) -> Float[Array, "*b K N"]:
 def dequantize_canonical(qt: QTensor) -> Float[Array, "*b K N"]:
     """Returns the float32 weight in canonical order."""
     w = unscaled(read_codes(qt), *read_scales(qt), qt.format)
+    if qt.perm is not None:
+        w = jnp.take_along_axis(w, jnp.argsort(qt.perm, axis=-1)[..., None], axis=-2)
     return w if qt.pre_scale is None else qt.pre_scale[..., None] * w
 
 
@@ -298,6 +303,9 @@ def dequantize_rows(qt: QTensor, rows: Int[Array, " i"]) -> Float[Array, "i N"]:
       rows: integers in range.
     """
     scale, zero = read_scales(qt)
+    wanted = rows
+    if qt.perm is not None:
+        rows = jnp.argsort(qt.perm)[rows]
     g = qt.format.group_size
     at = jnp.zeros_like(rows) if g is None else rows // g
     w = unscaled(
@@ -306,7 +314,7 @@ def dequantize_rows(qt: QTensor, rows: Int[Array, " i"]) -> Float[Array, "i N"]:
         None if zero is None else zero[at],
         dataclasses.replace(qt.format, group_size=1),
     )
-    return w if qt.pre_scale is None else qt.pre_scale[rows][:, None] * w
+    return w if qt.pre_scale is None else qt.pre_scale[wanted][:, None] * w
 
 
 def dequantize_array(qt: QTensor) -> Array:

@@ -42,6 +42,8 @@ def shardings_of(qt: QTensor, sharding: NamedSharding) -> QTensor:
       ValueError: if `sharding` does not fit `qt.shape`.
     """
     lead, k, n = canonical_axes(qt.layout, qt.shape, sharding)
+    if qt.perm is not None:  # a part of the stored rows is no part of the channels
+        k = ()
     return _canonical(qt, sharding, lead, k, n)
 
 
@@ -59,8 +61,6 @@ def canonical_axes(
     n_lead = len(shape) - n_k - n_n
     by_order = [axes[i] for i in order]
     k = tuple(a for part in by_order[n_lead : n_lead + n_k] for a in part)
-    if qt.perm is not None:  # a part of the stored rows is no part of the channels
-        k = ()
     n = tuple(a for part in by_order[n_lead + n_k :] for a in part)
     return by_order[:n_lead], k, n
 

@@ -150,6 +150,8 @@ def note_of(qt: QTensor) -> str:
         notes.append("inputs scaled")
     if qt.act_scale is not None:
         notes.append("static activation step")
+    if qt.perm is not None:
+        notes.append("act-order")
     return ", ".join(notes)
 
 

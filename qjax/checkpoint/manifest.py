@@ -25,6 +25,7 @@ FILE = "qjax_manifest.json"
 METADATA_FILE = "qjax_metadata.json"
 VERSION = 1
 VERSION_FACTORS = 2  # of a tree whose QTensors have factors of activations
+VERSION_PERM = 3  # of a tree with stored rows in an order of their own
 _TMP = ".orbax-checkpoint-tmp"
 PACKING_VERSION = 1  # the bit order of qjax.packing
 
@@ -46,8 +47,8 @@ _FACTORS = PARTS[3:]
 #   array         name: in the array store, null for an array without elements; dtype, shape
 #   key           impl, data: the node of the key data's array
 #   number        type, value: text that gives the number back exactly
-#   qtensor       format, layout, dtype, pad; data, scale, zero: nodes; pre_scale and act_scale
-#                 where there are
+#   qtensor       format, layout, dtype, pad; data, scale, zero: nodes; pre_scale, act_scale
+#                 and perm where there are
 Node = dict[str, Any] | None
 
 
@@ -97,9 +98,8 @@ class Manifest:
 
     def to_json(self) -> str:
         # A reader that does not know of the factors would leave them out in silence.
-        nodes = (node for _, node in walk(self.tree))
-        factors = any(name in node for node in nodes for name in _FACTORS)
-        version = VERSION_FACTORS if factors else VERSION
+        parts = {name for _, node in walk(self.tree) for name in _FACTORS if name in node}
+        version = VERSION_PERM if "perm" in parts else VERSION_FACTORS if parts else VERSION
         head = {"version": version, "packing": PACKING_VERSION, "crc32": _crc(self.tree)}
         return json.dumps({**head, "tree": self.tree}, separators=(",", ":"))
 
@@ -122,7 +122,7 @@ class Manifest:
                 f"{where}: {FILE} is damaged (cut short, or not written by qjax). Restore it from a"
                 " copy of the checkpoint, or save the model again."
             ) from None
-        ours = ((VERSION, VERSION_FACTORS), (PACKING_VERSION,))
+        ours = ((VERSION, VERSION_FACTORS, VERSION_PERM), (PACKING_VERSION,))
         for name, version, known in zip(("manifest", "packing"), versions, ours, strict=True):
             if version not in known:
                 readable = " or ".join(map(str, known))

@@ -22,6 +22,21 @@ def scaled(x: Float[Array, "*b *m K"], qt: QTensor) -> Float[Array, "*b *m K"]:
     return x.astype(jnp.float32) * over_tokens(qt.pre_scale, x.ndim, x.ndim - 1)
 
 
+def ordered(x: Float[Array, "*b *m K"], qt: QTensor) -> Float[Array, "*b *m K"]:
+    """Returns x with its channels in the order of the stored rows."""
+    if qt.perm is None:
+        return x
+    return jnp.take_along_axis(x, over_tokens(qt.perm, x.ndim, x.ndim - 1), axis=-1)
+
+
+def restored(y: Float[Array, "*b *m K"], qt: QTensor) -> Float[Array, "*b *m K"]:
+    """Inverse of `ordered`."""
+    if qt.perm is None:
+        return y
+    inverse = jnp.argsort(qt.perm, axis=-1)
+    return jnp.take_along_axis(y, over_tokens(inverse, y.ndim, y.ndim - 1), axis=-1)
+
+
 def over_tokens(a: Float[Array, "*b *c"], ndim: int, at: int) -> Array:
     """Returns `a` with axes of size 1 after its first ones, `ndim` in all.
 

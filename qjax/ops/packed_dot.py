@@ -71,7 +71,8 @@ def packed_dot(
 
     y[.., n] = sum_k x[.., k] * (q[k, n] - zero_point[g(k), n]) * scale[g(k), n]
 
-    accumulated in float32. A weight with a `pre_scale` multiplies x by it first (Wᵀ: the result).
+    accumulated in float32. A weight with a `pre_scale` multiplies x by it first (Wᵀ: the result),
+    one with a `perm` then reorders its channels.
     With `activation` in the format, x is then quantized with a step s that belongs to each token,
     to all of x, or to the weight: xq = round(x / s), and y = s * (xq @ q) * scale; its derivative
     is that of the product without rounding (straight-through).
@@ -99,10 +100,10 @@ def packed_dot(
     out = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     if transposed:
         if qt.pre_scale is None:
-            return _bind(x, qt, out, implementation, transposed=True)
+            return activation.restored(_bind(x, qt, out, implementation, transposed=True), qt)
         y = _bind(x, qt, jnp.float32, implementation, transposed=True)
-        return activation.scaled(y, qt).astype(out)
-    x = activation.scaled(x, qt)
+        return activation.scaled(activation.restored(y, qt), qt).astype(out)
+    x = activation.ordered(activation.scaled(x, qt), qt)
     if qt.format.outliers is not None:
         return _with_outliers(x, qt, implementation).astype(out)
     step = activation.step_of(x, qt)
@@ -129,7 +130,9 @@ def _with_outliers(x, qt: QTensor, implementation: str | None) -> Array:
     fmt, lead = qt.format, qt.data.shape[:-2]
     K = x.shape[-1]
     capacity = min(fmt.outlier_capacity, K)
-    plain = dataclasses.replace(qt, format=fmt.weight_only, pre_scale=None, act_scale=None)
+    plain = dataclasses.replace(
+        qt, format=fmt.weight_only, pre_scale=None, act_scale=None, perm=None
+    )
     assert fmt.outliers is not None
     inside, outside, is_outlier = activation.split_outliers(x, fmt.outliers, len(lead))
 
@@ -542,4 +545,6 @@ def describe(qt: QTensor, form: str, implementation: str | None) -> str:
         text = "xla, blocks of K" + ("" if implementation is None else " (asked for)")
     if qt.pre_scale is not None:
         text += ", x * pre_scale" if form == "forward" else ", y * pre_scale"
+    if qt.perm is not None:
+        text += ", channels reordered"
     return text

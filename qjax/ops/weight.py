@@ -346,6 +346,7 @@ def gather_rows(view: View, axis: int, indices: Array) -> Array | None:
             None if zero is None else jnp.take(zero, at, axis=1, mode="clip"),
             fmt,
         ).T  # [i, K]
+        rows = activation.restored(rows, qt)
         if qt.pre_scale is not None:
             rows = rows * qt.pre_scale
         others = view.atoms("k")
@@ -368,12 +369,13 @@ def ragged_dot(
 
     Args:
       x: [M, K], rows sorted by expert.
-      view: the experts; returns None unless its axes are E, K, N in that order.
+      view: the experts; returns None unless its axes are E, K, N in that order and all experts
+        take the channels in their own order.
       group_sizes: [E] rows of each expert.
     """
     qt: QTensor = view.payload
     kinds = [[a.kind for a in dim] for dim in view.dims]
-    if kinds != [["b"], ["k"], ["n"]] or qt.data.ndim != 3:
+    if kinds != [["b"], ["k"], ["n"]] or qt.data.ndim != 3 or qt.perm is not None:
         return None
     E, K, N = qt.canonical_shape
     block = _row_block(qt, K)

@@ -402,7 +402,7 @@ def test_refuses_a_newer_version(broken, name):
     spec = json.loads((broken / FILE).read_text())
     (broken / FILE).write_text(json.dumps({**spec, name: 99}))
     with pytest.raises(
-        CheckpointError, match=r"version 99; this qjax reads version 1( or 2)?\. Update"
+        CheckpointError, match=r"version 99; this qjax reads version 1( or 2 or 3)?\. Update"
     ):
         load(broken)
 
