@@ -9,6 +9,7 @@ from qjax.recipe import Recipe
 from qjax.summary import Summary, summary
 from qjax.transform.apply import apply, explain
 from qjax.transform.calibrate import Calibration, CalibrationError, calibrate
+from qjax.transform.fake_quant import fake_quant
 from qjax.transform.usage import usage
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "calibrate",
     "dequantize",
     "explain",
+    "fake_quant",
     "is_qtensor",
     "load",
     "presets",

@@ -176,6 +176,7 @@ def quantize_array(
     layout: str | Layout = DEFAULT,
     *,
     importance: Float[Array, "*b K"] | None = None,
+    scale: Float[Array, "*b G C"] | None = None,
     pre_scale: Float[Array, "*b K"] | None = None,
     act_scale: Float[Array, "*b"] | None = None,
 ) -> QTensor:
@@ -190,27 +191,33 @@ def quantize_array(
       layout: which axes are contracted, as letters ("kn", "nk", "kkn", see `Layout`).
       importance: weights of the error of row k for `rule="mse"`, e.g. a Hessian diagonal; with a
         `pre_scale`, of the row that is quantized.
+      scale: scales to store instead of those that the format's rule chooses, e.g. learned ones.
       pre_scale: factors of the activation's channels, not 0: what is quantized is then
         w / pre_scale[:, None].
       act_scale: the static step of the activation's codes, after `pre_scale`.
 
     Raises:
-      ValueError: if the group size does not divide K and `fmt.remainder` is "error", or if a
-        `pre_scale` or `act_scale` does not fit the weight.
+      ValueError: if the group size does not divide K and `fmt.remainder` is "error", if a
+        `scale`, `pre_scale` or `act_scale` does not fit the weight, or if a `scale` is given for a
+        format with zero points or offsets.
     """
     if not isinstance(layout, Layout):
         layout = Layout.parse(layout, w.shape)
     dtype = jnp.dtype(w.dtype).name
     w = layout.to_canonical(w).astype(jnp.float32)
-    *lead, K, _ = w.shape
+    *lead, K, N = w.shape
     pre_scale = _fitting("pre_scale", pre_scale, (*lead, K))
     act_scale = _fitting("act_scale", act_scale, tuple(lead))
     if pre_scale is not None:
         w = w / pre_scale[..., None]
     fmt = fmt.fit(K)
     element = numerics.get_element(fmt.element)
-
-    scale, minimum = scales.choose(w, fmt, importance)
+    minimum = None
+    scale = _fitting("scale", scale, (*lead, *fmt.groups(K, N)))
+    if scale is None:
+        scale, minimum = scales.choose(w, fmt, importance)
+    elif fmt.zero_point or fmt.offset is not None:
+        raise ValueError(f"a given `scale` needs a format without zero point or offset, got {fmt}.")
     scale_stored = _store(scale, fmt.scale)
     scale = _read(scale_stored, fmt.scale)
     zero_stored = zero = None
@@ -229,6 +236,9 @@ def quantize_array(
     )  # fmt: skip
 
 
+_AXES = {"scale": "[*lead, G, C]", "pre_scale": "[*lead, K]", "act_scale": "[*lead]"}
+
+
 def _fitting(name: str, a: Any, shape: tuple[int, ...]) -> Array | None:
     """Returns `a` in float32, after checking that it has the shape that the weight asks for."""
     if a is None:
@@ -236,8 +246,7 @@ def _fitting(name: str, a: Any, shape: tuple[int, ...]) -> Array | None:
     a = jnp.asarray(a, jnp.float32)
     if a.shape != shape:
         raise ValueError(
-            f"`{name}` must have the shape {shape} of this weight's"
-            f" {'[*lead, K]' if name == 'pre_scale' else '[*lead]'}, got {a.shape}."
+            f"`{name}` must have the shape {shape} of this weight's {_AXES[name]}, got {a.shape}."
         )
     return a
 

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from qjax import numerics, qtensor
 from qjax.format import Format
+from qjax.latent import is_latent
 from qjax.layout import DEFAULT, Layout
 from qjax.paths import path_str
 from qjax.policy import Policy, Rule
@@ -45,13 +46,18 @@ def assign(params: Any, policy: Policy, usage: Any = None) -> list[Assignment]:
       QuantizationError: a rule that matches nothing although it is not optional, or matches a leaf
         that is not float, has no data, or is quantized already.
     """
-    leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qtensor)[0]
+    leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_weight)[0]
     named = [(path_str(key_path), leaf) for key_path, leaf in leaves]
     out, used = [], set()
     for path, leaf in named:
-        rule = policy.rule_for(path, np.ndim(leaf) if not is_qtensor(leaf) else leaf.ndim)
+        rule = policy.rule_for(path, leaf.ndim if _is_weight(leaf) else np.ndim(leaf))
         used.add(id(rule))
         if rule is None or rule.format is None:
+            if is_latent(leaf) and (leaf.scale is not None or leaf.act_scale is not None):
+                raise QuantizationError(
+                    f"{path}: has learned steps, but policy {policy.name!r} leaves it in float."
+                    " Give the policy that it was trained with."
+                )
             out.append(Assignment(path, leaf, None, None))
             continue
         _check_leaf(path, leaf, rule, rule.format)
@@ -85,6 +91,10 @@ def assign(params: Any, policy: Policy, usage: Any = None) -> list[Assignment]:
     return out
 
 
+def _is_weight(x: Any) -> bool:
+    return is_qtensor(x) or is_latent(x)
+
+
 def _some(paths: list[str], most: int = 4) -> str:
     more = f", ... ({len(paths)} in all)" if len(paths) > most else ""
     return ", ".join(map(repr, paths[:most])) + more if paths else "no parameters at all"
@@ -114,10 +124,13 @@ def _check_leaf(path: str, leaf: Any, rule: Rule, fmt: Format) -> None:
 def _check_data_free(plan: list[Assignment]) -> None:
     """Refuses formats that only calibration data can complete."""
     for a in plan:
-        if a.format is not None and a.format.activation_scale == "static":
+        if a.format is None or a.format.activation_scale != "static":
+            continue
+        if getattr(a.leaf, "act_scale", None) is None:
             raise QuantizationError(
                 f"{a.path}: `activation_scale='static'` is a step measured on activations. Pass"
-                " `fn` and `calibration` data, or use activation_scale='token' or 'tensor'."
+                " `fn` and `calibration` data, or `qjax.qat.init` for a learned one, or use"
+                " activation_scale='token' or 'tensor'."
             )
 
 
@@ -144,7 +157,13 @@ def _quantizer(
             qt = qtensor.quantize_array(w, fmt, layout)
         return qt, energies(w, qt) if with_energy else None
 
+    def latent(w):
+        qt = qtensor.quantize_array(w.value, fmt, layout, scale=w.scale, act_scale=w.act_scale)
+        return qt, energies(w.value, qt) if with_energy else None
+
     def plain(w):
+        if is_latent(w):
+            return latent(w)
         if not sequential:
             return whole(w)
         if w.ndim > len(layout):
@@ -164,7 +183,7 @@ def _quantizer(
     def one(w):
         if not _is_explicit(w):
             return plain(w)
-        sharding = jax.typeof(w).sharding
+        sharding = jax.typeof(_array(w)).sharding
         out = shardings_of(_shapes(fmt, layout, w), sharding)
         energy = (NamedSharding(sharding.mesh, PartitionSpec()),) * 2 if with_energy else None
         return _auto(plain, w, sharding.mesh, (out, energy))
@@ -177,7 +196,11 @@ def _quantizer(
 
 def _is_explicit(x: Any) -> bool:
     """Whether an array lies on a mesh whose axes are part of its type."""
-    return jax.sharding.AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+    return jax.sharding.AxisType.Explicit in jax.typeof(_array(x)).sharding.mesh.axis_types
+
+
+def _array(leaf: Any) -> Any:
+    return leaf.value if is_latent(leaf) else leaf
 
 
 def _auto(fn: Any, x: Any, mesh: Any, out: Any) -> Any:
@@ -190,7 +213,7 @@ def _auto(fn: Any, x: Any, mesh: Any, out: Any) -> Any:
 
 
 def _out_shardings(leaf: Any, fmt: Format, layout: Layout) -> Any:
-    sharding = getattr(leaf, "sharding", None)
+    sharding = getattr(_array(leaf), "sharding", None)
     if not isinstance(sharding, NamedSharding) or sharding.is_fully_replicated:
         return None
     leaves, tree = jax.tree.flatten(shardings_of(_shapes(fmt, layout, leaf), sharding))
@@ -199,7 +222,7 @@ def _out_shardings(leaf: Any, fmt: Format, layout: Layout) -> Any:
 
 def _is_sequential(leaf: Any, fmt: Format, layout: Layout) -> bool:
     """Whether to quantize a large leaf piece by piece: by its stacked axis, or by its columns."""
-    if leaf.size < _SEQUENTIAL_SIZE:
+    if leaf.size < _SEQUENTIAL_SIZE or is_latent(leaf):
         return False
     sharding = jax.typeof(leaf).sharding if _is_abstract(leaf) else getattr(leaf, "sharding", None)
     spec = tuple(sharding.spec) if isinstance(sharding, NamedSharding) else ()
@@ -218,14 +241,17 @@ def _column_blocks(leaf: Any) -> int:
 
 
 def _shapes(fmt: Format, layout: Layout, leaf: Any) -> QTensor:
-    dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)  # numpy's float64 is float32 to JAX
-    shape = jax.ShapeDtypeStruct(leaf.shape, dtype)
-    return jax.eval_shape(_quantizer(fmt, layout, None, False), shape)[0]
+    def shape(a):
+        dtype = jax.dtypes.canonicalize_dtype(a.dtype)  # numpy's float64 is float32 to JAX
+        return jax.ShapeDtypeStruct(a.shape, dtype)
+
+    return jax.eval_shape(_quantizer(fmt, layout, None, False), jax.tree.map(shape, leaf))[0]
 
 
 def _planned(leaf: jax.ShapeDtypeStruct, fmt: Format, layout: Layout) -> QTensor:
     """Returns the ShapeDtypeStructs of a quantized leaf, sharded if the leaf is."""
     qt = _shapes(fmt, layout, leaf)
+    leaf = _array(leaf)
     if not isinstance(leaf.sharding, NamedSharding):
         return qt
     return jax.tree.map(
@@ -244,6 +270,12 @@ def _zero_if_finite(w):
 def check_finite(plan: list[Assignment]) -> None:
     """Refuses NaN and Inf weights, before anything is computed or freed."""
     for path, leaf, fmt, *_ in plan:
+        if fmt is not None and is_latent(leaf) and not _is_abstract(leaf):
+            for name in ("scale", "act_scale"):
+                steps = getattr(leaf, name)
+                if steps is not None and not np.isfinite(_zero_if_finite(steps)):
+                    raise QuantizationError(f"{path}/{name}: a learned step is NaN or Inf.")
+        leaf = _array(leaf)
         if fmt is None or _is_abstract(leaf) or np.isfinite(_zero_if_finite(leaf)):
             continue
         bad = int(jnp.sum(~jnp.isfinite(leaf)))
@@ -254,7 +286,7 @@ def check_finite(plan: list[Assignment]) -> None:
 
 
 def _is_abstract(leaf: Any) -> bool:
-    return isinstance(leaf, Tracer | jax.ShapeDtypeStruct)
+    return isinstance(_array(leaf), Tracer | jax.ShapeDtypeStruct)
 
 
 def quantize(
@@ -315,7 +347,8 @@ def quantize(
             params, policy, usage, fn, list(calibration), mask, resume, report
         )
     plan = assign(params, policy, usage)
-    if not all(isinstance(a.leaf, jax.ShapeDtypeStruct) for a in plan):  # else only a plan is made
+    # Of shapes only a plan is made.
+    if not all(isinstance(_array(a.leaf), jax.ShapeDtypeStruct) for a in plan):
         _check_data_free(plan)
         if policy.needs_data:
             raise QuantizationError(
@@ -323,17 +356,18 @@ def quantize(
             )
     check_finite(plan)
     rounding = policy.recipe.rounding if policy.recipe else "nearest"
-    tree = jax.tree.structure(params, is_leaf=is_qtensor)
+    tree = jax.tree.structure(params, is_leaf=_is_weight)
     # One array under several paths (tied weights) is freed after its last use, if it is not kept.
     last_use = {id(a.leaf): i for i, a in enumerate(plan)}
     kept = {id(a.leaf) for a in plan if a.format is None}
     out, rows = [], []
     for i, (path, leaf, fmt, layout, note) in enumerate(plan):
         if fmt is None or layout is None:
+            leaf = _array(leaf)  # a Latent whose rule leaves it in float is its array
             out.append(leaf)
             rows.append(row_of(path, leaf, None, note))
             continue
-        if isinstance(leaf, jax.ShapeDtypeStruct):
+        if isinstance(_array(leaf), jax.ShapeDtypeStruct):
             qt, energy = _planned(leaf, fmt, layout), None
         else:
             shardings = _out_shardings(leaf, fmt, layout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -146,6 +147,48 @@ def split_outliers(
     is_outlier = jnp.any(is_large, tuple(range(n_lead, x.ndim - 1)))  # [*b, K]
     leaves = over_tokens(is_outlier, x.ndim, x.ndim - 1) & jnp.isfinite(x)
     return jnp.where(leaves, 0.0, x), jnp.where(leaves, x, 0.0), is_outlier
+
+
+class Rounded(NamedTuple):
+    """An activation as a product sees it, for derivatives of that product.
+
+    Attributes:
+      value: the activation after rounding.
+      steps, codes: the activation in steps, before and after rounding; None if it is not rounded.
+      inside: where it lies in the range of the codes; None: everywhere.
+    """
+
+    value: Array
+    steps: Array | None = None
+    codes: Array | None = None
+    inside: Array | None = None
+
+
+def rounded(x: Float[Array, "*b *m K"], qt: QTensor) -> Rounded:
+    """Returns what `packed_dot` multiplies by the float weight of `qt`, in float32."""
+    fmt = qt.format
+    x = scaled(x, qt)
+    if fmt.activation is None or not math.prod(x.shape):
+        return Rounded(x)
+    element = numerics.get_element(fmt.activation)
+    outside = None
+    if fmt.outliers is not None:
+        x, outside, _ = split_outliers(x, fmt.outliers, qt.data.ndim - 2)
+    step = step_of(x, qt)
+    if step is None:
+        codes, step = quantize_tokens(x, fmt.activation)
+        steps = in_steps(x, step)
+    else:
+        steps = in_steps(x, step)
+        codes, poison = round_steps(steps, fmt.activation)
+        step = step * poison
+    codes = codes.astype(jnp.float32)
+    value = codes * step if outside is None else codes * step + outside
+    # A step measured on x itself clips nothing; the largest value may lie an ulp beyond qmax.
+    inside = None
+    if fmt.activation_scale == "static":
+        inside = (steps >= element.qmin) & (steps <= element.qmax)
+    return Rounded(value, steps, codes, inside)
 
 
 def of_experts(x: Float[Array, "M K"], qt: QTensor, group_sizes: Int[Array, " E"]) -> Array:

@@ -156,10 +156,8 @@ def is_pointwise(view: View, params: dict) -> bool:
     )
 
 
-def pointwise_conv(
-    x: Array, view: View, params: dict, *, out_dtype: Any, implementation: str | None
-) -> Array:
-    """`lax.conv_general_dilated` with a kernel that `is_pointwise`, as a packed product."""
+def pointwise_conv(x: Array, view: View, params: dict, *, out_dtype: Any, product: Any) -> Array:
+    """`lax.conv_general_dilated` with a kernel that `is_pointwise`: `dot_general`'s product."""
     numbers = params["dimension_numbers"]
     features, spatial = numbers.lhs_spec[1], numbers.lhs_spec[2:]
     for axis, stride in zip(spatial, params["window_strides"], strict=True):
@@ -179,7 +177,7 @@ def pointwise_conv(
         w_batch=(),
         weight_first=False,
         out_dtype=out_dtype,
-        product=functools.partial(packed_dot, qt=view.payload, implementation=implementation),
+        product=product,
     )
     # y has the axes of x without its features, then the output features.
     kept = [i for i in range(x.ndim) if i != features]
@@ -188,8 +186,8 @@ def pointwise_conv(
     return y.transpose(sorted(source, key=source.__getitem__))
 
 
-def conv(x: Array, view: View, params: dict) -> Array:
-    """`lax.conv_general_dilated` with a kernel that is dequantized for it.
+def conv(x: Array, view: View, params: dict, dequantize: Any) -> Array:
+    """`lax.conv_general_dilated` with a kernel that `dequantize(view)` makes for it.
 
     Derivatives dequantize it again rather than keep the float kernel.
     """
@@ -199,7 +197,7 @@ def conv(x: Array, view: View, params: dict) -> Array:
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def run(x, payload):
-        kernel = materialize(view.with_payload(payload))
+        kernel = dequantize(view.with_payload(payload))
         return lax.conv_general_dilated(x, kernel, **{name: params[name] for name in names})
 
     return run(x, view.payload)

@@ -82,8 +82,7 @@ class Packed(walk.Handler):
         name = "x @ W" if form == "forward" else "x @ Wᵀ"
         if op != "dot_general":
             name += " at every position"
-        chosen = packed_dot.describe(stored_of(view), form, self.implementation)
-        self.record(view, op, name, chosen)
+        self.record(view, op, name, self.describe(view, form))
 
     def record_conv(self, view: View) -> None:
         chosen = "kernel dequantized in the op"
@@ -149,11 +148,10 @@ class Packed(walk.Handler):
 
     def describe(self, view: View, form: str) -> str:
         """Returns which implementation runs such a product, and why."""
-        return packed_dot.describe(view.payload, form, self.implementation)
+        return packed_dot.describe(stored_of(view), form, self.implementation)
 
     def dot_general(self, view, x, how, *, weight_first, x_axes, w_axes, params):
-        name = "x @ W" if how.form == "forward" else "x @ Wᵀ"
-        self.record(view, "dot_general", name, self.describe(view, how.form))
+        self.record_product(view, "dot_general", how.form)
         out_dtype = params["preferred_element_type"]
         if out_dtype is None:
             out_dtype = jnp.result_type(x.dtype, view.dtype)
@@ -174,10 +172,9 @@ class Packed(walk.Handler):
         out_dtype = params["preferred_element_type"] or jnp.result_type(x.dtype, view.dtype)
         if weight.is_pointwise(view, params):
             self.record_product(view, "conv_general_dilated", "forward")
-            product = functools.partial(
-                packed_dot.packed_dot, qt=view.payload, implementation=self.implementation
+            return weight.pointwise_conv(
+                x, view, params, out_dtype=out_dtype, product=self.product(view)
             )
-            return weight.pointwise_conv(x, view, params, out_dtype=out_dtype, product=product)
         self.record_conv(view)
         return weight.conv(x, view, params, weight.materialize)
 

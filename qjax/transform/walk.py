@@ -519,18 +519,25 @@ def _custom_derivative(make):
     """custom_jvp and custom_vjp: packed when evaluated, their own rule on floats when derived."""
 
     def rule(handler, eqn, values):
-        arrays, merge = _split(values)
         name = eqn.primitive.name
+        # A function with a derivative of its own may not close over what is derived.
+        operands = [v.payload if isinstance(v, View) else v for v in values]
 
-        def packed(*arrays):
-            out = evaluate_closed(handler, eqn.params["call_jaxpr"], merge(arrays))
+        def merge(operands):
+            return [
+                v.with_payload(a) if isinstance(v, View) else a
+                for v, a in zip(values, operands, strict=True)
+            ]
+
+        def packed(*operands):
+            out = evaluate_closed(handler, eqn.params["call_jaxpr"], merge(operands))
             return _out_arrays(handler, out, name)
 
-        def dense(*arrays):
+        def dense(*operands):
             why = "a custom derivative rule sees the float weight"
-            return _compat.bind(eqn, _arrays(handler, merge(arrays), name, why))
+            return _compat.bind(eqn, _arrays(handler, merge(operands), name, why))
 
-        return make(packed, dense)(*arrays)
+        return make(packed, dense)(*operands)
 
     return rule
 

@@ -1,0 +1,1 @@
+"""Quantization-aware training: everything beside `qjax.fake_quant` itself."""
