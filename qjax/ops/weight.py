@@ -17,7 +17,6 @@ from jaxtyping import Array
 
 from qjax import _compat, packing, qtensor
 from qjax.ops import activation
-from qjax.ops.packed_dot import packed_dot
 from qjax.qtensor import QTensor
 from qjax.view import Atom, Contraction, View, contraction, view_of
 
