@@ -11,7 +11,8 @@ in float32. What is fast on XLA's CPU backend decides how:
 * One token (M = 1) is a sum over rows. XLA fuses neither a dot nor a reduction with the
   dequantization, but it does fuse elementwise code, so a few rows are multiplied and added by hand;
   the partial sums that remain to be reduced are 1/16 of W.
-* More tokens dequantize a block of rows that stays in the cache and multiply it, in a `lax.scan`.
+* A few more tokens with integer codes are products of bytes, where the CPU has them: see `digits`.
+* Else a block of rows that stays in the cache is dequantized and multiplied, in a `lax.scan`.
 * The codes of a byte are neighbours along K. To interleave them again costs a pass over the block;
   to reorder the columns of x, which is small, costs nothing.
 * What is linear stays outside: scales multiply the products of a group, zero points and offsets
@@ -30,6 +31,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from qjax.numerics import Element
+from qjax.ops import digits
 from qjax.packing import unit
 
 # Rows of data added in one expression for M = 1. Packed rows whose length is a power of two fall
@@ -47,7 +49,7 @@ _BLOCK_BYTES_T = 1 << 21
 _SHORTEST = 16
 
 
-@functools.partial(jax.jit, static_argnames=("element", "group_size", "columns"))
+@functools.partial(jax.jit, static_argnames=("element", "group_size", "columns", "in_bytes"))
 def matmul(
     x: Float[Array, "M K"],
     data: Array,
@@ -58,6 +60,7 @@ def matmul(
     element: Element,
     group_size: int,
     columns: int = 1,
+    in_bytes: bool = False,
 ) -> Float[Array, "M N"]:
     """Returns `x @ W` in float32, W dequantized piecewise and never as a whole.
 
@@ -70,6 +73,8 @@ def matmul(
       element: what the codes mean. Static.
       group_size: g, rows that share a scale; the last group may be shorter. Static.
       columns: c, columns that share a scale. Static.
+      in_bytes: whether to multiply bytes (`digits`) where that is the faster way on this CPU. The
+        result then has no derivative: for callers that bring their own. Static.
     """
     (M, K), N = x.shape, data.shape[1]
     data = _as_bytes(data, element)
@@ -88,6 +93,9 @@ def matmul(
     chunk = _chunk(g, element)
     if M == 1 or M / chunk <= _PARTIAL_SUMS:
         return _few_rows(x.astype(jnp.float32), data, scale, bias, element, g, chunk)
+    if in_bytes and digits.is_faster(M, K, g, element):
+        y = digits.matmul(x, data, scale, element=element, g=g)
+        return _finish(y, x, None, bias, g)
     nb, gb = K // block, min(block, g)
     # Codes are exact in bfloat16, and so are their products with a bfloat16 x in the accumulator;
     # scaled weights are not. Blocks of several groups scale weights: short dots are slow.

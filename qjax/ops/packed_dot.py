@@ -258,27 +258,31 @@ def _local(x, data, scale, *zero, spec: Spec):
 
     x = flat(x, math.prod(tokens), x.shape[-1])
     weight = [flat(a, *a.shape[-2:]) for a in (data, scale, *zero)]
-    one = functools.partial(_one, spec=spec)
+    one = functools.partial(_one, spec=spec, is_stacked=bool(lead))
     y = jax.vmap(one)(x, *weight) if lead else one(x, *weight)
     return y.reshape(*lead, *tokens, y.shape[-1])
 
 
-def _one(x, data, scale, zero=None, *, spec: Spec):
+def _one(x, data, scale, zero=None, *, spec: Spec, is_stacked: bool):
     if spec.format.activation is not None and not spec.transposed:
         return _activation_quantized(x, data, scale, spec)
-    dot = _reference if spec.implementation == "reference" else _blocked
-    y = dot(x, data, scale, zero, spec).astype(spec.out_dtype)
+    if spec.implementation == "reference":
+        y = _reference(x, data, scale, zero, spec)
+    else:
+        y = _blocked(x, data, scale, zero, spec, is_stacked)
+    y = y.astype(spec.out_dtype)
     # Each shard's sum is rounded to the output type, as XLA does for a sharded float dot.
     return lax.psum(y, spec.summed_over) if spec.summed_over else y
 
 
-def _blocked(x, data, scale, zero, spec: Spec):
+def _blocked(x, data, scale, zero, spec: Spec, is_stacked: bool):
     """Block by block, without the whole float weight."""
     fmt, element = spec.format, spec.element
     is_offset = fmt.offset is not None
     K, N = spec.rows(data), data.shape[-1]
     dot = blocked.matmul_t if spec.transposed else blocked.matmul
-    size = {"K": K} if spec.transposed else {}
+    # Products of bytes that are batched over leading axes are slow.
+    size = {"K": K} if spec.transposed else {"in_bytes": not is_stacked}
     return dot(
         x,
         data,
