@@ -1,5 +1,6 @@
 """qjax: functional quantization for JAX and Flax."""
 
+from qjax import lora
 from qjax.checkpoint import load, save
 from qjax.format import Format
 from qjax.policy import Policy, Rule, presets
@@ -29,6 +30,7 @@ __all__ = [
     "fake_quant",
     "is_qtensor",
     "load",
+    "lora",
     "presets",
     "quantize",
     "save",
