@@ -8,9 +8,9 @@ from typing import Any
 
 from qjax import numerics, packing
 
-RULES = ("absmax", "absmax_full", "signed_absmax", "minmax", "mse", "absmean")
+RULES = ("absmax", "absmax_full", "signed_absmax", "minmax", "mse", "absmean", "centered", "ggml")
 REMAINDERS = ("error", "ragged", "shrink")
-ACTIVATIONS = ("int8", "e4m3")
+ACTIVATIONS = ("int8", "int4", "uint8", "uint4", "e4m3")
 ACTIVATION_SCALES = ("token", "tensor", "static")
 
 
@@ -47,7 +47,9 @@ class Format:
       remainder: what to do when `group_size` does not divide K: "error"; "ragged", a last group
         that is shorter; "shrink", the largest divisor of K below `group_size`.
       activation: None (weight-only), or the element type to which the other operand of a matmul
-        is quantized at run time: "int8" (W8A8 with an int32 accumulator) or "e4m3".
+        is quantized at run time: "int8" or "int4", with an int32 accumulator; "uint8" or "uint4",
+        the same for activations that are never negative (after a ReLU), which spend no code on a
+        sign: 0 is code 0, and what is below it becomes 0; or "e4m3".
       activation_scale: where the step of the activation's codes comes from: "token", the largest
         magnitude of each token; "tensor", that of the whole activation; "static", the weight's
         `act_scale`, measured on calibration data.
@@ -140,12 +142,12 @@ class Format:
             )
 
     def _check_activation(self, element: numerics.Element) -> None:
-        if self.activation == "int8":
+        if self.activation is not None and numerics.get_element(self.activation).kind == "int":
             signed = element.kind == "int" and element.qmin < 0
             if not signed or self.zero_point or self.offset is not None:
                 raise ValueError(
-                    "`activation='int8'` multiplies integers: it needs a signed integer element"
-                    f" without zero point or offset, got {self.element!r}."
+                    f"`activation={self.activation!r}` multiplies integers: it needs a signed integer"
+                    f" element without zero point or offset, got {self.element!r}."
                 )
         if self.activation is not None and (self.zero_point or self.offset is not None):
             raise ValueError(
@@ -159,7 +161,7 @@ class Format:
         if self.activation is None and self.activation_scale != "token":
             raise ValueError(
                 f"`activation_scale={self.activation_scale!r}` says how activations are quantized:"
-                " set `activation` to 'int8' or 'e4m3' too."
+                f" set `activation` too, to one of {', '.join(ACTIVATIONS)}."
             )
         capacity = self.outlier_capacity
         if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 1:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -51,7 +53,7 @@ def over_tokens(a: Float[Array, "*b *c"], ndim: int, at: int) -> Array:
 def step_of(x: Float[Array, "*b *m K"], qt: QTensor) -> Float[Array, "*b *1"] | None:
     """Returns the step s that all tokens of `x` share; None where every token has its own.
 
-      tensor   s = max |x| / qmax over all of x, NaN if x has a NaN or Inf
+      tensor   s = max |x| / qmax over all of x, NaN if x has a NaN or Inf; max x for unsigned codes
       static   s = act_scale
 
     Args:
@@ -72,18 +74,24 @@ def step_of(x: Float[Array, "*b *m K"], qt: QTensor) -> Float[Array, "*b *1"] | 
             )
         s = over_tokens(qt.act_scale, x.ndim, x.ndim)
     else:
-        s = _absmax_step(x, fmt.activation, tuple(range(n_lead, x.ndim)))
+        s = _largest_step(x, fmt.activation, tuple(range(n_lead, x.ndim)))
     return lax.stop_gradient(s)
 
 
-def _absmax_step(x: Array, element: str, axes: tuple[int, ...]) -> Array:
+def largest(x: Float[Array, "*b *m K"], element: str, axes: tuple[int, ...] | int) -> Array:
+    """Returns max |x| over axes that stay with size 1; for unsigned elements max x, at least 0."""
+    unsigned = numerics.get_element(element).qmin == 0
+    x = x.astype(jnp.float32)
+    return jnp.max(jnp.maximum(x, 0.0) if unsigned else jnp.abs(x), axes, keepdims=True)
+
+
+def _largest_step(x: Array, element: str, axes: tuple[int, ...]) -> Array:
     x = x.astype(jnp.float32)
     if not x.size:
         return jnp.ones([1 if i in axes else n for i, n in enumerate(x.shape)], jnp.float32)
-    absmax = jnp.max(jnp.abs(x), axes, keepdims=True)
     # 0 * x is NaN for NaN and Inf, which a max may drop and a cast to int8 would hide.
     poison = jnp.sum(x * 0.0, axes, keepdims=True)
-    return absmax / numerics.get_element(element).qmax + poison
+    return largest(x, element, axes) / numerics.get_element(element).qmax + poison
 
 
 def in_steps(x: Float[Array, "*b *m K"], step: Float[Array, "*b *1"]) -> Float[Array, "*b *m K"]:
@@ -95,7 +103,7 @@ def in_steps(x: Float[Array, "*b *m K"], step: Float[Array, "*b *1"]) -> Float[A
 def quantize_tokens(
     x: Float[Array, "M K"], element: str, axes: tuple[str, ...] = ()
 ) -> tuple[Array, Float[Array, "M 1"]]:
-    """Quantizes each row of x: s = max |x| / qmax, codes = round(x / s).
+    """Quantizes each row of x: s = max |x| / qmax (max x for unsigned codes), codes = round(x / s).
 
     Args:
       x: activation.
@@ -103,18 +111,26 @@ def quantize_tokens(
       axes: mesh axes over which the rows of x are split, inside one partition.
 
     Returns:
-      The codes, and s: NaN for a row with a NaN or Inf.
+      The codes as values of the element, in a byte, and s: NaN for a row with a NaN or Inf.
     """
     e = numerics.get_element(element)
     x = x.astype(jnp.float32)
-    absmax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    most = largest(x, element, -1)
     # 0 * x is NaN for NaN and Inf, which a max or a cast to int8 would hide.
     poison = jnp.sum(x * 0.0, axis=-1, keepdims=True)
     if axes:
-        absmax, poison = lax.pmax(absmax, axes), lax.psum(poison, axes)
-    scale = absmax / e.qmax + poison
+        most, poison = lax.pmax(most, axes), lax.psum(poison, axes)
+    scale = most / e.qmax + poison
     safe = jnp.where(scale == 0, 1.0, scale)
-    return numerics.encode(x / safe, e), scale
+    return _codes(x / safe, e), scale
+
+
+def _codes(x: Array, element: numerics.Element) -> Array:
+    """Returns values in steps rounded to the element, as bytes that hold its values."""
+    codes = numerics.encode(x, element)
+    if element.is_packed:  # codes of fewer bits count from 0
+        return codes.astype(jnp.int8) + jnp.int8(int(element.qmin))
+    return codes
 
 
 def round_steps(
@@ -130,7 +146,7 @@ def round_steps(
     poison = jnp.sum(x * 0.0, axis=-1, keepdims=True)
     if axes:
         poison = lax.psum(poison, axes)
-    return numerics.encode(x, numerics.get_element(element)), 1.0 + poison
+    return _codes(x, numerics.get_element(element)), 1.0 + poison
 
 
 def split_outliers(
@@ -184,11 +200,73 @@ def rounded(x: Float[Array, "*b *m K"], qt: QTensor) -> Rounded:
         step = step * poison
     codes = codes.astype(jnp.float32)
     value = codes * step if outside is None else codes * step + outside
-    # A step measured on x itself clips nothing; the largest value may lie an ulp beyond qmax.
+    # A step measured on x itself clips nothing above; the largest may lie an ulp beyond qmax.
     inside = None
     if fmt.activation_scale == "static":
         inside = (steps >= element.qmin) & (steps <= element.qmax)
+    elif element.qmin == 0:
+        inside = steps >= 0
     return Rounded(value, steps, codes, inside)
+
+
+def straight(
+    x: Float[Array, "*b *m K"],
+    qt: QTensor,
+    act_scale: Float[Array, "*b"] | None = None,
+    act_rule: str = "lsq",
+) -> Float[Array, "*b *m K"]:
+    """Returns `rounded(x, qt).value` in x's dtype, with straight-through derivatives.
+
+    For convolutions. Where the kernel has a `pre_scale`, whose entries belong to no single channel
+    of x, x stays as it is.
+
+    Args:
+      act_scale: a learned step, with the value of `qt.act_scale`, to be derived too.
+      act_rule: how, see `qjax.qat.ste.product`.
+    """
+    if qt.format.activation is None or qt.pre_scale is not None:
+        return x
+    return _straight(act_rule, x, act_scale, qt)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _straight(act_rule, x, act_scale, qt):
+    del act_scale
+    return rounded(x, qt).value.astype(x.dtype)
+
+
+def _straight_fwd(act_rule, x, act_scale, qt):
+    return _straight(act_rule, x, act_scale, qt), (x, act_scale, qt)
+
+
+def _straight_bwd(act_rule, residuals, dx):
+    x, act_scale, qt = residuals
+    dx, ds = pulled_back(dx, rounded(x, qt), act_scale, act_rule)
+    return dx.astype(x.dtype), ds, None
+
+
+_straight.defvjp(_straight_fwd, _straight_bwd)
+
+
+def pulled_back(
+    dx: Array, seen: Rounded, act_scale: Array | None, act_rule: str
+) -> tuple[Array, Array | None]:
+    """Returns the derivatives with respect to an activation and its learned step.
+
+    Args:
+      dx: with respect to `seen.value`.
+      act_scale: the learned step, or None.
+      act_rule: "lsq" or "pact", see `qjax.qat.ste.product`.
+    """
+    ds, m = None, seen.inside
+    if act_scale is not None:
+        assert seen.codes is not None
+        assert seen.steps is not None
+        assert m is not None
+        inner = seen.codes - seen.steps if act_rule == "lsq" else 0.0
+        slope = dx * jnp.where(m, inner, seen.codes)
+        ds = jnp.sum(slope, tuple(range(act_scale.ndim, dx.ndim)), dtype=jnp.float32)
+    return dx if m is None else jnp.where(m, dx, 0.0), ds
 
 
 def of_experts(x: Float[Array, "M K"], qt: QTensor, group_sizes: Int[Array, " E"]) -> Array:
@@ -220,7 +298,7 @@ def of_experts(x: Float[Array, "M K"], qt: QTensor, group_sizes: Int[Array, " E"
             step_of(x[None], qt)  # says what is missing
             step = qt.act_scale[expert][:, None]
         else:
-            step = _absmax_step(wide, fmt.activation, (0, 1))
+            step = _largest_step(wide, fmt.activation, (0, 1))
         codes, s = round_steps(in_steps(wide, step), fmt.activation)
         s = s * step
     rounded = codes.astype(jnp.float32) * s + outside

@@ -321,8 +321,12 @@ def _activation_quantized(x, data, scale, spec: Spec):
     xq, sx = quantize(x, fmt.activation, spec.summed_over)
     K, N = spec.rows(data), data.shape[-1]
     q, accumulator, precision = data, jnp.float32, lax.Precision.HIGHEST
-    if fmt.activation == "int8":
+    is_int = numerics.get_element(fmt.activation).kind == "int"
+    zero = 0
+    if is_int:
         accumulator, precision = jnp.int32, None
+        if fmt.activation == "uint8":  # integer dots take signed bytes: a zero point of -128
+            xq, zero = lax.bitcast_convert_type(xq ^ jnp.uint8(128), jnp.int8), -128
         if spec.element.is_packed:
             q = packing.unpack(data, spec.element.bits, spec.pad).astype(jnp.int8)
             q = q + jnp.int8(int(spec.element.qmin))
@@ -337,7 +341,8 @@ def _activation_quantized(x, data, scale, spec: Spec):
     wide = jnp.repeat(scale, columns, axis=-1)[:, :N] if columns > 1 else scale
 
     def product(xq, q):
-        return jnp.dot(xq, q, precision=precision, preferred_element_type=accumulator)
+        y = jnp.dot(xq, q, precision=precision, preferred_element_type=accumulator)
+        return y - zero * jnp.sum(q, axis=0, dtype=accumulator) if zero else y
 
     if G == 1:
         y = product(xq, q)
@@ -541,7 +546,8 @@ def describe(qt: QTensor, form: str, implementation: str | None) -> str:
     """Returns which implementation runs and why, for `qjax.explain`."""
     fmt = qt.format
     if fmt.activation is not None and form == "forward":
-        kind = "int32 accumulator" if fmt.activation == "int8" else "FP8 values"
+        is_int = numerics.get_element(fmt.activation).kind == "int"
+        kind = "int32 accumulator" if is_int else "FP8 values"
         return f"xla, {activation.describe(qt)}, {kind}"
     if implementation == "reference":
         text = "reference: dequantizes the whole weight (asked for)"

@@ -185,10 +185,15 @@ def pointwise_conv(x: Array, view: View, params: dict, *, out_dtype: Any, produc
     return y.transpose(sorted(source, key=source.__getitem__))
 
 
-def conv(x: Array, view: View, params: dict, dequantize: Any) -> Array:
-    """`lax.conv_general_dilated` with a kernel that `dequantize(view)` makes for it.
+def conv(x: Array, view: View, params: dict, *, dequantize: Any, rounded: Any) -> Array:
+    """`lax.conv_general_dilated` with a kernel that is dequantized for it.
 
-    Derivatives dequantize it again rather than keep the float kernel.
+    Derivatives dequantize it again rather than keep the float kernel. Activations are rounded as
+    the format says, the features of a position being a token, and multiplied in float.
+
+    Args:
+      dequantize: function of the view that returns the float kernel.
+      rounded: function of (activation [.., features], view) that returns it rounded.
     """
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers",
              "feature_group_count", "batch_group_count", "precision",
@@ -196,7 +201,10 @@ def conv(x: Array, view: View, params: dict, dequantize: Any) -> Array:
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def run(x, payload):
-        kernel = dequantize(view.with_payload(payload))
+        whole = view.with_payload(payload)
+        kernel = dequantize(whole)
+        features = params["dimension_numbers"].lhs_spec[1]
+        x = jnp.moveaxis(rounded(jnp.moveaxis(x, features, -1), whole), -1, features)
         return lax.conv_general_dilated(x, kernel, **{name: params[name] for name in names})
 
     return run(x, view.payload)

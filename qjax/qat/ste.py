@@ -184,27 +184,11 @@ def _pull(how: _Product, seen: activation.Rounded, x, dense, act_scale, dy):
 
     _, pull = jax.vjp(dot, seen.value, dense)
     dx, dw = pull(dy)
-    dx, ds = straight_through(dx, seen, act_scale, how.act_rule)
+    dx, ds = activation.pulled_back(dx, seen, act_scale, how.act_rule)
     return dx.astype(x.dtype), dw, ds
 
 
 _product.defvjp(_product_fwd, _product_bwd)
-
-
-def straight_through(
-    dx: Array, seen: activation.Rounded, act_scale: Array | None, act_rule: str
-) -> tuple[Array, Array | None]:
-    """Returns the derivatives with respect to the activation and its learned step, of `product`."""
-    ds = None
-    m = seen.inside
-    if act_scale is not None:
-        assert seen.codes is not None
-        assert seen.steps is not None
-        assert m is not None
-        inner = seen.codes - seen.steps if act_rule == "lsq" else 0.0
-        slope = dx * jnp.where(m, inner, seen.codes)
-        ds = jnp.sum(slope, tuple(range(act_scale.ndim, dx.ndim)), dtype=jnp.float32)
-    return dx if m is None else jnp.where(m, dx, 0.0), ds
 
 
 # ---- other operations ---------------------------------------------------------------------------

@@ -41,7 +41,7 @@ class Use:
 
     @property
     def is_packed(self) -> bool:
-        return not self.how.startswith("dequantized")
+        return not self.how.startswith(("dequantized", "float:"))
 
 
 class Explanation(tuple[Use, ...]):
@@ -86,8 +86,11 @@ class Packed(walk.Handler):
 
     def record_conv(self, view: View) -> None:
         chosen = "kernel dequantized in the op"
-        if stored_of(view).format.activation is not None:
-            chosen += ", activations stay float"
+        qt = stored_of(view)
+        if qt.format.activation is not None and qt.pre_scale is not None:
+            chosen += ", activations stay float (pre_scale)"
+        elif qt.format.activation is not None:
+            chosen += f", {activation.describe(qt)}, rounded in float"
         self.record(view, "conv_general_dilated", "x * W", chosen)
 
     def materialize(self, view, primitive, why):
@@ -176,7 +179,13 @@ class Packed(walk.Handler):
                 x, view, params, out_dtype=out_dtype, product=self.product(view)
             )
         self.record_conv(view)
-        return weight.conv(x, view, params, weight.materialize)
+        return weight.conv(
+            x,
+            view,
+            params,
+            dequantize=weight.materialize,
+            rounded=lambda x, view: activation.straight(x, view.payload),
+        )
 
     def ragged_dot(self, view, x, group_sizes, params):
         out_dtype = params["preferred_element_type"] or jnp.result_type(x.dtype, view.dtype)

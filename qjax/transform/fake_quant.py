@@ -52,7 +52,7 @@ class FakeQuant(apply.Packed):
         if not isinstance(view.payload, FakeWeight) or weight.is_pointwise(view, params):
             return super().conv(view, x, params)
         self.record_conv(view)
-        return weight.conv(x, view, params, _dense)
+        return weight.conv(x, view, params, dequantize=_dense, rounded=_rounded)
 
     def ragged_dot(self, view, x, group_sizes, params):
         payload = view.payload
@@ -135,6 +135,11 @@ def _packed(view: View) -> View:
 def _dense(view: View) -> Any:
     """Returns the float array that a view of a FakeWeight stands for."""
     return weight.rearrange_from_stored(view.payload.dense.astype(view.dtype), view)
+
+
+def _rounded(x: Any, view: View) -> Any:
+    w = view.payload
+    return activation.straight(x, w.qt, w.act_scale, w.act_rule)
 
 
 def values(params: Any) -> Any:
