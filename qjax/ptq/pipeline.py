@@ -21,10 +21,12 @@ from qjax.ptq import sequential
 from qjax.ptq.moments import Moments
 from qjax.ptq.smooth import OBSERVERS, Smoothed, Smoothing, act_scales, smooth
 from qjax.ptq.solve import Item, Solved, SolverOptions, round_weight, solve_weights
+from qjax.ptq.statistics import Group, Statistics
 from qjax.ptq.store import Store, fingerprint
 from qjax.recipe import Recipe
 from qjax.tables import align
-from qjax.transform.calibrate import Calibration, calibrate
+from qjax.transform import fold
+from qjax.transform.calibrate import Calibration
 from qjax.transform.usage import Usage
 
 
@@ -143,23 +145,28 @@ def run(
         key = sorted((path, f.to_dict(), str(layout)) for path, (f, layout) in formats.items())
         store = Store(resume, fingerprint(params, list(batches), repr(key), repr(recipe)))
 
-    train = judge = None
-    wanted = _observers(recipe, formats)
-    if wanted:
-        train, judge = statistics(
-            fn, params, batches, judged, list(formats), usage, mask, report, wanted
-        )
-    smoothed = Smoothed(params, {}, {}, ())
-    if recipe.scaling != "none":
-        assert train is not None
-        first = batches[0] if isinstance(batches[0], tuple) else (batches[0],)
-        smoothed = smooth(fn, params, formats, recipe, train, first, usage)
-        if report is not None:
-            for line in smoothed.lines:
-                report(line.line())
-    steps = {} if train is None else act_scales(formats, train, smoothed.divisors, recipe.static)
+    first = batches[0] if isinstance(batches[0], tuple) else (batches[0],)
+    activations = _activations(fn, params, formats, recipe, usage, first)
+    is_sequential = recipe.rounding == "gptq" and recipe.mode == "sequential"
+    before, after = _observers(recipe, formats)
+    seen = Statistics(
+        fn, params, batches, judged, before if is_sequential else [*before, *after], usage=usage,
+        mask=mask, report=report,
+    )  # fmt: skip
 
-    if recipe.rounding == "gptq" and recipe.mode == "sequential":
+    smoothed, steps = Smoothed(params, {}, {}, ()), {}
+    for part in seen.passes(list(activations), before):
+        if recipe.scaling != "none":
+            groups = [g for a in part.groups if (g := activations[a]) is not None]
+            n = len(smoothed.lines)
+            smoothed = smooth(smoothed, groups, formats, recipe, part.train)
+            if report is not None:
+                for line in smoothed.lines[n:]:
+                    report(line.line())
+        mine = {path: formats[path] for path in part.paths}
+        steps |= act_scales(mine, part.train, smoothed.divisors, recipe.static)
+
+    if is_sequential:
         out, solved = sequential.quantize(
             fn, smoothed.params, formats, batches, held_out=judged, options=options, mask=mask,
             pre_scales=smoothed.pre_scales, act_scales=steps, store=store, report=report,
@@ -168,46 +175,78 @@ def run(
 
     leaves = jax.tree_util.tree_flatten_with_path(smoothed.params)[0]
     named = {path_str(path): leaf for path, leaf in leaves}
-    out, lines = {}, []
-    for path, (fmt, layout) in formats.items():
+    made: dict[str, tuple[Any, Solved]] = {}
+
+    def solve(path: str, train: Calibration | None, judge: Calibration | None) -> None:
         if store is not None and path in store:
-            out[path], what = store.load(path)
-            lines.append(what)
-            continue
-        folded = smoothed.divisors.get(path) if path not in smoothed.pre_scales else None
+            made[path] = store.load(path)
+            return
+        fmt, layout = formats[path]
+        pre_scale = smoothed.pre_scales.get(path)
+        divisor = smoothed.divisors.get(path) if pre_scale is None else None
+        h, h_judge = (None if c is None else moments(c, path, divisor) for c in (train, judge))
         if recipe.rounding == "gptq":
-            assert train is not None
+            assert h is not None
             item = Item(path, named[path], fmt, layout, steps.get(path))
-            ((out[path], what),) = solve_weights(
-                [item], moments(train, path, folded),
-                None if judge is None else moments(judge, path, folded), options,
-                pre_scale=smoothed.pre_scales.get(path),
-            )  # fmt: skip
+            (made[path],) = solve_weights([item], h, h_judge, options, pre_scale=pre_scale)
         else:
-            h = None
-            if train is not None and "hessian" in wanted:
-                h = moments(train, path, folded).hessian
-            out[path], what = round_weight(
-                path, named[path], fmt, layout, h,
-                method=recipe.rounding, clip=recipe.clip,
-                pre_scale=smoothed.pre_scales.get(path), act_scale=steps.get(path),
+            made[path] = round_weight(
+                path, named[path], fmt, layout, None if h is None else h.hessian,
+                method=recipe.rounding, clip=recipe.clip, pre_scale=pre_scale,
+                act_scale=steps.get(path),
             )  # fmt: skip
         if store is not None:
-            store.save(path, out[path], what)
+            store.save(path, *made[path])
         if report is not None:
-            report(what.line())
-        lines.append(what)
-    return out, smoothed.params, Report(tuple(lines), smoothed.lines)
+            report(made[path][1].line())
+
+    for part in seen.passes(list(activations), after):
+        for path in part.paths:
+            solve(path, part.train, part.judge)
+    for path in formats:
+        if path not in made:
+            solve(path, None, None)
+    return (
+        {path: made[path][0] for path in formats},
+        smoothed.params,
+        Report(tuple(made[path][1] for path in formats), smoothed.lines),
+    )
 
 
-def _observers(recipe: Recipe, formats: Mapping[str, tuple[Format, Layout]]) -> list[str]:
-    """Returns the statistics of the float model that a recipe needs."""
-    wanted = list(OBSERVERS[recipe.scaling])
-    if recipe.clip or (recipe.rounding == "gptq" and recipe.mode == "parallel"):
-        wanted.append("hessian")
+def _activations(
+    fn: Callable,
+    params: Any,
+    formats: Mapping[str, tuple[Format, Layout]],
+    recipe: Recipe,
+    usage: Usage,
+    first: Sequence[Any],
+) -> dict[Group, fold.Group | None]:
+    """Returns whose statistics to gather, and, where they are smoothed, where scales can go."""
+    if recipe.scaling == "none":  # which of them share an activation `calibrate` will see
+        leaves = {path_str(p): w for p, w in jax.tree_util.tree_flatten_with_path(params)[0]}
+        shapes = {
+            path: jax.eval_shape(layout.to_canonical, leaves[path]).shape[:-1]
+            for path, (_, layout) in formats.items()
+        }
+        return {Group((path,), shape): None for path, shape in shapes.items()}
+    found = fold.find(fn, usage=usage)(params, *first)
+    out: dict[Group, fold.Group | None] = {}
+    for group in found:
+        if members := tuple(path for path in group.readers if path in formats):
+            out[Group(members, group.shape)] = group
+    return out
+
+
+def _observers(
+    recipe: Recipe, formats: Mapping[str, tuple[Format, Layout]]
+) -> tuple[list[str], list[str]]:
+    """Returns the statistics that smoothing and static steps need, and those for rounding."""
+    before = list(OBSERVERS[recipe.scaling])
     if any(f.activation and f.activation_scale == "static" for f, _ in formats.values()):
-        wanted += ["absmax", recipe.static]
-    return list(dict.fromkeys(wanted))
+        before += ["absmax", recipe.static]
+    # SmoothQuant's errors are of activations too: its weights are rounded, and judged, as they are.
+    judged = recipe.clip or recipe.scaling == "awq" or recipe.rounding == "gptq"
+    return list(dict.fromkeys(before)), ["hessian"] if judged else []
 
 
 def moments(calibration: Calibration, path: str, divisor: Array | None = None) -> Moments:
@@ -215,29 +254,3 @@ def moments(calibration: Calibration, path: str, divisor: Array | None = None) -
     site = calibration[path]
     plain = Moments(site.stats["hessian"] * site.rows[..., None, None], None, site.rows)
     return plain if divisor is None else plain.scaled(1 / divisor)
-
-
-def statistics(
-    fn: Callable,
-    params: Any,
-    batches: Sequence[Any],
-    judged: Sequence[bool],
-    paths: Sequence[str],
-    usage: Usage,
-    mask: Callable[[Any], Array] | None,
-    report: Callable[[str], None] | None,
-    observers: Sequence[str] = ("hessian",),
-) -> tuple[Calibration, Calibration | None]:
-    """Returns the statistics of the calibration batches, and of the held-out ones if there are any.
-
-    Raises:
-      CalibrationError: no token reached a weight, or a part of one.
-    """
-    sets = [
-        [b for b, j in zip(batches, judged, strict=True) if j is which] for which in (False, True)
-    ]
-    common: Mapping[str, Any] = {"usage": usage, "paths": list(paths), "mask": mask}
-    train = calibrate(fn, params, sets[0], observers, report=report, **common)
-    if not sets[1]:
-        return train, None
-    return train, calibrate(fn, params, sets[1], observers, report=None, **common)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,6 @@ from qjax.ptq import awq, smoothquant
 from qjax.recipe import Recipe
 from qjax.transform import fold
 from qjax.transform.calibrate import Calibration
-from qjax.transform.usage import Usage
 
 # What each method looks at.
 OBSERVERS: Mapping[str, tuple[str, ...]] = {
@@ -72,27 +71,23 @@ class Smoothed(NamedTuple):
 
 
 def smooth(
-    fn: Callable,
-    params: Any,
+    smoothed: Smoothed,
+    groups: Sequence[fold.Group],
     formats: Mapping[str, tuple[Format, Layout]],
     recipe: Recipe,
     statistics: Calibration,
-    first: Sequence[Any],
-    usage: Usage,
 ) -> Smoothed:
-    """Finds the scales of all activations that quantized weights read, and folds them.
+    """Finds the scales of activations that quantized weights read, and folds them.
 
     Args:
-      fn: of `(params, *first)`.
-      params: its float parameters.
+      smoothed: what was done to other activations; `Smoothed(params, {}, {}, ())` at first.
+      groups: of `fold.find(fn)`, the activations to smooth.
       formats: format and layout of each weight that will be quantized, by path.
       recipe: with `scaling` other than "none".
-      statistics: with `OBSERVERS[recipe.scaling]`.
-      first: one batch, to trace with.
-      usage: of fn.
+      statistics: with `OBSERVERS[recipe.scaling]`, of the float model.
     """
-    groups = fold.find(fn, usage=usage)(params, *first)
-    divisors, pre_scales, lines = {}, {}, []
+    params, lines = smoothed.params, list(smoothed.lines)
+    divisors, pre_scales = dict(smoothed.divisors), dict(smoothed.pre_scales)
     for group in groups:
         members = [path for path in group.readers if path in formats]
         if not members:
@@ -111,7 +106,8 @@ def smooth(
             params = fold.fold(params, group, s)
             where = f"folded into {', '.join(t.path for t in group.targets)}"
         else:
-            pre_scales.update(dict.fromkeys(members, 1 / s))
+            for path in members:
+                pre_scales[path] = 1 / s
             where = f"kept at the weights: {group.why}"
         alphas = np.asarray(found.alpha, np.float64)
         alpha = None if np.isnan(alphas).all() else float(np.nanmean(alphas))

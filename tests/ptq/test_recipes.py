@@ -7,6 +7,7 @@ import pytest
 
 import qjax
 from qjax import Format, Policy, Recipe, Rule
+from qjax.ptq import statistics
 
 D, H = 32, 48
 INT3 = Format("int3", group_size=16)
@@ -132,3 +133,32 @@ def test_folded_parameters_come_back_in_the_tree(params, batches):
 def test_a_recipe_needs_its_data(params):
     with pytest.raises(qjax.QuantizationError, match="needs calibration data"):
         qjax.quantize(params, policy(INT3))
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"scaling": "awq", "rounding": "nearest", "clip": True},
+        {"scaling": "smoothquant", "rounding": "nearest"},
+        {"mode": "parallel", "sweeps": 1},
+    ],
+)
+def test_passes_that_fit_in_memory_give_what_one_gives(params, batches, recipe, monkeypatch):
+    fmt = Format("int3", group_size=16, activation="int8", activation_scale="static")
+    if recipe.get("scaling") != "smoothquant":
+        fmt = INT3
+    whole, report = quantize(params, batches, policy(fmt, **recipe))
+    gathered = []
+    calibrate = statistics.calibrate
+
+    def counting(*args, **kwargs):
+        gathered.append(sorted(kwargs["paths"]))
+        return calibrate(*args, **kwargs)
+
+    monkeypatch.setattr(statistics, "calibrate", counting)
+    monkeypatch.setattr(statistics, "BYTES", 1)
+    parts, by_parts = quantize(params, batches, policy(fmt, **recipe))
+    assert max(len(paths) for paths in gathered) < 4  # an activation at a time
+    assert {path for paths in gathered for path in paths} == {"gate", "up", "down", "out"}
+    jax.tree.map(np.testing.assert_array_equal, whole, parts)
+    assert [s.path for s in report.solved] == [s.path for s in by_parts.solved]
