@@ -42,8 +42,8 @@ class Format:
       scale: "float32", "bfloat16", "float16", "e4m3", "e8m0", or a `Format`.
       zero_point: whether an integer zero point is stored beside every scale.
       offset: None, or the type (or Format) of a float offset beside every scale.
-      rule: how scales are chosen, see `qjax.scales`; None: "minmax" with a zero point or an
-        offset, "absmean" for ternary, else "absmax".
+      rule: how scales are chosen, see `qjax.scales`, or "ggml", see `qjax.kquants`; None: "minmax"
+        with a zero point or an offset, "absmean" for ternary, else "absmax".
       remainder: what to do when `group_size` does not divide K: "error"; "ragged", a last group
         that is shorter; "shrink", the largest divisor of K below `group_size`.
       activation: None (weight-only), or the element type to which the other operand of a matmul
@@ -120,7 +120,7 @@ class Format:
     def _check_rule(self, element: numerics.Element) -> None:
         rule = self.scale_rule
         asymmetric = self.zero_point or self.offset is not None
-        if asymmetric and rule not in ("minmax", "mse"):
+        if asymmetric and rule not in ("minmax", "mse", "ggml"):
             raise ValueError(
                 f"a zero point or an offset needs `rule='minmax'` or 'mse', got {rule!r}."
             )

@@ -23,6 +23,9 @@ _FP4 = (0.0, 0.0052083334885537624, 0.6666666865348816, 1.0,
         0.3333333432674408, 0.5, 0.1666666716337204, 0.25)  # fmt: skip
 # OCP Microscaling Formats v1.0, section 5.3.3: magnitudes of E2M1 by code 0..7.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+# ggml's non-linear 4-bit type: integers, denser around 0, by code.
+_IQ4_NL = (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0,
+           1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +100,7 @@ ELEMENTS: dict[str, Element] = {
         _table("nf4", _NF4, ties="lower"),
         _table("fp4", _signed(_FP4), ties="lower"),
         _table("e2m1", _signed(_E2M1), ties="even"),
+        _table("iq4_nl", _IQ4_NL, ties="lower"),
         Element("e4m3", "float", 8, -448.0, 448.0, dtype="float8_e4m3fn"),
         Element("e5m2", "float", 8, -57344.0, 57344.0, dtype="float8_e5m2"),
     )

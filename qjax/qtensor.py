@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from qjax import numerics, packing, scales
+from qjax import kquants, numerics, packing, scales
 from qjax.format import Format
 from qjax.layout import DEFAULT, Layout
 
@@ -161,6 +161,17 @@ def _store(values: Float[Array, "*b G C"], fmt: str | Format) -> Any:
     return numerics.round_scale(values, fmt)
 
 
+def _as_stored(found: Any, fmt: str | Format) -> Any:
+    """Returns scales that a search has already stored: as they are, or as a QTensor."""
+    if not isinstance(fmt, Format):
+        return found
+    codes, scale = found
+    element = numerics.get_element(fmt.element)
+    pad = packing.padding(codes.shape[-2], element.bits) if element.is_packed else 0
+    layout = Layout.parse(DEFAULT, codes.shape)
+    return QTensor(pack_codes(codes, element), scale, None, fmt, layout, "float32", pad)
+
+
 def _read(stored: Any, fmt: str | Format) -> Float[Array, "*b G C"]:
     return dequantize_array(stored) if isinstance(fmt, Format) else numerics.read_scale(stored, fmt)
 
@@ -212,6 +223,14 @@ def quantize_array(
         w = w / pre_scale[..., None]
     fmt = fmt.fit(K)
     element = numerics.get_element(fmt.element)
+    pad = packing.padding(K, element.bits) if element.is_packed else 0
+    if fmt.rule == "ggml" and scale is None:
+        found = kquants.search(w, fmt, importance)
+        return QTensor(
+            pack_codes(found.codes, element), _as_stored(found.scale, fmt.scale),
+            None if fmt.offset is None else _as_stored(found.offset, fmt.offset), fmt, layout,
+            dtype, pad, pre_scale, act_scale,
+        )  # fmt: skip
     minimum = None
     scale = _fitting("scale", scale, (*lead, *fmt.groups(K, N)))
     if scale is None:
@@ -229,7 +248,6 @@ def quantize_array(
         zero = _read(zero_stored, fmt.offset)
 
     codes = numerics.encode(scaled(w, scale, zero, fmt), element)
-    pad = packing.padding(K, element.bits) if element.is_packed else 0
     return QTensor(
         pack_codes(codes, element), scale_stored, zero_stored, fmt, layout, dtype, pad, pre_scale,
         act_scale,

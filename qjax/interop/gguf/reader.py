@@ -1,4 +1,4 @@
-"""Reading GGUF files: the container, and how its blocks decode to float32.
+"""Reading GGUF files: the container.
 
 The file is memory-mapped; a tensor's bytes are touched only when it is read. Every size and offset
 in the header is checked against the file before anything is allocated, so a damaged or hostile file
@@ -8,162 +8,28 @@ ends in a `GGUFError` that names what is wrong, never in a crash or in unbounded
 import math
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import ml_dtypes
 import numpy as np
 from jaxtyping import Float32, UInt8
+
+from qjax.interop.gguf.blocks import decode, to_qtensor
+from qjax.interop.gguf.errors import GGUFError
+from qjax.interop.gguf.types import TENSOR_TYPES, TensorType
+from qjax.layout import DEFAULT
+from qjax.qtensor import QTensor
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # Version 3 only added big-endian files to version 2; version 1 had other counts.
 DEFAULT_ALIGNMENT = 32
 MAX_DIMS = 4
 
-_BLOCKS_AT_A_TIME = 1 << 15  # Decode in slices that stay in cache: the temporaries are a few MB.
-
-
-class GGUFError(ValueError):
-    """A GGUF file that cannot be read: the message names the file, the place and the remedy."""
-
-
-# ---- tensor types: one table entry each ---------------------------------------------------------
-
-Decode = Callable[[np.ndarray], np.ndarray]
-
-
-class TensorType(NamedTuple):
-    """How one ggml tensor type stores its values.
-
-    Attributes:
-      id: the number in the file.
-      name: what ggml calls it.
-      block: values per block.
-      nbytes: bytes per block.
-      decode: `UInt8[B, nbytes]` blocks to `Float32[B, block]` values; None if not supported here.
-    """
-
-    id: int
-    name: str
-    block: int
-    nbytes: int
-    decode: Decode | None = None
-
-
-def _half(blocks: UInt8[np.ndarray, "B nbytes"], start: int) -> Float32[np.ndarray, "B 1"]:
-    return blocks[:, start : start + 2].copy().view("<f2").astype(np.float32)
-
-
-def _nibbles(qs: UInt8[np.ndarray, "B 16"]) -> UInt8[np.ndarray, "B 32"]:
-    # Byte i holds element i in its low nibble and element i + 16 in its high one.
-    return np.concatenate([qs & 0xF, qs >> 4], axis=-1)
-
-
-def _fifth_bits(qh: UInt8[np.ndarray, "B 4"]) -> UInt8[np.ndarray, "B 32"]:
-    return np.unpackbits(qh, axis=-1, bitorder="little") << 4
-
-
-def _decode_f32(blocks):
-    return blocks.view("<f4")
-
-
-def _decode_f16(blocks):
-    return blocks.view("<f2").astype(np.float32)
-
-
-def _decode_bf16(blocks):
-    return blocks.view(ml_dtypes.bfloat16).astype(np.float32)
-
-
-def _decode_q4_0(blocks):  # x = d (q - 8)
-    q = _nibbles(blocks[:, 2:18]).astype(np.float32)
-    return _half(blocks, 0) * (q - 8)
-
-
-def _decode_q4_1(blocks):  # x = d q + m
-    q = _nibbles(blocks[:, 4:20]).astype(np.float32)
-    return _half(blocks, 0) * q + _half(blocks, 2)
-
-
-def _decode_q5_0(blocks):  # x = d (q - 16)
-    q = (_nibbles(blocks[:, 6:22]) | _fifth_bits(blocks[:, 2:6])).astype(np.float32)
-    return _half(blocks, 0) * (q - 16)
-
-
-def _decode_q5_1(blocks):  # x = d q + m
-    q = (_nibbles(blocks[:, 8:24]) | _fifth_bits(blocks[:, 4:8])).astype(np.float32)
-    return _half(blocks, 0) * q + _half(blocks, 2)
-
-
-def _decode_q8_0(blocks):  # x = d q
-    return _half(blocks, 0) * blocks[:, 2:34].view(np.int8).astype(np.float32)
-
-
-TENSOR_TYPES: Mapping[int, TensorType] = {
-    kind.id: kind
-    for kind in (
-        TensorType(0, "F32", 1, 4, _decode_f32),
-        TensorType(1, "F16", 1, 2, _decode_f16),
-        TensorType(2, "Q4_0", 32, 18, _decode_q4_0),
-        TensorType(3, "Q4_1", 32, 20, _decode_q4_1),
-        TensorType(6, "Q5_0", 32, 22, _decode_q5_0),
-        TensorType(7, "Q5_1", 32, 24, _decode_q5_1),
-        TensorType(8, "Q8_0", 32, 34, _decode_q8_0),
-        TensorType(10, "Q2_K", 256, 84),
-        TensorType(11, "Q3_K", 256, 110),
-        TensorType(12, "Q4_K", 256, 144),
-        TensorType(13, "Q5_K", 256, 176),
-        TensorType(14, "Q6_K", 256, 210),
-        TensorType(16, "IQ2_XXS", 256, 66),
-        TensorType(17, "IQ2_XS", 256, 74),
-        TensorType(18, "IQ3_XXS", 256, 98),
-        TensorType(19, "IQ1_S", 256, 50),
-        TensorType(20, "IQ4_NL", 32, 18),
-        TensorType(21, "IQ3_S", 256, 110),
-        TensorType(22, "IQ2_S", 256, 82),
-        TensorType(23, "IQ4_XS", 256, 136),
-        TensorType(24, "I8", 1, 1),
-        TensorType(25, "I16", 1, 2),
-        TensorType(26, "I32", 1, 4),
-        TensorType(27, "I64", 1, 8),
-        TensorType(28, "F64", 1, 8),
-        TensorType(29, "IQ1_M", 256, 56),
-        TensorType(30, "BF16", 1, 2, _decode_bf16),
-        TensorType(34, "TQ1_0", 256, 54),
-        TensorType(35, "TQ2_0", 256, 66),
-        TensorType(39, "MXFP4", 32, 17),
-        TensorType(40, "NVFP4", 64, 36),
-    )
-}
-
-
-def decode(raw: UInt8[np.ndarray, "*b row_bytes"], kind: TensorType) -> Float32[np.ndarray, "*b K"]:
-    """Returns the values of rows of blocks, exactly as ggml dequantizes them.
-
-    Raises:
-      GGUFError: if `kind` has no decoder here, or the rows are not whole blocks.
-    """
-    if kind.decode is None:
-        supported = ", ".join(k.name for k in TENSOR_TYPES.values() if k.decode)
-        raise GGUFError(f"tensor type {kind.name} cannot be decoded. Supported are {supported}.")
-    *b, row_bytes = raw.shape
-    if row_bytes % kind.nbytes:
-        raise GGUFError(f"{kind.name} rows are blocks of {kind.nbytes} bytes, got {row_bytes=}.")
-    blocks = raw.reshape(-1, kind.nbytes)
-    values = np.empty((len(blocks), kind.block), np.float32)
-    step = max(1, _BLOCKS_AT_A_TIME * 32 // kind.block)
-    for i in range(0, len(blocks), step):
-        values[i : i + step] = kind.decode(np.ascontiguousarray(blocks[i : i + step]))
-    return values.reshape(*b, row_bytes // kind.nbytes * kind.block)
-
-
-# ---- the container -------------------------------------------------------------------------------
-
 # Metadata value types: name and struct letter. 8 is a string, 9 an array.
-_STRING, _ARRAY = 8, 9
-_SCALARS: Mapping[int, tuple[str, str]] = {
+STRING, ARRAY = 8, 9
+SCALARS: Mapping[int, tuple[str, str]] = {
     0: ("u8", "B"),
     1: ("i8", "b"),
     2: ("u16", "H"),
@@ -221,8 +87,8 @@ class GGUFFile:
         """Returns a tensor's stored bytes, one row of blocks per row: a view of the mapped file."""
         info = self._info(name)
         *rows, K = info.shape
-        row_bytes = K // info.kind.block * info.kind.nbytes
-        return self.data[info.offset : info.offset + info.nbytes].reshape(*rows, row_bytes)
+        part = self.data[info.offset : info.offset + info.nbytes]
+        return part.reshape(*rows, info.kind.row_bytes(K))
 
     def read(self, name: str) -> Float32[np.ndarray, "*b K"]:
         """Returns a tensor's values.
@@ -233,6 +99,23 @@ class GGUFFile:
         info = self._info(name)
         try:
             return decode(self.raw(name), info.kind)
+        except GGUFError as e:
+            raise GGUFError(f"{self.path}: tensor {name!r}: {e}") from None
+
+    def qtensor(self, name: str, *, layout: str = DEFAULT, dtype: str = "float32") -> QTensor:
+        """Returns a quantized tensor as it is stored, without dequantizing.
+
+        Args:
+          name: of the tensor, `[*lead, N, K]` in the file.
+          layout: "kn": the transposed kernel `[*lead, K, N]`; "nk": as it is in the file.
+          dtype: of the logical array.
+
+        Raises:
+          GGUFError: if there is no such tensor or its type is no quantized one that qjax has.
+        """
+        info = self._info(name)
+        try:
+            return to_qtensor(self.raw(name), info.kind, layout=layout, dtype=dtype)
         except GGUFError as e:
             raise GGUFError(f"{self.path}: tensor {name!r}: {e}") from None
 
@@ -354,28 +237,28 @@ class _Reader:
         return TensorInfo(name, tuple(reversed(dims)), kind, offset, nbytes)
 
     def value(self, type_id: int, what: str) -> Any:
-        if type_id == _STRING:
+        if type_id == STRING:
             return self.string(what)
-        if type_id == _ARRAY:
+        if type_id == ARRAY:
             element = self.scalar("I", f"the element type of {what}")
             count = self.scalar("Q", f"the length of {what}")
-            if element == _STRING:
+            if element == STRING:
                 self.count(f"strings in {what}", count, at_least=8)
                 return [self.string(what) for _ in range(count)]
-            if element not in _SCALARS:
+            if element not in SCALARS:
                 self.fail(
                     f"{what} is an array of type {element}, which is neither a scalar nor a string."
                 )
-            dtype = np.dtype(_SCALARS[element][1]).newbyteorder("<")
+            dtype = np.dtype(SCALARS[element][1]).newbyteorder("<")
             raw = self.take(
                 self.count(f"values in {what}", count, dtype.itemsize) * dtype.itemsize, what
             )
             if element == 7:
                 return np.frombuffer(raw, np.uint8) != 0
             return np.frombuffer(raw, dtype)
-        if type_id not in _SCALARS:
+        if type_id not in SCALARS:
             self.fail(f"{what} has unknown value type {type_id}.")
-        return self.scalar(_SCALARS[type_id][1], what)
+        return self.scalar(SCALARS[type_id][1], what)
 
     def count(self, what: str, n: int, at_least: int) -> int:
         """Returns `n` if that many things of `at_least` bytes can still follow."""
