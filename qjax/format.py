@@ -56,6 +56,8 @@ class Format:
       outliers: None, or the magnitude from which on an input channel counts as an outlier: it
         leaves the int8 product, in which it would set the step of every token, and is multiplied
         in float (Dettmers et al., 2022, LLM.int8(): 6.0).
+      flatten: for a scale that is quantized again: its groups run through all scales of the first
+        column of N, then of the second, as one vector, instead of along each column.
       outlier_capacity: outlier channels for which the float product has room. With more, the whole
         weight takes part in it: the result is the same, the time is not.
     """
@@ -72,6 +74,7 @@ class Format:
     activation_scale: str = "token"
     outliers: float | None = None
     outlier_capacity: int = 32
+    flatten: bool = False
 
     def __post_init__(self):
         element = numerics.get_element(self.element)
@@ -101,11 +104,16 @@ class Format:
             )
         if self.zero_point and self.offset is not None:
             raise ValueError("`zero_point` and `offset` exclude each other; choose one.")
-        if (self.zero_point or self.offset is not None) and element.kind != "int":
+        centered = self.scale_rule == "centered"
+        if (self.zero_point or self.offset is not None) and element.kind != "int" and not centered:
             raise ValueError(
                 f"zero points and offsets need an integer element, got {self.element!r}."
             )
-        if self.offset is not None and element.qmin != 0:
+        if self.flatten and self.group_columns != 1:
+            raise ValueError(
+                f"`flatten` makes one column of all: set group_columns=1, got {self.group_columns}."
+            )
+        if self.offset is not None and element.qmin != 0 and not centered:
             raise ValueError(
                 f"an offset is the value of code 0: it needs an unsigned element, got"
                 f" {self.element!r}. Use 'uint{element.bits}'."
@@ -119,6 +127,13 @@ class Format:
 
     def _check_rule(self, element: numerics.Element) -> None:
         rule = self.scale_rule
+        if rule == "centered":
+            if self.offset is None or element.qmin >= 0:
+                raise ValueError(
+                    "`rule='centered'` keeps distances from a mean, of either sign: it needs an"
+                    f" `offset` type and a signed element, got {self.element!r}."
+                )
+            return
         asymmetric = self.zero_point or self.offset is not None
         if asymmetric and rule not in ("minmax", "mse", "ggml"):
             raise ValueError(
@@ -254,6 +269,8 @@ class Format:
           ValueError: if `group_size` does not divide K and `remainder` is "error".
         """
         element = numerics.get_element(self.element)
+        if self.flatten:
+            K, N = K * N, 1
         G, C = self.fit(K).groups(K, N)
         bits = 8.0 * packing.packed_rows(K, element.bits) * N
         bits += _scale_bits(self.scale, G, C)

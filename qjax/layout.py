@@ -13,11 +13,13 @@ class Axis(NamedTuple):
 
     Kinds: "k" contracted, "n" kept (output features), "b" batched with the other operand (experts).
     The major axis of the k axes and of the n axes has size None, like every "b": a `scan` or a
-    mesh may shorten it, so it must not be static.
+    mesh may shorten it, so it must not be static. Axes of one kind merge in the order of their
+    `rank`, and of their places where that is the same.
     """
 
     kind: str
     size: int | None
+    rank: int = 0
 
 
 class Layout(tuple[Axis, ...]):
@@ -59,8 +61,8 @@ class Layout(tuple[Axis, ...]):
         return "".join(a.kind for a in self)
 
     def indices(self, kind: str) -> list[int]:
-        """Returns the positions of one kind of axis, in order."""
-        return [i for i, a in enumerate(self) if a.kind == kind]
+        """Returns the positions of one kind of axis, from major to minor."""
+        return sorted((i for i, a in enumerate(self) if a.kind == kind), key=lambda i: self[i].rank)
 
     def logical_shape(self, lead: tuple[int, ...], K: int, N: int) -> tuple[int, ...]:
         """Returns the logical shape of canonical `[*lead, K, N]`; lead ends with the b axes."""
@@ -111,6 +113,11 @@ def check_letters(letters: str) -> None:
             f"a layout is written with the letters k, n and b and has at least one k,"
             f" got {letters!r}."
         )
+
+
+def flattened(G: int) -> Layout:
+    """Returns the layout that keeps [G, C] as one vector, column after column."""
+    return Layout([Axis("k", G, 1), Axis("k", None)])
 
 
 # Without a traced function to look at, the convention of Flax kernels: last axis N, the one before

@@ -28,13 +28,28 @@ _IQ4_NL = (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0,
            1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0)  # fmt: skip
 
 
+def _dynamic(exponents: int = 7) -> tuple[float, ...]:
+    """Returns the levels of bitsandbytes' signed dynamic 8-bit type, ascending.
+
+    For i < 7 the midpoints of the 2^i equal intervals between 0.1 and 1, times 10^(i - 6), with
+    both signs; and 0 and 1 (Dettmers et al., 2022, 8-bit Optimizers via Block-wise Quantization).
+    """
+    magnitudes = []
+    for i in range(exponents):
+        ends = np.linspace(0.1, 1, 2**i + 1, dtype=np.float32)
+        middle = (ends[:-1] + ends[1:]) / np.float32(2)
+        magnitudes.append((10.0 ** (i - exponents + 1) * middle.astype(np.float64)))
+    positive = np.concatenate(magnitudes).astype(np.float32)
+    return tuple(float(v) for v in np.sort(np.concatenate([-positive, positive, [0.0, 1.0]])))
+
+
 @dataclasses.dataclass(frozen=True)
 class Element:
     """One element type: a finite set of values, each with a code of `bits` bits.
 
     Integer types hold `qmin .. qmax` and store the code `q - qmin`, except at 8 bits, where the
-    native signed (or unsigned) integer is stored. Table types hold 16 arbitrary levels. Float
-    types store the native 8-bit float.
+    native signed (or unsigned) integer is stored. Table types hold 16 or 256 arbitrary levels.
+    Float types store the native 8-bit float.
 
     Attributes:
       name: as written in a `Format`.
@@ -63,7 +78,7 @@ class Element:
         return self.bits < 8
 
 
-def _table(name: str, levels: tuple[float, ...], *, ties: str) -> Element:
+def _table(name: str, levels: tuple[float, ...], *, ties: str, bits: int = 4) -> Element:
     values = np.asarray(levels, np.float32)
     order = [int(i) for i in np.argsort(values, kind="stable")]
     # -0.0 and 0.0 are one level; keep the code of the positive zero.
@@ -76,7 +91,7 @@ def _table(name: str, levels: tuple[float, ...], *, ties: str) -> Element:
             if upper_is_even:
                 middle[j] = np.nextafter(middle[j], np.float32(-np.inf))
     return Element(
-        name, "table", 4, float(ranked[0]), float(ranked[-1]),
+        name, "table", bits, float(ranked[0]), float(ranked[-1]),
         tuple(float(v) for v in values), tuple(float(v) for v in ranked), tuple(order),
         tuple(float(m) for m in middle),
     )  # fmt: skip
@@ -101,6 +116,7 @@ ELEMENTS: dict[str, Element] = {
         _table("fp4", _signed(_FP4), ties="lower"),
         _table("e2m1", _signed(_E2M1), ties="even"),
         _table("iq4_nl", _IQ4_NL, ties="lower"),
+        _table("dynamic8", _dynamic(), ties="lower", bits=8),
         Element("e4m3", "float", 8, -448.0, 448.0, dtype="float8_e4m3fn"),
         Element("e5m2", "float", 8, -57344.0, 57344.0, dtype="float8_e5m2"),
     )
@@ -138,6 +154,9 @@ def encode(x: Float[Array, "*shape"], element: Element) -> Array:
     if element.kind == "float":
         # Clamp first: what a cast does beyond the largest finite value differs between libraries.
         return jnp.clip(x, element.qmin, element.qmax).astype(element.dtype)
+    if len(element._boundaries) > 15:
+        rank = jnp.searchsorted(jnp.asarray(element._boundaries, x.dtype), x)
+        return jnp.asarray(element._codes, jnp.uint8)[rank]
     # A sum of comparisons fuses into one elementwise loop; a sort or a gather does not.
     rank = sum((x > b).astype(jnp.uint8) for b in element._boundaries)
     if element._codes == tuple(range(len(element._codes))):
@@ -156,6 +175,8 @@ def round_to_level(x: Float[Array, "*shape"], element: Element) -> Float[Array, 
         return jnp.where(q == 0, jnp.zeros_like(q), q)
     if element.kind == "float":
         return encode(x, element).astype(x.dtype)
+    if len(element._boundaries) > 15:
+        return decode(encode(x, element), element, x.dtype)
     value = jnp.full_like(x, element._sorted[0])
     for boundary, level in zip(element._boundaries, element._sorted[1:], strict=True):
         value = jnp.where(x > boundary, jnp.asarray(level, x.dtype), value)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from qjax import kquants, numerics, packing, scales
 from qjax.format import Format
-from qjax.layout import DEFAULT, Layout
+from qjax.layout import DEFAULT, Layout, flattened
 
 PARTS = ("data", "scale", "zero", "pre_scale", "act_scale", "perm")
 
@@ -157,7 +157,8 @@ def is_qtensor(x: Any) -> bool:
 def _store(values: Float[Array, "*b G C"], fmt: str | Format) -> Any:
     """Stores scales or offsets in a plain type, or as a QTensor of their own."""
     if isinstance(fmt, Format):
-        return quantize_array(values, fmt)
+        layout = flattened(values.shape[-2]) if fmt.flatten else DEFAULT
+        return quantize_array(values, fmt, layout)
     return numerics.round_scale(values, fmt)
 
 

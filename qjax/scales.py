@@ -61,6 +61,7 @@ def choose(
       absmax_full     scale = max |v| / ((qmax - qmin) / 2)
       signed_absmax   scale = v* / qmin, v* the value of largest magnitude with its sign
       minmax          scale = (max v - min v) / (qmax - qmin), and the minimum
+      centered        scale = max |v - mean| / qmax, and the mean of all groups
       absmean         scale = mean |v|   (Ma et al., 2024, BitNet b1.58, eq. 3)
       mse             the scale among clipped ranges, each refit by least squares
                       scale = sum v q / sum q^2, that minimizes sum h (v - q scale)^2
@@ -87,6 +88,10 @@ def choose(
 def _choose(w, fmt, importance):
     element = numerics.get_element(fmt.element)
     v = split(w, fmt)
+    if fmt.scale_rule == "centered":
+        mean = jnp.mean(w, (-2, -1), keepdims=True)
+        scale = jnp.max(jnp.abs(v - mean[..., None, None, None]), _GROUP) / element.qmax
+        return scale, jnp.broadcast_to(mean, scale.shape)
     if fmt.zero_point or fmt.offset is not None:
         low, high = jnp.min(v, _GROUP), jnp.max(v, _GROUP)
         if fmt.zero_point:  # an integer zero point can only lie in range if the range holds 0

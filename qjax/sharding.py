@@ -108,6 +108,8 @@ def _canonical(qt: QTensor, like: NamedSharding, lead, k: _Axes, n: _Axes) -> QT
 
     def part(stored, k: _Axes) -> NamedSharding | QTensor:
         if isinstance(stored, QTensor):
+            if stored.format.flatten:  # one vector for the whole weight
+                return _canonical(stored, like, lead, (), ())
             return _canonical(stored, like, lead, k, c)
         return named(k, c)
 
@@ -193,6 +195,8 @@ def shard_specs(qt: QTensor, lead: list, k: _Axes, n: _Axes, mesh) -> QTensor | 
 
     def part(stored):
         if isinstance(stored, QTensor):
+            if stored.format.flatten and (g or c):
+                return None
             return shard_specs(stored, lead, g, c, mesh)
         return PartitionSpec(*(_entry(a) for a in (*lead, g, c)))
 

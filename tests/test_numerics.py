@@ -27,7 +27,7 @@ def codes_of(element):
             return np.arange(element.qmax - element.qmin + 1).astype(np.uint8)
         return np.arange(element.qmin, element.qmax + 1).astype(element.dtype)
     if element.kind == "table":
-        return np.arange(16, dtype=np.uint8)
+        return np.arange(2**element.bits).astype(np.uint8)
     codes = np.arange(256, dtype=np.uint8).view(jnp.dtype(element.dtype))
     return codes[np.isfinite(codes.astype(np.float32))]
 
@@ -214,3 +214,8 @@ def test_e2m1_is_ml_dtypes_float4():
 def test_unknown_element_lists_the_known():
     with pytest.raises(ValueError, match=r"unknown element type 'int9'\. Known: .*int4.*nf4"):
         numerics.get_element("int9")
+
+
+def test_the_dynamic_type_is_that_of_bitsandbytes(request):
+    golden = np.load(request.path.parent / "golden" / "bitsandbytes.npz")
+    np.testing.assert_array_equal(np.float32(ELEMENTS["dynamic8"].levels), golden["dynamic_map"])

@@ -516,6 +516,50 @@ def test_bitsandbytes_chooses_the_same_scales_and_codes(golden, element):
     np.testing.assert_array_equal(dequantized(qt)[:4], g[f"{element}_deq_first4rows"])
 
 
+BNB_SCALE = Format(
+    "dynamic8", 256, flatten=True, remainder="ragged", rule="centered", offset="float32"
+)
+
+
+@pytest.mark.parametrize("element", ["nf4", "fp4"])
+def test_bitsandbytes_quantizes_scales_again_the_same_way(golden, element):
+    g = golden("bitsandbytes")
+    qt = quantize_array(jnp.asarray(g["A"]), Format(element, 64, scale=BNB_SCALE), "nk")
+    assert qt.bits_per_weight == qt.format.bits_per_weight(256, 192)
+    # The mean depends on the order of its sum, so a scale between two levels may fall to either.
+    np.testing.assert_allclose(qt.scale.zero, g[f"{element}_dq_offset"], rtol=2.0**-22)
+    np.testing.assert_allclose(
+        qt.scale.scale[:, 0], g[f"{element}_dq_nested_absmax"], atol=2.0**-25, rtol=2.0**-22
+    )
+    ours, theirs = np.asarray(qt.scale.data)[:, 0], g[f"{element}_dq_absmax_u8"]
+    assert (np.abs(ours.astype(int) - theirs) <= 1).all()
+    assert (ours != theirs).sum() <= 1
+
+
+def test_flattened_scales_follow_vmap():
+    w = weight()
+    fmt = Format("nf4", 32, scale=BNB_SCALE)
+    stacked, mapped = quantize_array(w, fmt), jax.vmap(lambda w: quantize_array(w, fmt))(w)
+    for a, b in zip(jax.tree.leaves(stacked), jax.tree.leaves(mapped), strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(dequantize_array(stacked), dequantize_array(mapped))
+    error = np.abs(dequantize_array(stacked) - w)
+    assert error.mean() < 0.1 * np.abs(w).mean()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"element": "int8", "rule": "centered"}, r"'centered'.* needs an `offset`"),
+        ({"element": "nf4", "flatten": True, "group_columns": None}, r"set group_columns=1"),
+        ({"element": "nf4", "offset": "float32"}, r"need an integer element"),
+    ],
+)
+def test_centered_and_flattened_formats_are_checked(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        Format(**kwargs)
+
+
 # ---- factors of the activation ------------------------------------------------------------------
 
 

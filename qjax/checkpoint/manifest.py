@@ -226,7 +226,7 @@ def _describe_qtensor(qt: QTensor, path: tuple[str, ...], arrays: dict[str, Any]
     node: dict[str, Any] = {
         "kind": "qtensor",
         "format": qt.format.to_dict(),
-        "layout": [[axis.kind, axis.size] for axis in qt.layout],
+        "layout": [list(axis if axis.rank else axis[:2]) for axis in qt.layout],
         "dtype": qt.dtype,
         "pad": qt.pad,
     }
@@ -264,7 +264,7 @@ def rebuild(node: Node, array: Callable[[dict[str, Any]], Any]) -> Any:
     if kind == "qtensor":
         parts = {part: rebuild(node.get(part), array) for part in PARTS}
         fmt = Format.from_dict(node["format"])
-        layout = Layout(Axis(kind, size) for kind, size in node["layout"])
+        layout = Layout(Axis(*axis) for axis in node["layout"])
         return QTensor(format=fmt, layout=layout, dtype=node["dtype"], pad=node["pad"], **parts)
     return array(node)
 
