@@ -36,10 +36,15 @@ def _dynamic(exponents: int = 7) -> tuple[float, ...]:
     """
     magnitudes = []
     for i in range(exponents):
-        ends = np.linspace(0.1, 1, 2**i + 1, dtype=np.float32)
+        # Rounded as there: both halves of the interval are counted from their own end, by a fused
+        # multiply and add, which float64 gives for such small counts.
+        n, (low, high) = np.arange(2**i + 1), np.float32([0.1, 1])
+        step = np.float64((high - low) / np.float32(2**i))
+        ends = np.where(n < (2**i + 1) // 2, low + step * n, high - step * n[::-1])
+        ends = ends.astype(np.float32)
         middle = (ends[:-1] + ends[1:]) / np.float32(2)
-        magnitudes.append((10.0 ** (i - exponents + 1) * middle.astype(np.float64)))
-    positive = np.concatenate(magnitudes).astype(np.float32)
+        magnitudes.append(np.float32(10.0 ** (i - exponents + 1)) * middle)
+    positive = np.concatenate(magnitudes)
     return tuple(float(v) for v in np.sort(np.concatenate([-positive, positive, [0.0, 1.0]])))
 
 

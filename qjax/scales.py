@@ -90,7 +90,7 @@ def _choose(w, fmt, importance):
     v = split(w, fmt)
     if fmt.scale_rule == "centered":
         mean = jnp.mean(w, (-2, -1), keepdims=True)
-        scale = jnp.max(jnp.abs(v - mean[..., None, None, None]), _GROUP) / element.qmax
+        scale = jnp.max(jnp.abs(v - mean[..., None, None]), _GROUP) / element.qmax
         return scale, jnp.broadcast_to(mean, scale.shape)
     if fmt.zero_point or fmt.offset is not None:
         low, high = jnp.min(v, _GROUP), jnp.max(v, _GROUP)
