@@ -119,7 +119,7 @@ def init(
     adapters = {}
     for path in matched:
         leaf = named[path]
-        layout = _layout(path, leaf, usage)
+        layout = layout_of(path, leaf, usage)
         *lead, K, N = canonical_shape(leaf, layout)
         if not 1 <= rank <= min(K, N):
             raise ValueError(
@@ -134,7 +134,12 @@ def init(
     return adapters
 
 
-def _layout(path: str, leaf: Any, usage: Any) -> Layout:
+def layout_of(path: str, leaf: Any, usage: Any = None) -> Layout:
+    """Returns the layout of a base weight: a QTensor's own, else from `usage`, else "kn".
+
+    Raises:
+      ValueError: if it is no float weight of a product; names the path.
+    """
     if is_qtensor(leaf):
         return leaf.layout
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
