@@ -137,11 +137,6 @@ def run(
     formats = {w.path: (w.format, w.layout) for w in weights}
     store = None
     if resume is not None:
-        if jax.process_count() > 1:
-            raise NotImplementedError(
-                f"`resume={str(resume)!r}` in {jax.process_count()} processes: finished weights are"
-                " kept by programs of one process only. Leave it out here."
-            )
         key = sorted((path, f.to_dict(), str(layout)) for path, (f, layout) in formats.items())
         store = Store(resume, fingerprint(params, list(batches), repr(key), repr(recipe)))
 
@@ -179,7 +174,7 @@ def run(
 
     def solve(path: str, train: Calibration | None, judge: Calibration | None) -> None:
         if store is not None and path in store:
-            made[path] = store.load(path)
+            made[path] = store.load(path, named[path])
             return
         fmt, layout = formats[path]
         pre_scale = smoothed.pre_scales.get(path)

@@ -141,7 +141,7 @@ def quantize(
         keys = [key for key in level.keys if key not in done]
         if keys and store is not None and all(key in store for key in keys):
             for key in keys:
-                done[key], what = store.load(key)
+                done[key], what = store.load(key, floats[key])
                 solved.append(what)
             progress.skip(keys, number, len(cut.levels))
         elif keys:

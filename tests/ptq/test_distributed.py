@@ -161,13 +161,34 @@ def test_columns_that_share_a_scale_are_not_taken_apart():
     assert not columns.is_by_column(fmt)
 
 
-def test_resuming_in_several_processes_is_refused(monkeypatch, tmp_path):
-    params, batches = jax.tree.map(jnp.asarray, make())
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(NotImplementedError, match="2 processes"):
-        qjax.quantize(
-            params, POLICY, fn=fn, calibration=batches, report=None, resume=tmp_path
-        )  # fmt: skip
+class Stopped(Exception):
+    pass
+
+
+def stop(line):
+    if " in " in line:  # a weight is solved, and kept
+        raise Stopped
+
+
+def assert_goes_on(params, batches, whole, directory):
+    """Interrupts a run after its first weight, makes it again, and compares it with a whole one."""
+    call = {"policy": POLICY, "fn": fn, "calibration": batches, "resume": directory}
+    with pytest.raises(Stopped):
+        qjax.quantize(params, report=stop, **call)
+    lines = []
+    resumed, _ = qjax.quantize(params, report=lines.append, **call)
+    assert sum("solved in an earlier run" in line for line in lines) == 1
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
+        assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+        np.testing.assert_array_equal(columns.fetch(a), columns.fetch(b))
+
+
+def test_a_sharded_run_goes_on_where_it_was(tmp_path):
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(AUTO,))
+    params, batches = make()
+    params = {"up": place(mesh, params["up"], None, "model"), "down": place(mesh, params["down"])}
+    batches = place(mesh, batches)
+    assert_goes_on(params, batches, run(params, batches)[0], tmp_path / "run")
 
 
 # ---- two processes -------------------------------------------------------------------------------
@@ -181,7 +202,8 @@ def work(index: int, port: str, directory: str) -> None:
     assert len(mesh.devices) == 4
     params, batches = make()
     params = {"up": place(mesh, params["up"]), "down": place(mesh, params["down"], None, "data")}
-    qparams, out = run(params, place(mesh, batches, "data"))
+    batches = place(mesh, batches, "data")
+    qparams, out = run(params, batches)
     assert not qparams["down"].data.is_fully_addressable
     path = os.path.join(directory, "checkpoint")
     qjax.save(path, qparams)
@@ -191,6 +213,7 @@ def work(index: int, port: str, directory: str) -> None:
     ):
         assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
         np.testing.assert_array_equal(columns.fetch(a), columns.fetch(b))
+    assert_goes_on(params, batches, qparams, os.path.join(directory, "run"))
     np.savez(os.path.join(directory, f"{index}.npz"), allow_pickle=False, **out)
 
 
