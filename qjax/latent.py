@@ -71,3 +71,8 @@ class Latent:
 def is_latent(x: Any) -> bool:
     """Whether `x` is a Latent; the `is_leaf` of tree functions that treat it as one weight."""
     return isinstance(x, Latent)
+
+
+def values(params: Any) -> Any:
+    """Returns the tree with the float array of every Latent in its place."""
+    return jax.tree.map(lambda a: a.value if is_latent(a) else a, params, is_leaf=is_latent)

@@ -222,7 +222,7 @@ def straight(
 
     Args:
       act_scale: a learned step, with the value of `qt.act_scale`, to be derived too.
-      act_rule: how, see `qjax.qat.ste.product`.
+      act_rule: how, see `straight_through.product`.
     """
     if qt.format.activation is None or qt.pre_scale is not None:
         return x
@@ -256,7 +256,7 @@ def pulled_back(
     Args:
       dx: with respect to `seen.value`.
       act_scale: the learned step, or None.
-      act_rule: "lsq" or "pact", see `qjax.qat.ste.product`.
+      act_rule: "lsq" or "pact", see `straight_through.product`.
     """
     ds, m = None, seen.inside
     if act_scale is not None:

@@ -1,1 +1,47 @@
-"""Quantization-aware training: everything beside `qjax.fake_quant` itself."""
+"""Quantization-aware training: everything beside `qjax.fake_quant` itself.
+
+params = qat.init(params, policy)                      # learned steps, as leaves of the tree
+tx = optax.chain(qat.scale_by_lsq(params, policy), optax.adamw(1e-4, mask=qat.decay_mask))
+phase = qat.Schedule(start=100, freeze=900)(step)      # traced: compiles once
+out, ranges = qat.tracked(fn, policy, phase=phase)(params, ranges, x)
+qparams = qjax.quantize(qat.attach(params, policy, ranges), policy)
+"""
+
+from qjax.latent import Latent, is_latent, values
+from qjax.qat.guard import NonFiniteError, check_finite
+from qjax.qat.learned import attach, from_quantized, init
+from qjax.qat.optim import (
+    decay_mask,
+    freeze_steps,
+    gradient_scales,
+    labels,
+    scale_by_lsq,
+    step_mask,
+    train_only,
+)
+from qjax.qat.ranges import Range
+from qjax.qat.schedules import Phase, Schedule
+from qjax.qat.tracking import init_ranges, tracked
+
+__all__ = [
+    "Latent",
+    "NonFiniteError",
+    "Phase",
+    "Range",
+    "Schedule",
+    "attach",
+    "check_finite",
+    "decay_mask",
+    "freeze_steps",
+    "from_quantized",
+    "gradient_scales",
+    "init",
+    "init_ranges",
+    "is_latent",
+    "labels",
+    "scale_by_lsq",
+    "step_mask",
+    "tracked",
+    "train_only",
+    "values",
+]
