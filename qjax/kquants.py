@@ -68,11 +68,11 @@ _SWEEPS = 5
 
 
 class Search(NamedTuple):
-    """Candidates (first + step t + n) / range for an inverse scale, t = 0 .. count."""
+    """Candidates (first + step t + n) / range for an inverse scale, t = 0 .. last."""
 
     first: float
     step: float
-    count: int
+    last: int
     absolute: bool = False
 
 
@@ -284,7 +284,7 @@ def _search_line(x: Array, w: Array, n: int, how: Search) -> _Line:
     inverse = n * _inverse(high - low)
     line = _Line(_inverse(inverse), low, inverse, low)
     first = error(line.scale, low, line)
-    factors = np.float32(how.first) + np.float32(how.step) * np.arange(how.count + 1, dtype="f4")
+    factors = np.float32(how.first) + np.float32(how.step) * np.arange(how.last + 1, dtype="f4")
     factors = jnp.asarray(factors + np.float32(n))
 
     def candidate(t: Array, state: tuple[_Line, Array]) -> tuple[_Line, Array]:
@@ -304,7 +304,7 @@ def _search_line(x: Array, w: Array, n: int, how: Search) -> _Line:
         better = (D > 0) & (e < least)
         return _select(better, (trial._replace(scale=scale, low=low), e), state)
 
-    line, _ = lax.fori_loop(0, how.count + 1, candidate, (line, first))
+    line, _ = lax.fori_loop(0, how.last + 1, candidate, (line, first))
     zero = jnp.zeros_like(low)
     return _select(flat, _Line(zero, low, zero, zero), line)
 
@@ -341,7 +341,7 @@ def _search_signed(x: Array, w: Array, n: int) -> tuple[Array, Array]:
         trial = factors[t] * _inverse(peak)
         A, B = sums(trial)
         scale = _ratio(A, B)
-        better = (B > 0) & (A * A > state[2] * B)
+        better = (B > 0) & (state[2] * B < A * A)
         return _select(better, (trial, scale, scale * A), state)
 
     start = (inverse, scale, scale * A)

@@ -13,13 +13,14 @@ import numpy as np
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
-from qjax.interop.gguf import GGUFFile, open_gguf
+from qjax.interop.gguf import GGUFFile, open_gguf, to_qtensor
 from qjax.models import rope
 from qjax.models.assemble import assemble
 from qjax.models.config import ModelConfig, RopeScaling
 from qjax.models.decoder import Decoder
 from qjax.models.names import names_of
 from qjax.models.tokenizer import Tokenizer
+from qjax.qtensor import QTensor
 
 
 class LoadedModel(NamedTuple):
@@ -163,10 +164,12 @@ def load_gguf(
     param_dtype: DTypeLike | None = None,
     scan_layers: bool = False,
     remat: bool = False,
+    packed: bool = False,
 ) -> LoadedModel:
-    """Loads a GGUF file, dequantized.
+    """Loads a GGUF file.
 
-    Args and errors are those of `load`.
+    Args and errors are those of `load`; `packed`: whether quantized tensors become QTensors as they
+    are stored, for `qjax.apply`, instead of being dequantized.
     """
     file = open_gguf(path)
     if file.metadata.get("split.count", 1) > 1:
@@ -180,13 +183,21 @@ def load_gguf(
         raise type(e)(f"{path}: {e}") from None
     model = _decoder(config, dtype, param_dtype, scan_layers, remat)
 
-    def read(name: str) -> np.ndarray:
-        tensor = file.read(name)
+    def rows(name: str, stored: np.ndarray) -> np.ndarray:
+        """Returns rows, of values or of blocks, in the order of this model."""
         if config.architecture == "llama" and ".attn_q." in name:
-            return rope.split_rows(tensor, config.num_heads)
+            return rope.split_rows(stored, config.num_heads)
         if config.architecture == "llama" and ".attn_k." in name:
-            return rope.split_rows(tensor, config.num_kv_heads)
-        return tensor
+            return rope.split_rows(stored, config.num_kv_heads)
+        return stored
+
+    def read(name: str) -> np.ndarray | QTensor:
+        kind = file.tensors[name].kind
+        if not packed or kind.format is None:
+            return rows(name, file.read(name))
+        layout = "nk" if name == "token_embd.weight" else "kn"
+        stored = jnp.dtype(model.param_dtype).name
+        return to_qtensor(rows(name, file.raw(name)), kind, layout=layout, dtype=stored)
 
     present = set(file.tensors) - {"rope_freqs.weight"}
     params = assemble(model, lambda path: names_of(path).gguf, present, read, str(path))

@@ -2,14 +2,18 @@
 
 from qjax.interop.gguf.blocks import decode, from_qtensor, to_qtensor, type_of
 from qjax.interop.gguf.errors import GGUFError
+from qjax.interop.gguf.mixes import MIXES
 from qjax.interop.gguf.reader import GGUFFile, TensorInfo, open_gguf
 from qjax.interop.gguf.types import BY_NAME, TENSOR_TYPES, TensorType
+from qjax.interop.gguf.writer import Tensor, typed_metadata, write_gguf
 
 __all__ = [
     "BY_NAME",
+    "MIXES",
     "TENSOR_TYPES",
     "GGUFError",
     "GGUFFile",
+    "Tensor",
     "TensorInfo",
     "TensorType",
     "decode",
@@ -17,4 +21,6 @@ __all__ = [
     "open_gguf",
     "to_qtensor",
     "type_of",
+    "typed_metadata",
+    "write_gguf",
 ]

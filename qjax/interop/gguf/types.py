@@ -33,21 +33,21 @@ class Bits(NamedTuple):
     """Values of a block that are put together from pieces.
 
     Attributes:
-      count: values per block.
+      size: values per block.
       bits: of a value.
       pieces: disjoint, and all bits of all values together.
       flip: bits to invert: the sign of a float16 that qjax keeps the other way round.
     """
 
-    count: int
+    size: int
     bits: int
     pieces: tuple[Piece, ...]
     flip: int = 0
 
     def unpack(self, blocks: UInt8[np.ndarray, "B nbytes"]) -> np.ndarray:
-        """Returns the values [B, count], uint8 or uint16."""
+        """Returns the values [B, size], uint8 or uint16."""
         dtype = np.uint8 if self.bits <= 8 else np.uint16
-        out = np.zeros((len(blocks), self.count), dtype)
+        out = np.zeros((len(blocks), self.size), dtype)
         for values, at, shift, to, width in self.pieces:
             piece = blocks[:, at]
             if shift:
@@ -58,7 +58,7 @@ class Bits(NamedTuple):
         return out ^ dtype(self.flip) if self.flip else out
 
     def pack(self, values: np.ndarray, blocks: UInt8[np.ndarray, "B nbytes"]) -> None:
-        """Writes values [B, count] into blocks that are zero where they go."""
+        """Writes values [B, size] into blocks that are zero where they go."""
         values = values ^ values.dtype.type(self.flip) if self.flip else values
         for which, at, shift, to, width in self.pieces:
             piece = (values[:, which] >> to).astype(np.uint8) & np.uint8(2**width - 1)
@@ -72,12 +72,12 @@ class Trits(NamedTuple):
     digit n to the front: t_n = 3 (byte 3^n mod 256) >> 8.
     """
 
-    count: int = 256
+    size: int = 256
     # First byte, bytes, digits in each; digit n of byte m is value start + bytes n + m.
     runs: tuple[tuple[int, int, int, int], ...] = ((0, 32, 5, 0), (32, 16, 5, 160), (48, 4, 4, 240))
 
     def unpack(self, blocks: UInt8[np.ndarray, "B nbytes"]) -> np.ndarray:
-        out = np.empty((len(blocks), self.count), np.uint8)
+        out = np.empty((len(blocks), self.size), np.uint8)
         for first, length, digits, start in self.runs:
             piece = blocks[:, first : first + length]
             for n in range(digits):
