@@ -144,12 +144,6 @@ class ModelConfig:
                 f"config.json: model_type {kind!r} is not supported, only"
                 f" {', '.join(ARCHITECTURES)}."
             )
-        if config.get("quantization_config"):
-            method = config["quantization_config"].get("quant_method")
-            raise NotImplementedError(
-                f"config.json: the checkpoint is already quantized (quant_method {method!r});"
-                " only float checkpoints are read here."
-            )
         _require(config, "hidden_act", "silu", default="silu")
         _require(config, "mlp_bias", False, default=False)
         _require(config, "partial_rotary_factor", 1.0, default=1.0)
@@ -178,6 +172,53 @@ class ModelConfig:
             bos_id=config.get("bos_token_id"),
             eos_ids=_ids(config.get("eos_token_id")),
         )
+
+    def to_hf(self) -> dict[str, Any]:
+        """Returns a `config.json` that `from_hf`, and transformers, read.
+
+        Raises:
+          NotImplementedError: if the architecture's config has no words for it.
+        """
+        kind = self.architecture
+        biases = (True, False) if kind == "qwen2" else (self.qkv_bias,) * 2
+        if (self.qkv_bias, self.o_bias) != biases or (kind == "mistral" and self.qkv_bias):
+            raise NotImplementedError(
+                f"config.json of {kind}: no words for qkv_bias={self.qkv_bias} with"
+                f" o_bias={self.o_bias}."
+            )
+        if self.qk_norm != (kind == "qwen3"):
+            raise NotImplementedError(f"config.json of {kind}: no word for qk_norm={self.qk_norm}.")
+        window: dict[str, Any] = {"sliding_window": self.sliding_window}
+        if kind == "llama":
+            if self.sliding_window is not None:
+                raise NotImplementedError("config.json of llama: no word for a sliding_window.")
+            window = {}
+        elif kind != "mistral":
+            window |= {"use_sliding_window": self.sliding_window is not None}
+            window |= {"max_window_layers": 0} if self.sliding_window is not None else {}
+        return {
+            "architectures": [f"{kind.capitalize()}ForCausalLM"],
+            "model_type": kind,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "max_position_embeddings": self.max_position,
+            "rms_norm_eps": self.norm_eps,
+            "rope_theta": self.rope_theta,
+            "rope_scaling": _hf_scaling(self.rope_scaling),
+            "attention_bias": self.qkv_bias and kind != "qwen2",
+            "tie_word_embeddings": self.tie_embeddings,
+            **window,
+            "bos_token_id": self.bos_id,
+            "eos_token_id": list(self.eos_ids)
+            if len(self.eos_ids) > 1
+            else next(iter(self.eos_ids), None),
+        }
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Self:
@@ -275,6 +316,25 @@ def _hf_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
                 original_max_position=_get(rope, "original_max_position_embeddings"),
             )
     raise NotImplementedError(f"rope_type {kind!r} is not supported, only default, linear, llama3.")
+
+
+def _hf_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    match scaling:
+        case None:
+            return None
+        case RopeScaling(kind="linear"):
+            return {"rope_type": "linear", "factor": scaling.factor}
+        case RopeScaling(kind="llama3"):
+            return {
+                "rope_type": "llama3",
+                "factor": scaling.factor,
+                "low_freq_factor": scaling.low_freq_factor,
+                "high_freq_factor": scaling.high_freq_factor,
+                "original_max_position_embeddings": scaling.original_max_position,
+            }
+    raise NotImplementedError(
+        f"config.json has no word for rotary {scaling.kind}, only for linear and llama3 scaling."
+    )
 
 
 def _hf_window(config: Mapping[str, Any]) -> int | None:

@@ -2,18 +2,18 @@
 
 import dataclasses
 import importlib.metadata
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from safetensors import SafetensorError, safe_open
 
 from qjax.interop.gguf import GGUFFile, open_gguf, to_qtensor
+from qjax.interop.hf.directory import open_hf
 from qjax.models import rope
 from qjax.models.assemble import assemble
 from qjax.models.config import ModelConfig, RopeScaling
@@ -128,27 +128,37 @@ def load_hf(
 ) -> LoadedModel:
     """Loads a Hugging Face directory: config.json, safetensors (also in shards), tokenizer.json.
 
+    Quantized weights stay packed, as QTensors: run them with `qjax.apply(model.apply)`. Read are
+    the methods in `qjax.interop.hf.METHODS`.
+
     Args and errors are those of `load`.
     """
     directory = Path(directory)
-    raw = _json(directory / "config.json")
+    opened = open_hf(directory)
     try:
-        config = ModelConfig.from_hf(raw)
+        config = ModelConfig.from_hf(opened.config)
     except (ValueError, NotImplementedError) as e:
         raise type(e)(f"{directory}: {e}") from None
     model = _decoder(config, dtype, param_dtype, scan_layers, remat)
-    tensors = _Safetensors(directory)
-    present = {name for name in tensors.files if not name.endswith("rotary_emb.inv_freq")}
+    present = {name for name in opened.names if not name.endswith("rotary_emb.inv_freq")}
     if config.tie_embeddings and "lm_head.weight" in present:
-        if not np.array_equal(
-            tensors.read("lm_head.weight"), tensors.read("model.embed_tokens.weight")
-        ):
+        head = opened.read("lm_head.weight")
+        table = opened.read("model.embed_tokens.weight")
+        if isinstance(head, QTensor) or not np.array_equal(head, table):
             raise ValueError(
                 f"{directory}: config.json says `tie_word_embeddings`, but lm_head.weight differs"
                 " from model.embed_tokens.weight. Set it to false to use the head."
             )
         present.remove("lm_head.weight")
-    params = assemble(model, lambda path: names_of(path).hf, present, tensors.read, str(directory))
+
+    def read(name: str) -> np.ndarray | QTensor:
+        weight = opened.read(name)
+        if not isinstance(weight, QTensor):
+            return weight
+        stored = jnp.dtype(model.param_dtype).name
+        return dataclasses.replace(jax.tree.map(jnp.asarray, weight), dtype=stored)
+
+    params = assemble(model, lambda path: names_of(path).hf, present, read, str(directory))
     tokenizer = (
         Tokenizer.from_directory(directory, config)
         if (directory / "tokenizer.json").exists()
@@ -231,56 +241,3 @@ def _decoder(
     return Decoder(
         config, dtype=dtype, param_dtype=param_dtype, scan_layers=scan_layers, remat=remat
     )
-
-
-class _Safetensors:
-    """The tensors of a directory, each opened when it is read."""
-
-    def __init__(self, directory: Path):
-        index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
-        if index.exists():
-            entries = _json(index).get("weight_map", {})
-            for file in sorted(set(entries.values())):
-                if Path(file).name != file or not (directory / file).is_file():
-                    raise ValueError(
-                        f"{index}: names the shard {file!r}, which is not in {directory}."
-                    )
-            self.files = {name: directory / file for name, file in entries.items()}
-        elif single.exists():
-            with _open(single) as f:
-                self.files = dict.fromkeys(f.keys(), single)
-        else:
-            raise FileNotFoundError(
-                f"{directory}: has neither {single.name} nor {index.name}."
-                " Only safetensors are read; convert other weights first."
-            )
-
-    def read(self, name: str) -> np.ndarray:
-        # Opened anew for each tensor, so that a read tensor's pages are not kept.
-        with _open(self.files[name]) as f:
-            try:
-                return f.get_tensor(name)
-            except SafetensorError as e:
-                raise ValueError(
-                    f"{self.files[name]}: tensor {name!r} cannot be read: {e}."
-                ) from None
-
-
-def _open(path: Path):
-    try:
-        return safe_open(path, framework="numpy")
-    except SafetensorError as e:
-        raise ValueError(
-            f"{path}: not a valid safetensors file ({e}). Download or copy it again."
-        ) from None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path.parent}: has no {path.name}, so it is no Hugging Face model."
-        ) from None
-    except ValueError as e:
-        raise ValueError(f"{path}: not valid JSON ({e}).") from None

@@ -213,7 +213,6 @@ def test_configs_survive_json(name):
         ({"num_hidden_layers": None}, ValueError, "lacks `num_hidden_layers`"),
         ({"rope_parameters": {"rope_type": "yarn"}}, NotImplementedError, "'yarn'.*llama3"),
         ({"num_key_value_heads": 3}, ValueError, "`num_kv_heads` must divide.*3 and 4"),
-        ({"quantization_config": {"quant_method": "gptq"}}, NotImplementedError, "'gptq'"),
         ({"sliding_window": 8, "max_window_layers": 1}, NotImplementedError, "some layers only"),
     ],
 )
