@@ -75,9 +75,10 @@ def _values(parts: Parts, fmt: Format) -> Float32[np.ndarray, "B block"]:
             q += np.float32(element.qmin)
     scale = _scale_values(parts.scale, fmt.scale)[..., None]
     B, G, _ = scale.shape
-    w = q.reshape(B, G, -1) * scale
-    if fmt.offset is not None:
-        w += _scale_values(parts.zero, fmt.offset)[..., None]
+    with np.errstate(over="ignore", invalid="ignore"):  # scales in a file may be Inf or NaN
+        w = q.reshape(B, G, -1) * scale
+        if fmt.offset is not None:
+            w += _scale_values(parts.zero, fmt.offset)[..., None]
     return w.reshape(B, -1)
 
 

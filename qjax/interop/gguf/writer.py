@@ -102,6 +102,7 @@ def write_gguf(
                     f" {tensor.nbytes} bytes, got {raw.nbytes} as {raw.dtype}."
                 )
             file.write(raw.data)
+            del raw  # before the next one is made
             if on_tensor is not None:
                 on_tensor(tensor.name)
         file.write(bytes(-file.tell() % alignment))
@@ -181,7 +182,8 @@ def _value(key: str, value: Any) -> bytes:
             )
         strings = b"".join(map(_string, value))
         return struct.pack("<IIQ", ARRAY, STRING, len(value)) + strings
-    if isinstance(value, bool | int | float):
+    # numpy's float64 is a float of Python's, too.
+    if isinstance(value, bool | int | float) and not isinstance(value, np.generic):
         value = _scalar(key, value)
     if isinstance(value, np.ndarray | np.generic) and value.ndim <= 1:
         id = _TYPE_IDS.get(value.dtype)
