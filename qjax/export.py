@@ -15,6 +15,7 @@ import numpy as np
 from qjax.interop.hf.directory import read_json
 from qjax.interop.hf.write import SHARD_BYTES, ExportError, Weight, verify_hf, write_hf
 from qjax.models.config import ModelConfig
+from qjax.models.gguf import save_gguf as gguf
 from qjax.models.names import names_of
 from qjax.paths import path_str
 from qjax.qtensor import is_qtensor
@@ -22,7 +23,7 @@ from qjax.qtensor import is_qtensor
 if TYPE_CHECKING:
     from qjax.models.tokenizer import Tokenizer
 
-__all__ = ["ExportError", "hf"]
+__all__ = ["ExportError", "gguf", "hf"]
 
 
 def hf(

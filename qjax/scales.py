@@ -87,6 +87,11 @@ def choose(
 
 def _choose(w, fmt, importance):
     element = numerics.get_element(fmt.element)
+    if fmt.rule == "ggml":
+        raise NotImplementedError(
+            "rule='ggml' chooses scales together with the codes and scales above them, in"
+            " `quantize_array`. Where scales alone are asked for, as for learned steps, use 'mse'."
+        )
     v = split(w, fmt)
     if fmt.scale_rule == "centered":
         mean = jnp.mean(w, (-2, -1), keepdims=True)

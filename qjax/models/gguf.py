@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import functools
 import json
 import os
@@ -103,7 +104,9 @@ def mix_types(config: ModelConfig, params: Any, mix: str) -> dict[str, str]:
     )  # fmt: skip
 
 
-def policy(config: ModelConfig, params: Any, mix: str, **recipe: Any) -> Policy:
+def policy(
+    config: ModelConfig, params: Any, mix: str, *, keep: Sequence[str] = (), **recipe: Any
+) -> Policy:
     """Returns a mix as a Policy: a rule for each parameter of the model.
 
     With it `qjax.quantize` makes the QTensors of that file: by ggml's search; with calibration data
@@ -113,6 +116,8 @@ def policy(config: ModelConfig, params: Any, mix: str, **recipe: Any) -> Policy:
       config: of the model.
       params: its parameters, of layers that are not in a stack: layers differ in their types.
       mix: a name in `qjax.interop.gguf.MIXES`, such as "Q4_K_M".
+      keep: patterns of parameters that stay floats until `save_gguf(..., mix=)` quantizes them
+        without data: the embedding and the head, whose columns are many, as llama.cpp does.
       **recipe: fields of `qjax.Recipe`, such as rounding="gptq".
 
     Raises:
@@ -125,6 +130,8 @@ def policy(config: ModelConfig, params: Any, mix: str, **recipe: Any) -> Policy:
     for p in parameters(params):
         fmt = BY_NAME[types[p.name]].format
         path = p.path.partition("[")[0]
+        if any(fnmatch.fnmatchcase(path, pattern) for pattern in keep):
+            fmt = None
         layout = None if p.layer is not None or p.is_kernel else "nk"
         rule = Rule("re:" + re.escape(path), fmt, layout if fmt else None, min_ndim=0)
         if rules.setdefault(path, rule) != rule:
