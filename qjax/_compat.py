@@ -6,21 +6,29 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax._src import config as _config
 from jax._src import core as _core
 from jax._src import dispatch as _dispatch
+from jax._src import sharding_impls as _sharding_impls
+from jax._src import dtypes as _dtypes
+from jax._src import earray as _earray
 from jax._src import source_info_util as _source_info
+from jax._src.interpreters import pxla as _pxla
 from jax.extend.core import Primitive
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 __all__ = [
+    "ExtendedDType",
     "Primitive",
     "ShapedArray",
     "abstract_like",
     "align_varying",
     "as_traced",
     "bind",
+    "decoded_spec",
     "enter_auto",
     "explicit_mesh",
+    "extended_results",
     "is_partitioned",
     "leave_auto",
     "lower_with_devices",
@@ -30,12 +38,22 @@ __all__ = [
     "scan_counts",
     "shard_map_axes",
     "spec_of",
+    "split_over",
     "unplaced",
+    "untracked_axes",
     "without_mesh",
 ]
 
 
 ShapedArray = _core.ShapedArray
+ExtendedDType = _dtypes.ExtendedDType
+
+
+def extended_results(aval: Any, sharding: Any, committed: bool) -> Any:
+    """Returns how buffers become an array of an extended dtype that has its physical shape."""
+    make = _pxla.global_result_handlers[_core.ShapedArray]
+    physical = make(_core.physical_aval(aval), sharding, committed)
+    return lambda buffers: _earray.EArray(aval, physical(buffers))
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
@@ -84,6 +102,20 @@ def align_varying(*args: Any) -> list[Any]:
         jax.lax.pcast(a, tuple(wanted - has), to="varying") if wanted - has else a
         for a, has in zip(args, varying, strict=True)
     ]
+
+
+def untracked_axes() -> tuple[str, ...]:
+    """Returns the mesh axes of a shard_map without `check_vma`, whose types do not say what varies.
+
+    Outside of one, and inside of one with it, there are none.
+    """
+    return () if _config._check_vma.value else tuple(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def split_over(x: Any) -> tuple[str, ...]:
+    """Returns the mesh axes over which parts of an array may lie, inside a shard_map; else ()."""
+    varying = _core.typeof(x).mat.varying
+    return untracked_axes() or tuple(sorted(varying))
 
 
 def out_aval(x: Any, shape: tuple[int, ...], dtype: Any, spec: tuple[Any, ...]) -> Any:
@@ -181,6 +213,20 @@ def unplaced(lowering_context: Any) -> Any:
 def without_mesh() -> Any:
     """Returns a context in which arrays have no mesh, whatever the caller has set."""
     return jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
+
+
+def decoded_spec(sharding: Any, mesh: Any) -> tuple[Any, ...]:
+    """Returns the mesh axes of a sharding that XLA's partitioner chose, an entry per axis.
+
+    Inside a program it may split an array over part of a mesh axis, which no PartitionSpec can say:
+    four groups over eight devices. Such an array counts as replicated, and is gathered.
+    """
+    if sharding is None or mesh.empty:
+        return ()
+    try:
+        return tuple(_sharding_impls.parse_flatten_op_sharding(sharding._hlo_sharding, mesh)[0])
+    except ValueError:  # IndivisibleError is one
+        return ()
 
 
 def lower_with_devices(primitive: Any) -> None:
