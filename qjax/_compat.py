@@ -9,9 +9,9 @@ import jax
 from jax._src import config as _config
 from jax._src import core as _core
 from jax._src import dispatch as _dispatch
-from jax._src import sharding_impls as _sharding_impls
 from jax._src import dtypes as _dtypes
 from jax._src import earray as _earray
+from jax._src import sharding_impls as _sharding_impls
 from jax._src import source_info_util as _source_info
 from jax._src.interpreters import pxla as _pxla
 from jax.extend.core import Primitive
