@@ -1,4 +1,4 @@
-"""`qjax inspect`: what a checkpoint or model file holds, without reading its arrays."""
+"""`qjax inspect`: what a checkpoint or model file holds, reading next to none of its arrays."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 
 from qjax.cli import options
 from qjax.cli.terminal import megabytes, print_json
-from qjax.summary import Row, Summary, summary
+from qjax.summary import Row, Summary, row_of, summary
 
 _LONGEST = 100  # characters of one metadata value
 
@@ -124,20 +124,35 @@ def _gguf(path: Path) -> Contents:
 
 
 def _directory(path: Path) -> Contents:
+    from qjax.interop.hf import open_hf
+
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(
             f"{path}: is neither a qjax checkpoint nor a Hugging Face model; it has no safetensors."
         )
-    rows = [row for file in files for row in _safetensors(file).summary.rows]
-    config = path / "config.json"
-    metadata = {}
-    if config.is_file():
-        try:
-            metadata = json.loads(config.read_text(encoding="utf-8"))
-        except ValueError as e:
-            raise ValueError(f"{config}: not valid JSON ({e}).") from None
-    return Contents("Hugging Face model", Summary(tuple(rows)), metadata)
+    if not (path / "config.json").is_file():
+        rows = [row for file in files for row in _safetensors(file).summary.rows]
+        return Contents("Hugging Face model", Summary(tuple(rows)), {})
+    opened = open_hf(path)
+    rows, alike = [], {}
+    for name in sorted(opened.names):
+        stored = opened.stored(name)
+        nbytes = sum(t.nbytes for t in stored)
+        if name not in opened.quantized:
+            (tensor,) = stored
+            rows.append(_row(name, tensor.shape, tensor.kind, nbytes, False))
+            continue
+        # Weights whose tensors have the same shapes have the same format: one of them is read.
+        shapes = tuple((t.kind, t.shape) for t in stored)
+        if shapes not in alike:
+            alike[shapes] = row_of(name, opened.read(name), None)
+        bits = 8 * nbytes / math.prod(alike[shapes].shape)
+        rows.append(
+            dataclasses.replace(alike[shapes], path=name, nbytes=nbytes, bits_per_weight=bits)
+        )
+    kind = "Hugging Face model" + (f" ({opened.codec.name})" if opened.codec else "")
+    return Contents(kind, Summary(tuple(rows)), opened.config)
 
 
 _BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16}

@@ -12,7 +12,7 @@ import numpy as np
 
 from qjax.interop.hf.codec import Codec
 from qjax.interop.hf.methods import reader
-from qjax.interop.hf.safetensors import Directory
+from qjax.interop.hf.safetensors import Directory, TensorInfo
 from qjax.qtensor import QTensor
 
 # Where tools keep the quantization config, if not in config.json.
@@ -54,6 +54,11 @@ class HFDirectory:
                 " products, such as a cache of keys and values; that is not supported."
             )
         self.names = frozenset((set(tensors) - parts) | set(self.quantized))
+
+    def stored(self, name: str) -> list[TensorInfo]:
+        """Returns where the tensors of a weight lie."""
+        parts = self.quantized.get(name)
+        return [self._files.tensors[t] for t in (parts.values() if parts else (name,))]
 
     def read(self, name: str) -> np.ndarray | QTensor:
         """Returns a weight: an array as the file has it ([N, K]), or a QTensor [K, N].

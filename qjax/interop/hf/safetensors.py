@@ -50,6 +50,15 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
     start: int
 
+    @property
+    def kind(self) -> str:
+        """What the file calls its type."""
+        return _NAMES[self.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Returns the tensors of one file, after checking that its header is true of it.
