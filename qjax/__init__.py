@@ -1,6 +1,6 @@
 """qjax: functional quantization for JAX and Flax."""
 
-from qjax import lora
+from qjax import lora, qat
 from qjax.checkpoint import load, save
 from qjax.format import Format
 from qjax.policy import Policy, Rule, presets
@@ -31,8 +31,11 @@ __all__ = [
     "is_qtensor",
     "load",
     "lora",
+    "prepare",
     "presets",
+    "qat",
     "quantize",
+    "restore",
     "save",
     "summary",
     "usage",

@@ -161,8 +161,8 @@ class Format:
             signed = element.kind == "int" and element.qmin < 0
             if not signed or self.zero_point or self.offset is not None:
                 raise ValueError(
-                    f"`activation={self.activation!r}` multiplies integers: it needs a signed integer"
-                    f" element without zero point or offset, got {self.element!r}."
+                    f"`activation={self.activation!r}` multiplies integers: it needs a signed"
+                    f" integer element without zero point or offset, got {self.element!r}."
                 )
         if self.activation is not None and (self.zero_point or self.offset is not None):
             raise ValueError(

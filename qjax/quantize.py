@@ -267,6 +267,12 @@ def _zero_if_finite(w):
     return jnp.sum(w.astype(jnp.float32) * 0.0)
 
 
+def _is_trained(plan: list[Assignment]) -> bool:
+    """Whether every weight brings steps of its own, so that no recipe is needed to find them."""
+    given = [a.leaf for a in plan if a.format is not None]
+    return all(is_latent(leaf) and leaf.scale is not None for leaf in given)
+
+
 def check_finite(plan: list[Assignment]) -> None:
     """Refuses NaN and Inf weights, before anything is computed or freed."""
     for path, leaf, fmt, *_ in plan:
@@ -350,7 +356,7 @@ def quantize(
     # Of shapes only a plan is made.
     if not all(isinstance(_array(a.leaf), jax.ShapeDtypeStruct) for a in plan):
         _check_data_free(plan)
-        if policy.needs_data:
+        if policy.needs_data and not _is_trained(plan):
             raise QuantizationError(
                 f"policy {policy.name!r} needs calibration data: pass `fn` and `calibration`."
             )

@@ -455,8 +455,7 @@ def _partitioned(spec: Spec, shapes: _Shapes):
 
     def partition(mesh, arg_shapes, result_shape):
         def axes_of(a):
-            # Without a mesh in the whole program there is nothing to split over.
-            entries = tuple(getattr(a.sharding, "spec", ()))
+            entries = _compat.decoded_spec(a.sharding, mesh)
             return [_names(e) for e in entries] + [()] * (len(a.shape) - len(entries))
 
         x, data, y = axes_of(arg_shapes[0]), axes_of(arg_shapes[1]), axes_of(result_shape)
@@ -505,7 +504,12 @@ def _partitioned(spec: Spec, shapes: _Shapes):
         return mesh, run, named(*lead, *m, outer), tuple(args)
 
     rule, factors = _rule(shapes, spec.transposed)
-    function.def_partition(partition=partition, sharding_rule=rule, **factors)  # pyright: ignore[reportArgumentType]
+    function.def_partition(
+        partition=partition,
+        sharding_rule=rule,
+        decode_shardings=False,  # not all that come up can be: `_compat.decoded_spec`
+        **factors,  # pyright: ignore[reportArgumentType]
+    )
     return function
 
 
