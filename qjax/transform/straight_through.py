@@ -88,10 +88,11 @@ def finer_weight(
 ) -> Float[Array, "*b K N"]:
     """Returns `w` rounded to integers of `bits` bits over the range that the format's own has.
 
-    s_b = s (q_max - q_min) / (2^b - 1), w_b = s_b clip(round(w / s_b), -2^(b-1), 2^(b-1) - 1)
+    s_b = s (-q_min) / 2^(b-1),  w_b = s_b clip(round(w / s_b), -2^(b-1), 2^(b-1) - 1)
 
-    `bits` may be traced: a width that changes during training compiles once. From 32 bits on w
-    stays as it is. The derivative is straight-through, as for `rounded_weight`.
+    so that with one bit more each level stays and new ones lie halfway between them. `bits` may be
+    traced: a width that changes during training compiles once. From 32 bits on w stays as it is.
+    The derivative is straight-through, as for `rounded_weight`.
     """
     step, top = _finer(bits, fmt, s, w)
     u = scales.safe_divide(w, step)
@@ -101,7 +102,7 @@ def finer_weight(
 def _finer(bits, fmt, s, w):
     element = numerics.get_element(fmt.element)
     top = 2.0 ** (jnp.minimum(bits, 24.0) - 1)
-    step = s * ((element.qmax - element.qmin) / (2 * top - 1))
+    step = s * (-element.qmin / top)
     return scales.spread(step, fmt, *w.shape[-2:]), top
 
 
