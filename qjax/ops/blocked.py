@@ -31,7 +31,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from qjax.numerics import Element
-from qjax.ops import digits
+from qjax.ops import cpu, digits
 from qjax.packing import unit
 
 # Rows of data added in one expression for M = 1. Packed rows whose length is a power of two fall
@@ -99,7 +99,7 @@ def matmul(
     nb, gb = K // block, min(block, g)
     # Codes are exact in bfloat16, and so are their products with a bfloat16 x in the accumulator;
     # scaled weights are not. Blocks of several groups scale weights: short dots are slow.
-    is_bf16 = x.dtype == jnp.bfloat16 and not element.levels and block <= g and _has_bf16_dot()
+    is_bf16 = x.dtype == jnp.bfloat16 and not element.levels and block <= g and cpu.has_bf16_dot()
     dtype = jnp.bfloat16 if is_bf16 else jnp.float32
     # The scale belongs on whichever is smaller: the products of a group, or its weights.
     on_products = is_bf16 or (block <= g and block >= 8 * M)
@@ -374,17 +374,6 @@ def _interleaved(data: Array, element: Element) -> Float[Array, "K N"]:
 def _stored_shift(element: Element) -> float:
     """What packed integers lack: code 0 stands for `qmin`."""
     return element.qmin if element.is_packed and not element.levels else 0.0
-
-
-@functools.cache
-def _has_bf16_dot() -> bool:
-    """Whether this CPU multiplies bfloat16; elsewhere XLA would widen both operands again."""
-    try:
-        with open("/proc/cpuinfo") as f:
-            words = set(f.read().split())
-    except OSError:
-        return False
-    return not words.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
 
 
 # ---- groups and blocks --------------------------------------------------------------------------

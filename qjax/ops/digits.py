@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int8
 
 from qjax.numerics import Element
+from qjax.ops import cpu
 from qjax.packing import unit
 
 _DIGITS = 4
@@ -42,26 +42,9 @@ def is_faster(M: int, K: int, g: int, element: Element) -> bool:
     floats: int8 1.4 to 2.5 times as fast from 4 tokens on, int4 in groups of 128 1.2 to 1.7 times
     from 4 to 16.
     """
-    if element.kind != "int" or g > _MAX_ROWS or not has_int8_dot():
+    if element.kind != "int" or g > _MAX_ROWS or not cpu.has_int8_dot():
         return False
     return M <= _MAX_TOKENS if g == K else M <= _MAX_TOKENS_GROUPED and g >= _SHORTEST_GROUP
-
-
-@functools.cache
-def has_int8_dot() -> bool:
-    """Whether this CPU multiplies bytes, and XLA makes use of it."""
-    try:
-        with open("/proc/cpuinfo") as f:
-            words = set(f.read().split())
-    except OSError:
-        return False
-    if words.isdisjoint({"avx512_vnni", "avx_vnni", "amx_int8"}):
-        return False
-    # Without its library of dots (from 0.12 on, a flag turns it off) XLA widens bytes to integers.
-    row, square = (jax.ShapeDtypeStruct(s, jnp.int8) for s in ((16, 256), (256, 256)))
-    dot = functools.partial(jnp.dot, preferred_element_type=jnp.int32)
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        return "ynn" in (jax.jit(dot).lower(row, square).compile().as_text() or "")
 
 
 def split(x: Float[Array, "*m K"]) -> tuple[Int8[Array, "4 *m K"], Float[Array, "*m 1"]]:

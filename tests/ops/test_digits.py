@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from qjax import numerics, packing
-from qjax.ops import blocked, digits
+from qjax.ops import blocked, cpu, digits
 
 
 def value(d, step):
@@ -81,12 +81,12 @@ def test_blocked_products_agree_with_and_without_bytes():
 
 def test_only_what_gains_runs_in_bytes(monkeypatch):
     int4, int8 = numerics.get_element("int4"), numerics.get_element("int8")
-    monkeypatch.setattr(digits, "has_int8_dot", lambda: True)
+    monkeypatch.setattr(cpu, "has_int8_dot", lambda: True)
     assert digits.is_faster(16, 4096, 128, int4)
     assert digits.is_faster(128, 4096, 4096, int8)
     assert not digits.is_faster(32, 4096, 128, int4)
     assert not digits.is_faster(8, 4096, 32, int4)
     assert not digits.is_faster(8, 1 << 17, 1 << 17, int8)
     assert not digits.is_faster(8, 4096, 128, numerics.get_element("nf4"))
-    monkeypatch.setattr(digits, "has_int8_dot", lambda: False)
+    monkeypatch.setattr(cpu, "has_int8_dot", lambda: False)
     assert not digits.is_faster(16, 4096, 128, int4)
