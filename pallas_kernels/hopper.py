@@ -1,0 +1,191 @@
+"""The skeleton of every Hopper product: persistent CTAs, a ring of TMA buffers, two warpgroups.
+
+A kernel computes the transpose, yᵀ [N, M] = W [N, K] xᵀ [K, M], and stores y. A wgmma takes its
+left operand from registers, which is where dequantized weights are born, and has 64 rows: here
+output features. The tokens become its n, a multiple of 8, so that decoding wastes little.
+
+Each CTA has one warpgroup that loads tiles by TMA into a ring of buffers in shared memory, and two
+that multiply. CTAs are persistent and walk over work items: an output tile and a part of K. Every
+part writes its own sums, which XLA adds afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.tuning import TILE_N, Tuning
+
+ROWS = 64  # of a wgmma: the output features of one warpgroup
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """An array that the loop reads, a block of it in every step of `tile_k` inputs.
+
+    Attributes:
+      array: [N, K] or [M, K]; or, with `is_row`, [R, N] or [R, M] with a row for some inputs.
+      of: "n" for output features, "m" for tokens.
+      is_row: whether K, or what stands for it, is the first axis.
+      rows: with `is_row`, rows in a block.
+      steps_per_row: with `is_row`, steps that share one row.
+      columns: without `is_row`, inputs that are contiguous in a tile in shared memory; the kernel
+        can cut the tile there.
+    """
+
+    array: Array
+    of: str
+    is_row: bool = False
+    rows: int = 1
+    steps_per_row: int = 1
+    columns: int = 128
+
+    def block_spec(self, size: int, tile_k: int, first: Any) -> Any:
+        if self.is_row:
+            index = lambda k: ((first + k) // self.steps_per_row, 0)
+            return plgpu.BlockSpec((self.rows, size), index, memory_space=plgpu.SMEM)
+        return plgpu.BlockSpec(
+            (size, tile_k),
+            lambda k: (0, first + k),
+            transforms=transforms(self.columns, self.array.dtype),
+            memory_space=plgpu.SMEM,
+        )
+
+
+def bits(dtype: Any) -> int:
+    """Returns how many bits of device memory a value takes."""
+    dtype = jnp.dtype(dtype)
+    return 4 if dtype.name in ("int4", "uint4") else dtype.itemsize * 8
+
+
+def transforms(columns: int, dtype: Any) -> tuple[Any, ...]:
+    """Returns the layout of a tile in shared memory: rows of at most 128 bytes, swizzled."""
+    swizzle = plgpu.find_swizzle(columns * bits(dtype))
+    tiling = plgpu.TilingTransform((8, 8 * swizzle // bits(dtype)))
+    return (tiling,) if swizzle == 16 else (tiling, plgpu.SwizzleTransform(swizzle))
+
+
+def padded_tokens(x: Array, tile_m: int) -> Array:
+    """Returns x with zero tokens up to whole tiles."""
+    return jnp.pad(x, ((0, -x.shape[0] % tile_m), (0, 0)))
+
+
+def product(
+    operands: Sequence[Operand],
+    step: Callable[..., Any],
+    finish: Callable[..., Any],
+    *,
+    whole: Sequence[Array] = (),
+    in_tensor_core: Any = None,
+    out_dtype: Any,
+    sizes: tuple[int, int, int],
+    tuning: Tuning,
+    interpret: Any = None,
+) -> Array:
+    """Returns the sums of every part of K, [split_k, M, N].
+
+    Args:
+      operands: what the loop reads.
+      step: function (*blocks in shared memory, rows, total) -> total that adds the products of one
+        step for `rows` of the tile's features.
+      finish: function (sums [64, tile_m], features, tokens, *whole) -> sums to store.
+      whole: arrays that `finish` reads from global memory.
+      in_tensor_core: None: `total` is a float32 value; or the type of the accumulator that it is.
+      sizes: (M, K, N), multiples of the tiles.
+    """
+    (M, K, N), tile_m, split = sizes, tuning.tile_m, tuning.split_k
+    steps = K // tuning.tile_k // split
+    if steps * split * tuning.tile_k != K or M % tile_m or N % TILE_N:
+        raise ValueError(f"{tuning} does not tile M={M}, K={K}, N={N}.")
+    size = {"n": TILE_N, "m": tile_m}
+
+    def pipeline(step, context, part: Any = 0):
+        return plgpu.emit_pipeline_warp_specialized(
+            step,
+            grid=(steps,),
+            memory_registers=40,
+            wg_axis="wg",
+            num_compute_wgs=2,
+            max_concurrent_steps=tuning.stages,
+            compute_context=context,
+            in_specs=[o.block_spec(size[o.of], tuning.tile_k, part * steps) for o in operands],
+        )
+
+    def kernel(*refs):
+        ins, extra = refs[: len(operands)], refs[len(operands) : -2]
+        out, out_smem = refs[-2:]
+
+        def ignore(*_, **__):
+            pass
+
+        @functools.partial(
+            pl.run_scoped,
+            buffers=pipeline(ignore, ignore).get_allocations(*ins),
+            collective_axes="wg",
+        )
+        def _(buffers):
+            wg = lax.axis_index("wg")
+            rows = pl.ds(wg * ROWS, ROWS)
+
+            @plgpu.nd_loop((N // TILE_N, split, M // tile_m), collective_axes="sm")
+            def _(item):
+                n, part, m = item.index
+                own = pl.ds(n * TILE_N + wg * ROWS, ROWS)
+                where = {"n": pl.ds(n * TILE_N, TILE_N), "m": pl.ds(m * tile_m, tile_m)}
+
+                def store(total):
+                    tile = finish(total, own, where["m"], *extra)
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the item before
+                    out_smem.at[wg].T[...] = plgpu.layout_cast(
+                        tile.astype(out_dtype), plgpu.Layout.WGMMA_TRANSPOSED
+                    )
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(out_smem.at[wg], out.at[part, where["m"], own])
+
+                def context(run):
+                    if in_tensor_core is None:
+                        zeros = jnp.zeros((ROWS, tile_m), jnp.float32)
+                        store(run(plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)))
+                        return
+
+                    @functools.partial(
+                        pl.run_scoped, total=plgpu.ACC((ROWS, tile_m), in_tensor_core)
+                    )
+                    def _(total):
+                        run(total)
+                        store(total[...])
+
+                def body(_, *blocks):
+                    return step(*blocks[:-1], rows, blocks[-1])
+
+                def cut(operand, ref):
+                    at = where[operand.of]
+                    return ref.at[:, at] if operand.is_row else ref.at[at, :]
+
+                pipeline(body, context, part)(*map(cut, operands, ins), allocations=buffers)
+
+        plgpu.wait_smem_to_gmem(0)
+
+    call = plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((split, M, N), out_dtype),
+        grid=(min(tuning.sms, math.prod((N // TILE_N, split, M // tile_m))),),
+        grid_names=("sm",),
+        num_threads=3,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        scratch_types=[
+            plgpu.SMEM((2, tile_m, ROWS), out_dtype, transforms=transforms(ROWS, out_dtype))
+        ],
+        interpret=interpret,
+    )
+    return call(*[o.array for o in operands], *whole)

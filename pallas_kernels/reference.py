@@ -1,0 +1,40 @@
+"""What the kernels compute, in a few lines of jnp each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+def weight_only(x: Array, w: Array, scale: Array, *, out_dtype: Any = jnp.float32) -> Array:
+    """Returns y[m, n] = sum_k x[m, k] * w[n, k] * scale[k // g, n], summed in float32.
+
+    Args:
+      x: [M, K] activations.
+      w: [N, K] stored values of any type.
+      scale: [G, N]; a group has g = K / G inputs.
+    """
+    wide = jnp.repeat(scale.astype(jnp.float32), x.shape[1] // scale.shape[0], axis=0)  # [K, N]
+    w = w.astype(jnp.float32).T * wide
+    y = jnp.dot(x.astype(jnp.float32), w, precision=lax.Precision.HIGHEST)
+    return y.astype(out_dtype)
+
+
+def eight_bit(
+    x: Array, w: Array, x_scale: Array, w_scale: Array, *, out_dtype: Any = jnp.float32
+) -> Array:
+    """Returns y[m, n] = sum_g x_scale[m, g] * w_scale[g, n] * sum_(k in g) x[m, k] * w[n, k].
+
+    Args:
+      x: [M, K] int8 or FP8.
+      w: [N, K] int8 or FP8.
+      x_scale: [M, G].
+      w_scale: [G, N].
+    """
+    g = x.shape[1] // w_scale.shape[0]
+    wide = jnp.repeat(w_scale.astype(jnp.float32), g, axis=0)  # [K, N]
+    x = x.astype(jnp.float32) * jnp.repeat(x_scale.astype(jnp.float32), g, axis=1)
+    y = jnp.dot(x, w.astype(jnp.float32).T * wide, precision=lax.Precision.HIGHEST)
+    return y.astype(out_dtype)

@@ -1,0 +1,96 @@
+"""The tuning choices of every kernel, as one table and the rule that splits K over idle SMs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+SMS = 132  # streaming multiprocessors of an H100 SXM; kernels never query a device
+TILE_N = 128  # output features of one CTA: two warpgroups with the 64 rows of a wgmma each
+TILE_K = 128  # K is a multiple of it, as prepared weights are padded
+SMEM_BYTES = 227 * 1024  # that one CTA may have
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """How one product is laid out on the GPU.
+
+    Attributes:
+      tile_m: tokens of one CTA, the n of its wgmma: 8, 16, 32, 64 or 128.
+      tile_k: inputs of one pipeline step, 128 or 256.
+      stages: steps whose loads may be in flight.
+      scale_on: "accumulator" multiplies the float32 sum of every group, which is exact and costs in
+        proportion to the tokens; "weight" multiplies the weight in the activation's type, which
+        costs the same for any number of tokens and one more rounding of every weight.
+      split_k: CTAs that share one output tile; their float32 sums are added by a second kernel.
+      sms: CTAs of the persistent grid.
+    """
+
+    tile_m: int
+    stages: int
+    tile_k: int = TILE_K
+    scale_on: str = "accumulator"
+    split_k: int = 1
+    sms: int = SMS
+
+
+# Most tokens -> tuning. The first row that is large enough is taken; more tokens are tiled by it.
+# Longer steps have fewer instructions a weight around the products, but need twice the buffers.
+WEIGHT_ONLY = {
+    8: Tuning(8, 6, 256),
+    16: Tuning(16, 6, 256),
+    32: Tuning(32, 5, 256),
+    64: Tuning(64, 4, 256),
+    math.inf: Tuning(128, 4, scale_on="weight"),
+}
+
+# Both operands lie in shared memory: 16 KB of weights and 128 bytes a token for each stage.
+EIGHT_BIT = {
+    8: Tuning(8, 8),
+    16: Tuning(16, 8),
+    32: Tuning(32, 8),
+    64: Tuning(64, 6),
+    math.inf: Tuning(128, 5),
+}
+
+
+def weight_only(M: int, K: int, N: int, group_size: int = 128) -> Tuning:
+    """Returns the tuning of a weight-only product of M tokens with a [K, N] weight.
+
+    Example:
+      >>> weight_only(16, 4096, 4096)
+      Tuning(tile_m=16, stages=6, tile_k=256, scale_on='accumulator', split_k=8, sms=132)
+    """
+    return _for_shape(WEIGHT_ONLY, M, K, N, group_size)
+
+
+def eight_bit(M: int, K: int, N: int) -> Tuning:
+    """Returns the tuning of a product of M tokens with a [K, N] weight, both of 8 bits."""
+    return _for_shape(EIGHT_BIT, M, K, N, TILE_K)
+
+
+def _for_shape(table: dict[float, Tuning], M: int, K: int, N: int, group_size: int) -> Tuning:
+    row = next(row for most, row in table.items() if most >= M)
+    if K % row.tile_k or (group_size % row.tile_k and row.tile_k % group_size):
+        row = dataclasses.replace(row, tile_k=TILE_K)
+    m_tiles = -(-M // row.tile_m)
+    return dataclasses.replace(row, split_k=split_k(m_tiles * (N // TILE_N), K // row.tile_k))
+
+
+def split_k(tiles: int, steps: int, sms: int = SMS) -> int:
+    """Returns into how many parts the contraction is split, a divisor of its `steps`.
+
+    Enough work items for all SMs first; then the shortest schedule, in pipeline steps of the
+    busiest SM with one for starting every item; then the fewest parts, as each writes its sums.
+
+    Example:
+      >>> split_k(tiles=32, steps=32)  # 4096 x 4096: 4 parts would leave 4 of 132 SMs idle
+      8
+      >>> split_k(tiles=224, steps=64)
+      1
+    """
+    divisors = [d for d in range(1, steps + 1) if steps % d == 0]
+    enough = [d for d in divisors if tiles * d >= sms] or [steps]
+    if tiles >= sms:
+        return 1
+    return min(enough, key=lambda d: (-(-tiles * d // sms) * (steps // d + 1), d))
