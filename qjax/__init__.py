@@ -4,6 +4,7 @@ from qjax import lora, qat
 from qjax.checkpoint import load, save
 from qjax.format import Format
 from qjax.policy import Policy, Rule, presets
+from qjax.prepare import prepare, restore
 from qjax.qtensor import QTensor, is_qtensor
 from qjax.quantize import QuantizationError, dequantize, quantize
 from qjax.recipe import Recipe
@@ -28,6 +29,7 @@ __all__ = [
     "dequantize",
     "explain",
     "fake_quant",
+    "fp8",
     "is_qtensor",
     "load",
     "lora",

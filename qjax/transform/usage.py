@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from qjax.paths import path_str
 from qjax.tables import align
@@ -136,7 +138,7 @@ class Usage:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["ndim"])
 @dataclasses.dataclass(frozen=True)
 class _Tracked:
-    """A float parameter, or what a scan has left of it.
+    """A float parameter, or what a scan or a shard has left of it.
 
     `ndim` is that of the whole parameter, so `ndim - array.ndim` leading axes are gone.
     """
@@ -164,6 +166,8 @@ def _array(view: View) -> Any:
 class _Recorder(walk.Handler):
     def __init__(self):
         self.seen: dict[str, dict[Consumption, None]] = {}
+        # Axes of which every device has a single entry, inside a shard_map.
+        self.one_each: dict[str, set[int]] = {}
 
     def record(self, view: View, op: str, kinds: dict[int, str] | None = None) -> None:
         """Notes a use; `kinds` maps axes of the view to letters, the others are kept."""
@@ -179,6 +183,9 @@ class _Recorder(walk.Handler):
                     if of[root] not in (".", letter):  # part of an axis is contracted, part kept
                         return self.record(view, op)
                     of[root] = letter
+            if "k" in of:  # one expert each
+                alone = self.one_each.get(view.name, ())
+                of = ["b" if c == "." and i in alone else c for i, c in enumerate(of)]
             letters = "".join(of)
         self.seen.setdefault(view.name, {})[Consumption(op, letters)] = None
 
@@ -228,6 +235,31 @@ class _Recorder(walk.Handler):
         payload = dataclasses.replace(view.payload, array=array.reshape(shape))
         dim = (atom._replace(size=size),) if size > 1 else ()
         return view.replace(axis, dim, payload)
+
+    def shard(self, view, spec, mesh):
+        payload, stored = view.payload, view.atoms(_UNKNOWN)
+        gone = payload.ndim - payload.array.ndim
+        entries: list[Any] = [None] * payload.array.ndim
+        dims = list(view.dims)
+        for axis, entry in enumerate(spec):
+            names = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+            if not names:
+                continue
+            if not dims[axis]:
+                return None
+            atom, *minor = dims[axis]
+            parts = math.prod(mesh.shape[name] for name in names)
+            root = atom.position[0]
+            is_major = atom == next(a for a in stored if a.position[0] == root)
+            if atom.size % parts or not is_major:
+                return None
+            entries[root - gone] = names
+            if view.shape[axis] == parts:
+                self.one_each.setdefault(view.name, set()).add(root)
+            local = (atom._replace(size=atom.size // parts),) if atom.size > parts else ()
+            dims[axis] = (*local, *minor)
+        specs = dataclasses.replace(payload, array=PartitionSpec(*entries))
+        return specs, view.with_dims(dims)
 
     def unstack(self, view):
         size = view.payload.array.shape[0]
