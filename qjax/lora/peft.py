@@ -86,13 +86,14 @@ def save_peft(
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "r": first.rank,
-        "lora_alpha": first.alpha,
+        "lora_alpha": _number(first.alpha),
         "use_rslora": first.rank_stabilized,
         "lora_dropout": dropout,
-        # Full names: a name like "q_proj" would also make adapters of layers that have none here.
-        "target_modules": sorted(modules),
+        "target_modules": _targets(list(modules)),
         "rank_pattern": {m: ad.rank for m, ad in modules.items() if ad.rank != first.rank},
-        "alpha_pattern": {m: ad.alpha for m, ad in modules.items() if ad.alpha != first.alpha},
+        "alpha_pattern": {
+            m: _number(ad.alpha) for m, ad in modules.items() if ad.alpha != first.alpha
+        },
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -102,6 +103,25 @@ def save_peft(
     contiguous = {name: jnp.asarray(np.ascontiguousarray(x)) for name, x in tensors.items()}
     save_file(contiguous, directory / WEIGHTS, metadata={"format": "pt"})
     (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
+
+
+def _targets(modules: list[str]) -> list[str]:
+    """Returns how the format names modules: by their last name if all layers are alike, as usual.
+
+    A last name stands for that module of every layer; else only full names say what there is.
+    """
+    layers: dict[int, set[str]] = {}
+    for module in modules:
+        found = re.search(r"\.layers\.(\d+)\.", module)
+        if found is None:
+            return sorted(modules)
+        layers.setdefault(int(found[1]), set()).add(module.rpartition(".")[2])
+    alike = all(names == layers.get(0) for names in layers.values())
+    return sorted(layers[0]) if alike and max(layers) + 1 == len(layers) else sorted(modules)
+
+
+def _number(x: float) -> int | float:
+    return int(x) if x == int(x) else x
 
 
 def _matrices(path: str, adapter: Adapter, names: Names) -> list[tuple[str, Any, Any]]:
@@ -196,7 +216,7 @@ def _adapter(
     path: str, leaf: Any, found: dict, is_stack: bool, config: dict, dtype: Any, directory: Path
 ) -> Adapter:
     specs = {
-        (a.shape[1], _pattern(config.get("alpha_pattern"), m, config["lora_alpha"]))
+        (a.shape[1], _pattern(config.get("alpha_pattern"), m, config.get("lora_alpha", 8)))
         for m, (a, _) in found.items()
     }
     if len(specs) > 1:

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import qjax
 from qjax import Format, Policy, Rule, lora
+from qjax.models import Decoder, ModelConfig
 
 NF4 = Format("nf4", 16, scale=Format("uint8", group_size=1, group_columns=16))
 FLOAT_AND_PACKED = pytest.mark.parametrize("fmt", [None, NF4], ids=["float", "nf4-dq"])
@@ -130,6 +131,17 @@ def test_experts_picked_by_index_have_adapters():
     fn = lambda p, x: jnp.einsum("mk,mkn->mn", x, p["w"][jnp.array([2, 0, 2, 1])])
     fmt = dataclasses.replace(NF4, scale="float32")  # an index out of range makes its scale NaN
     check(fn, {"w": normal(3, 32, 16)}, {"w": "kn"}, normal(4, 32, seed=1), fmt=fmt, traced=False)
+
+
+def test_a_custom_derivative_of_the_weight_is_refused_by_path():
+    product = jax.custom_vjp(lambda x, w: x @ w)
+    product.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, ct: (ct @ kept[1].T, 0 * kept[1]))
+    fn = lambda p, x: product(x, p["w"])
+    base, x = qjax.quantize({"w": normal(64, 32)}, NF4), normal(5, 64, seed=1)
+    adapters = trained(lora.init(jax.random.key(0), base, "w", rank=2, alpha=2))
+    assert_close(lora.apply(fn)(base, adapters, x), x @ dense(base, adapters)["w"])
+    with pytest.raises(NotImplementedError, match=r"w: has an adapter.*custom derivative"):
+        jax.grad(lambda ad: jnp.sum(lora.apply(fn)(base, ad, x)))(adapters)
 
 
 def test_nothing_changes_at_first_and_by_paths_without_an_adapter():
@@ -312,6 +324,70 @@ def test_a_step_on_eight_devices_is_the_step_on_one(mesh, packed, spec):
         sharded, placed, jax.device_put(x, NamedSharding(mesh, P("data"))), jax.random.key(2)
     )
     assert_close(got, want, depth=4)
+
+
+@pytest.mark.slow
+def test_a_step_of_the_scanned_decoder_on_eight_devices_is_the_step_on_one(mesh):
+    config = ModelConfig(
+        "llama", vocab_size=32, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4,
+        num_kv_heads=4, head_dim=16, tie_embeddings=True,
+    )  # fmt: skip
+    model = Decoder(config, scan_layers=True, remat=True)
+    tokens = jnp.arange(32).reshape(8, 4)
+    params = model.init(jax.random.key(0), tokens)["params"]
+    fmt = dataclasses.replace(NF4, scale="float32")
+    policy = Policy([Rule("*_proj/kernel", fmt)])
+
+    def split(path, leaf):  # Megatron's way: q, k, v, up, gate by columns, o and down by rows
+        name = "/".join(k.key for k in path)
+        if not name.endswith("_proj/kernel"):
+            return jax.device_put(leaf, NamedSharding(mesh, P()))
+        spec = P(None, "model") if "/o_" in name or "down" in name else P(None, None, "model")
+        return jax.device_put(leaf, NamedSharding(mesh, spec))
+
+    base = qjax.quantize(params, policy)
+    sharded = qjax.quantize(jax.tree_util.tree_map_with_path(split, params), policy)
+    fn = lambda params, tokens: model.apply({"params": params}, tokens)
+
+    @jax.jit
+    def step(base, adapters, tokens):
+        run = lora.apply(fn, dropout=0.1, key=jax.random.key(2))
+        loss = lambda ad: jnp.mean(jnp.tanh(run(base, ad, tokens)) ** 2)
+        return jax.value_and_grad(loss)(trained(adapters))
+
+    of = lambda base: lora.init(jax.random.key(0), base, "*_proj/kernel", rank=4, dtype=jnp.float32)
+    want = step(base, of(base), tokens)
+    got = step(sharded, of(sharded), jax.device_put(tokens, NamedSharding(mesh, P("data"))))
+    assert_close(got, want, depth=16)
+    kernel = sharded["layers"]["mlp"]["up_proj"]["kernel"].data
+    assert kernel.sharding.spec == P(None, None, "model")  # it stays where it is
+
+
+def test_shardings_may_be_part_of_the_types():
+    mesh = jax.make_mesh(
+        (2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2
+    )
+    with jax.set_mesh(mesh):
+        w = jax.device_put(normal(64, 32), P(None, "model"))
+        x = jax.device_put(normal(8, 64, seed=1), P("data"))
+        base = qjax.quantize({"w": w}, dataclasses.replace(NF4, scale="float32"))
+        adapters = lora.init(jax.random.key(0), base, "w", rank=4, dtype=jnp.float32)
+        eye = jnp.eye(4, 32)
+        adapters = {
+            "w": dataclasses.replace(adapters["w"], b=jax.device_put(eye, P(None, "model")))
+        }
+        y = jax.jit(lora.apply(_fn))(base, adapters, x)
+    assert jax.typeof(y).sharding.spec == P("data", "model")
+    local = jax.tree.map(np.asarray, (base, adapters, x))
+    assert_close(np.asarray(y), lora.apply(_fn)(*jax.tree.map(jnp.asarray, local)))
+
+
+def test_init_is_pure():
+    base = qjax.quantize({"w": normal(64, 32)}, NF4)
+    init = lambda base: lora.init(jax.random.key(0), base, "w", rank=4)
+    eager, jitted, planned = init(base), jax.jit(init)(base), jax.eval_shape(init, base)
+    assert jax.tree.structure(eager) == jax.tree.structure(jitted) == jax.tree.structure(planned)
+    assert jnp.array_equal(eager["w"].a, jitted["w"].a)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["float", "nf4-dq"])
