@@ -12,9 +12,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
 
 GOLDEN = Path(__file__).parent
 BASE = GOLDEN / "hf" / "llama"
@@ -32,17 +29,25 @@ CONFIGS = {
 
 
 def base():
+    import torch
+    from transformers import AutoModelForCausalLM
+
     return AutoModelForCausalLM.from_pretrained(
         BASE, attn_implementation="eager", dtype=torch.float32
     ).eval()
 
 
 def logits_of(model, tokens):
+    import torch
+
     with torch.no_grad():
         return model(torch.from_numpy(tokens)).logits.numpy()
 
 
 def main():
+    import torch
+    from peft import LoraConfig, get_peft_model
+
     tokens = np.load(BASE / "expected.npz")["tokens"]
     for name, config in CONFIGS.items():
         torch.manual_seed(0)
@@ -61,6 +66,8 @@ def main():
 
 
 def judge(directory: Path):
+    from peft import PeftModel
+
     tokens = np.load(BASE / "expected.npz")["tokens"]
     model = PeftModel.from_pretrained(base(), directory).eval()
     np.savez_compressed(directory / "judged.npz", logits=logits_of(model, tokens))
