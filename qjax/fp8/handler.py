@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +19,7 @@ from qjax.fp8.recipe import Recipe
 from qjax.layout import Layout
 from qjax.ops import weight
 from qjax.transform import apply
-from qjax.view import View, view_of
+from qjax.view import Atom, View, view_of
 
 
 @functools.partial(
@@ -40,6 +42,11 @@ class Fp8Weight:
     scales: Any
     probe: Any
     block: int | None
+
+    @property
+    def data_axes(self) -> str:
+        """The order of the last two axes of `data`."""
+        return "kn"
 
 
 def as_view(
@@ -135,11 +142,10 @@ class Fp8(apply.Packed):
         stored = weight.lead_axis(view, atom)
         if stored is not None:
             payload = jax.tree.map(lambda a: take(a, stored), payload)
-        elif atom.kind != "b" and len(view.atoms(atom.kind)) == 1:
-            at = payload.data.ndim - (2 if atom.kind == "k" else 1)
-            payload = dataclasses.replace(payload, data=take(payload.data, at))
-        else:
+        elif atom.kind == "b":
             return None
+        else:
+            payload = dataclasses.replace(payload, data=_cut(view, atom, take))
         return view.replace(axis, (atom._replace(size=size),) if size > 1 else (), payload)
 
     def rebind(self, view, bind):
@@ -168,6 +174,16 @@ class Fp8(apply.Packed):
             names = tuple(name for entry in entries if entry for name in entry)
             self.stacked_over[view.name] = (*self.stacked_over.get(view.name, ()), *names)
         return sharded
+
+
+def _cut(view: View, atom: Atom, take: Callable) -> Array:
+    """Returns the canonical weight with part of one atom of K or N."""
+    data, atoms = view.payload.data, view.atoms(atom.kind)
+    axis = data.ndim - (2 if atom.kind == "k" else 1)
+    apart = data.reshape(*data.shape[:axis], *(a.size for a in atoms), *data.shape[axis + 1 :])
+    part = take(apart, axis + atoms.index(atom))
+    merged = math.prod(part.shape[axis : axis + len(atoms)])
+    return part.reshape(*data.shape[:axis], merged, *data.shape[axis + 1 :])
 
 
 def _dense(view: View) -> Array:

@@ -1,22 +1,17 @@
 """What is compiled: products of FP8 codes, not of codes made wide again."""
 
-import importlib.util
+import importlib
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qjax import Format, fp8
 from qjax.models import Decoder, ModelConfig
 
-# XLA's own description of an H100 SXM (xla/tools/hlo_opt/gpu_specs/h100_sxm.txtpb, Apache-2.0).
-H100 = Path(__file__).with_name("h100_sxm.txtpb")
 E4M3, E5M2 = "f8E4M3FN", "f8E5M2"
 
 
@@ -77,19 +72,11 @@ def test_gradients_of_a_decoder_have_no_product_of_a_weight_in_float():
     assert sum(d[:2] == (E4M3, E5M2) for d in found) == 7 + 1
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not importlib.util.find_spec("jax_cuda13_plugin"),
-    reason="compiling for an H100 needs jax-cuda13-plugin and jax-cuda13-pjrt; no GPU",
-)
+@pytest.mark.h100
 @pytest.mark.parametrize("recipe", ["current", "delayed", "block"])
-def test_an_h100_multiplies_in_fp8(recipe, monkeypatch):
+def test_an_h100_multiplies_in_fp8(recipe):
     """Compiles a decoder's training step for an H100, without one."""
-    monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-    topology = topologies.get_topology_desc(
-        "h100", "cuda", target_config=H100.read_text(), topology="1x1x1"
-    )
-    mesh = Mesh(np.array(topology.devices), ("x",))
+    mesh = importlib.import_module("pallas_kernels.h100").mesh()
     config = ModelConfig(
         "llama", vocab_size=512, hidden_size=256, intermediate_size=512, num_layers=2, num_heads=4,
         num_kv_heads=4, head_dim=64,

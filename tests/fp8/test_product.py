@@ -107,11 +107,16 @@ def run(x, w, g, spec, scales=None):
 
 
 @pytest.mark.parametrize("block", [None, 16])
-@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"power_of_two": False}, {"margin": 2}, {"gradient": "e4m3"}],
-    ids=["default", "float scales", "margin", "e4m3 gradients"],
+    ("transposed", "options"),
+    [
+        (False, {}),
+        (True, {}),
+        (False, {"power_of_two": False}),
+        (False, {"margin": 2}),
+        (True, {"gradient": "e4m3"}),
+    ],
+    ids=["x @ W", "x @ W.T", "float scales", "margin", "e4m3 gradients"],
 )
 def test_value_and_gradients_are_products_of_rounded_operands(block, transposed, options):
     spec = make_spec(block, transposed, **options)
@@ -148,7 +153,7 @@ def test_given_scales_are_used_and_what_exceeds_them_saturates():
 
 
 @pytest.mark.parametrize("block", [None, 4])
-@pytest.mark.parametrize("tokens", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("tokens", [(), (2, 3)])
 def test_each_leading_entry_is_a_product_of_its_own(block, tokens):
     spec = make_spec(block)
     w = (
