@@ -1,4 +1,13 @@
-"""FP8 training: e4m3 forward, e5m2 gradients, current, delayed and block scales."""
+"""FP8 training of unmodified functions: e4m3 forward, e5m2 gradients, float parameters.
+
+    state = fp8.init(loss, "delayed")(params, batch)  # or "current", "block", a Recipe
+
+    @jax.jit
+    def step(params, opt_state, state, batch):
+        (value, state), grads = fp8.value_and_grad(loss, "delayed")(state, params, batch)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, state, value
+"""
 
 from qjax.fp8.recipe import BLOCK, TENSOR, Recipe
 from qjax.fp8.state import Amax, State

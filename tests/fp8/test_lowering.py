@@ -94,6 +94,10 @@ def test_an_h100_multiplies_in_fp8(recipe):
         # Without a device nothing can be timed: take cuBLAS, the one that XLA can always choose.
         hlo = lowered.compile(compiler_options={"xla_gpu_enable_triton_gemm": False}).as_text()
     calls = re.findall(r'custom_call_target="(__cublas\S*?)"', hlo)
-    assert calls.count("__cublas$lt$matmul$f8") == 3 * (7 + 1)
-    # What is left are the two products of attention and their derivatives.
-    assert len(calls) - calls.count("__cublas$lt$matmul$f8") <= 6
+    in_float = [c for c in calls if c != "__cublas$lt$matmul$f8"]
+    # The two products of attention and their derivatives, and nothing else.
+    assert len(in_float) == 2 + 4
+    # Seven weights and the head, thrice. XLA makes one product of those that share both an input
+    # and its scale: q, k and v, gate and up.
+    merged = 2 + 1 if recipe == "current" else 0
+    assert 3 * (7 + 1 - merged) <= len(calls) - len(in_float) <= 3 * (7 + 1)
