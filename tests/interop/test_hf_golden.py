@@ -225,8 +225,7 @@ def test_compressed_tensors_encode_to_the_same_bytes_and_scheme(tag):
     scheme = config["config_groups"]["group_0"]
     assert ours["config_groups"]["group_0"]["weights"] == scheme["weights"]
     assert ours["config_groups"]["group_0"]["targets"] == ["Linear"]
-    if tag != "fp8_block":  # with inputs by token, which that scheme of a test has
-        assert ours["config_groups"]["group_0"]["input_activations"] == scheme["input_activations"]
+    assert ours["config_groups"]["group_0"]["input_activations"] == scheme["input_activations"]
 
 
 def test_compressed_tensors_of_unpacked_codes_come_back_packed():

@@ -246,8 +246,6 @@ class CompressedTensors(Codec):
                 raise Unfit("FP8 has scales for channels, blocks or the tensor, not for groups")
             if fmt.granularity == "block" and None in (fmt.group_size, fmt.group_columns):
                 raise Unfit("its blocks have no size of their own")
-            if fmt.granularity == "block":
-                codec.refuse_activation(fmt)
             return
         bits = codec.check_ints(fmt)
         codec.plain_scale(fmt, *_FLOATS)

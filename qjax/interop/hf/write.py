@@ -151,7 +151,10 @@ def _checked(weights: list[Weight], format: str | None) -> Any:
         return None
     codec = methods.method(format)
     if not quantized:
-        raise ExportError(f"no parameter is quantized; {codec.name} would hold nothing.")
+        raise ExportError(
+            f"no parameter is quantized, so {codec.name} would hold nothing. Quantize the model"
+            " first (`qjax.quantize`, `qjax quantize`)."
+        )
     linear = {w.name for w in weights if w.is_linear}
     for name, qt in quantized.items():
         path = quantized.path(name)
