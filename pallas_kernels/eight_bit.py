@@ -102,7 +102,7 @@ def matmul(
             plgpu.wgmma(d, w_smem.at[rows], x_smem.T)
             return d[...]  # waits
 
-        d = pl.run_scoped(product, plgpu.ACC((hopper.ROWS, tile_m), total_dtype))
+        d = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((hopper.ROWS, tile_m), total_dtype))
         scale = outer(by_row(sw_smem.at[0, rows]), by_column(sx_smem.at[0]))
         return total + d.astype(jnp.float32) * scale
 

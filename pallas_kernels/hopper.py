@@ -26,6 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.tuning import TILE_N, Tuning
 
 ROWS = 64  # of a wgmma: the output features of one warpgroup
+MEMORY_REGISTERS = 88  # of a thread that loads; with fewer its index arithmetic spills
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +71,10 @@ def bits(dtype: Any) -> int:
 def transforms(columns: int, dtype: Any) -> tuple[Any, ...]:
     """Returns the layout of a tile in shared memory: rows of at most 128 bytes, swizzled."""
     swizzle = plgpu.find_swizzle(columns * bits(dtype))
-    tiling = plgpu.TilingTransform((8, 8 * swizzle // bits(dtype)))
-    return (tiling,) if swizzle == 16 else (tiling, plgpu.SwizzleTransform(swizzle))
+    tiling = plgpu.TilingTransform((8, 8 * swizzle // bits(dtype)))  # pyright: ignore[reportAbstractUsage]
+    if swizzle == 16:  # is none
+        return (tiling,)
+    return tiling, plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
 
 
 def padded_tokens(x: Array, tile_m: int) -> Array:
@@ -112,7 +115,7 @@ def product(
         return plgpu.emit_pipeline_warp_specialized(
             step,
             grid=(steps,),
-            memory_registers=40,
+            memory_registers=MEMORY_REGISTERS,
             wg_axis="wg",
             num_compute_wgs=2,
             max_concurrent_steps=tuning.stages,
@@ -158,7 +161,8 @@ def product(
                         return
 
                     @functools.partial(
-                        pl.run_scoped, total=plgpu.ACC((ROWS, tile_m), in_tensor_core)
+                        pl.run_scoped,
+                        total=plgpu.WGMMAAccumulatorRef((ROWS, tile_m), in_tensor_core),
                     )
                     def _(total):
                         run(total)

@@ -10,6 +10,7 @@ from unittest import mock
 import jax
 import numpy as np
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, interpret_pallas_call
+from jax._src.pallas.mosaic_gpu.interpret import shared_memory as memory
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 PARAMS = plgpu.InterpretGPUParams(detect_races=True, on_race="warn")
@@ -62,10 +63,10 @@ def _wgmma_from_registers(
     source_info=None,
 ):
     shared = gpu_callbacks._get_shared_memory()
-    info = gpu_callbacks.memory.GPULoggingInfo(mesh_location, thread, source_info)
+    info = memory.GPULoggingInfo(mesh_location, thread, source_info)
 
     def at(key, transforms):
-        key = gpu_callbacks.HostAllocationKey.from_array(key)
+        key = memory.HostAllocationKey.from_array(key)
         transforms = jax.tree.map(int, gpu_callbacks._remove_noop_transforms(transforms))
         place = shared.access(key, transforms)
         return key, place, shared.get_buffer_content(key, place, thread, logging_info=info)[0]

@@ -105,7 +105,9 @@ def matmul(
             plgpu.wgmma(d, q, xt)
             return d[...]  # waits
 
-        d = pl.run_scoped(product, plgpu.ACC((hopper.ROWS, tuning.tile_m), jnp.float32))
+        d = pl.run_scoped(
+            product, plgpu.WGMMAAccumulatorRef((hopper.ROWS, tuning.tile_m), jnp.float32)
+        )
         return d * lax.broadcast_in_dim(s.astype(jnp.float32), d.shape, (0,))
 
     parts = hopper.product(

@@ -4,6 +4,7 @@ from qjax import fp8, lora, qat
 from qjax.checkpoint import load, save
 from qjax.format import Format
 from qjax.policy import Policy, Rule, presets
+from qjax.prepare import prepare, restore
 from qjax.qtensor import QTensor, is_qtensor
 from qjax.quantize import QuantizationError, dequantize, quantize
 from qjax.recipe import Recipe
@@ -32,9 +33,11 @@ __all__ = [
     "is_qtensor",
     "load",
     "lora",
+    "prepare",
     "presets",
     "qat",
     "quantize",
+    "restore",
     "save",
     "summary",
     "usage",

@@ -63,7 +63,7 @@ class QTensor:
 
     # ---- pytree ----
 
-    def tree_flatten_with_keys(self):
+    def tree_flatten_with_keys(self) -> tuple[Any, tuple[Any, ...]]:
         key = jax.tree_util.GetAttrKey
         children = tuple((key(name), getattr(self, name)) for name in PARTS)
         return children, (self.format, self.layout, self.dtype, self.pad)
@@ -109,6 +109,20 @@ class QTensor:
     @property
     def bits_per_weight(self) -> float:
         return 8 * self.nbytes / self.size
+
+    @property
+    def data_axes(self) -> str:
+        """The order in which `data` has the axes K and N, after the leading ones."""
+        return "kn"
+
+    def parts(self) -> tuple[int, int]:
+        """Returns into how many parts K and N can be cut as far as a kernel cares."""
+        *_, K, N = self.canonical_shape
+        return K, N
+
+    def canonical(self) -> QTensor:
+        """Returns it with `data` as the checkpoint has it; only `qjax.prepare` changes that."""
+        return self
 
     def __repr__(self) -> str:
         try:
@@ -309,6 +323,7 @@ def read_scales(qt: QTensor) -> tuple[Float[Array, "*b G C"], Float[Array, "*b G
 
 def read_codes(qt: QTensor) -> Float[Array, "*b K N"]:
     """Returns the element values q of a QTensor in float32, unscaled."""
+    qt = qt.canonical()
     codes = qt.data
     if qt.element.is_packed:
         codes = packing.unpack(codes, qt.element.bits, qt.pad)
@@ -330,6 +345,7 @@ def dequantize_rows(qt: QTensor, rows: Int[Array, " i"]) -> Float[Array, "i N"]:
       qt: a weight without leading axes.
       rows: integers in range.
     """
+    qt = qt.canonical()
     scale, zero = read_scales(qt)
     wanted = rows
     if qt.perm is not None:

@@ -117,11 +117,24 @@ def _canonical(qt: QTensor, like: NamedSharding, lead, k: _Axes, n: _Axes) -> QT
     if qt.zero is not None:
         zero = part(qt.zero, packed(G, g) if fmt.zero_point else g)
     k = packed(K, k)
+    if qt.data_axes == "nk":
+        k_parts, n_parts = qt.parts()
+        k = _splittable(k, mesh, lambda parts: k_parts % parts == 0)
+        n = _splittable(n, mesh, lambda parts: n_parts % parts == 0)
     factors = _factors(qt, lead, k)
     place = lambda spec: NamedSharding(mesh, spec, memory_kind=like.memory_kind)
     return dataclasses.replace(
-        qt, data=named(k, n), scale=part(qt.scale, g), zero=zero, **jax.tree.map(place, factors)
+        qt,
+        data=named(*_ordered(qt, k, n)),
+        scale=part(qt.scale, g),
+        zero=zero,
+        **jax.tree.map(place, factors),
     )
+
+
+def _ordered(qt: QTensor, k: _Axes, n: _Axes) -> tuple[_Axes, _Axes]:
+    """Returns the mesh axes of K and N in the order that `data` has them."""
+    return (k, n) if qt.data_axes == "kn" else (n, k)
 
 
 def _factors(qt: QTensor, lead, k: _Axes) -> dict[str, PartitionSpec | None]:
@@ -183,7 +196,11 @@ def shard_specs(qt: QTensor, lead: list, k: _Axes, n: _Axes, mesh) -> QTensor | 
     fmt = qt.format
     G, C = fmt.groups(K, N)
     k_parts, n_parts = _parts(k, mesh), _parts(n, mesh)
-    if k_parts > 1 and (qt.pad or qt.data.shape[-2] % k_parts):
+    if qt.data_axes == "nk":
+        whole_k, whole_n = qt.parts()
+        if whole_k % k_parts or whole_n % n_parts:
+            return None
+    elif k_parts > 1 and (qt.pad or qt.data.shape[-2] % k_parts):
         return None
     if k_parts > 1 and G > 1 and (G * (fmt.group_size or K) != K or G % k_parts):
         return None
@@ -209,5 +226,5 @@ def shard_specs(qt: QTensor, lead: list, k: _Axes, n: _Axes, mesh) -> QTensor | 
         zero = part(qt.zero)
     if scale is None or (qt.zero is not None and zero is None):
         return None
-    data = PartitionSpec(*(_entry(a) for a in (*lead, k, n)))
+    data = PartitionSpec(*(_entry(a) for a in (*lead, *_ordered(qt, k, n))))
     return dataclasses.replace(qt, data=data, scale=scale, zero=zero, **_factors(qt, lead, k))

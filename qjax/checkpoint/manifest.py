@@ -163,7 +163,7 @@ def _describe(x: Any, path: tuple[str, ...], arrays: dict[str, Any]) -> Node:
     if x is None:
         return None
     if isinstance(x, QTensor):
-        return _describe_qtensor(x, path, arrays)
+        return _describe_qtensor(x.canonical(), path, arrays)  # no kernel's layout is stored
     if type(x) is dict:
         items = [[_key(k, path), _describe(v, (*path, str(k)), arrays)] for k, v in x.items()]
         return {"kind": "dict", "items": items}

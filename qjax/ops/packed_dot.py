@@ -21,12 +21,15 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from pallas_kernels.tuning import TILE_K, TILE_N
 from qjax import _compat, numerics, packing, qtensor
 from qjax.format import Format
 from qjax.ops import activation, blocked
+from qjax.prepare import Prepared, canonical_codes, kernel_codes, offsets, reason_against
 from qjax.qtensor import QTensor
 
-IMPLEMENTATIONS = ("reference", "xla")
+IMPLEMENTATIONS = ("reference", "xla", "mosaic")
+KERNEL_ACTIVATIONS = ("bfloat16", "float16")  # types of x that the "mosaic" kernel takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +42,9 @@ class Spec:
       transposed: False: y = x @ W, x ends in K. True: y = x @ Wᵀ, x ends in N.
       out_dtype: of the result; accumulation is in float32.
       implementation: None chooses; "reference" dequantizes the whole weight, "xla" works block by
-        block in plain JAX.
+        block in plain JAX, "mosaic" is the kernel for Hopper GPUs.
       summed_over: mesh axes that hold the other parts of the contraction, inside one partition.
+      extra: None; or that of a weight that is `Prepared`.
     """
 
     format: Format
@@ -49,14 +53,18 @@ class Spec:
     out_dtype: str
     implementation: str | None
     summed_over: tuple[str, ...] = ()
+    extra: tuple[int, int] | None = None
 
     @property
     def element(self) -> numerics.Element:
         return numerics.get_element(self.format.element)
 
-    def rows(self, data: Any) -> int:
-        """Returns K."""
-        return data.shape[-2] * 8 // self.element.bits - self.pad
+    def sizes(self, data: Any) -> tuple[int, int]:
+        """Returns K and N."""
+        if self.extra is not None:
+            K = data.shape[-1] * 8 // self.element.bits
+            return K - self.extra[0], data.shape[-2] - self.extra[1]
+        return data.shape[-2] * 8 // self.element.bits - self.pad, data.shape[-1]
 
 
 def packed_dot(
@@ -87,10 +95,13 @@ def packed_dot(
       qt: the weight.
       transposed: contract N instead of K.
       out_dtype: default: that of x.
-      implementation: None, "reference" or "xla".
+      implementation: None, "reference", "xla" or, for a weight that `qjax.prepare` has prepared,
+        "mosaic".
 
     Raises:
-      ValueError: for an unknown implementation, or static activations without their step.
+      ValueError: for an unknown implementation or one that does not take this weight or x, or
+        static activations without their step.
+      NotImplementedError: for `implementation="mosaic"` and x @ Wᵀ.
     """
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(
@@ -116,7 +127,13 @@ def packed_dot(
 def _bind(x, qt: QTensor, out_dtype, implementation: str | None, transposed: bool = False) -> Array:
     """Binds the primitive: the product with the codes and scales of `qt`, without its factors."""
     scale, zero = qtensor.read_scales(qt)
-    spec = Spec(qt.format, qt.pad, transposed, jnp.dtype(out_dtype).name, implementation)
+    extra = qt.extra if isinstance(qt, Prepared) else None
+    if implementation == "mosaic" and extra is None:
+        why = reason_against(qt) or "it is not prepared: see `qjax.prepare`"
+        raise ValueError(f'implementation="mosaic" does not take {qt!r}: {why}.')
+    spec = Spec(
+        qt.format, qt.pad, transposed, jnp.dtype(out_dtype).name, implementation, extra=extra
+    )
     operands = [x, qt.data, scale] + ([] if zero is None else [zero])
     return packed_dot_p.bind(*_compat.align_varying(*operands), spec=spec)
 
@@ -161,13 +178,14 @@ packed_dot_p = _compat.Primitive("packed_dot")
 
 
 def _out_shape(x: Any, data: Any, spec: Spec) -> tuple[int, ...]:
-    return (*x.shape[:-1], spec.rows(data) if spec.transposed else data.shape[-1])
+    K, N = spec.sizes(data)
+    return (*x.shape[:-1], K if spec.transposed else N)
 
 
 @packed_dot_p.def_abstract_eval
 def _abstract(x, data, scale, *zero, spec):
     n_lead = data.ndim - 2
-    K, N = spec.rows(data), data.shape[-1]
+    K, N = spec.sizes(data)
     if x.shape[-1] != (N if spec.transposed else K) or x.shape[:n_lead] != data.shape[:n_lead]:
         raise TypeError(
             f"packed_dot: x of shape {x.shape} does not fit a weight [*lead, K, N] ="
@@ -176,8 +194,8 @@ def _abstract(x, data, scale, *zero, spec):
     if x.sharding.mesh.empty:
         partition = ()
     else:
-        w = data.sharding.spec
-        partition = (*x.sharding.spec[:-1], w[-2] if spec.transposed else w[-1])
+        w = dict(zip("kn" if spec.extra is None else "nk", data.sharding.spec[-2:], strict=True))
+        partition = (*x.sharding.spec[:-1], w["k" if spec.transposed else "n"])
     return _compat.out_aval(x, _out_shape(x, data, spec), spec.out_dtype, partition)
 
 
@@ -246,8 +264,12 @@ batching.primitive_batchers[packed_dot_p] = _batch
 # ---- lowering -----------------------------------------------------------------------------------
 
 
-def _local(x, data, scale, *zero, spec: Spec):
-    """Computes packed_dot on the arrays at hand; the weight's leading axes become one vmap."""
+def _local(x, data, scale, *zero, spec: Spec, platform: str | None):
+    """Computes packed_dot on the arrays at hand; the weight's leading axes become one vmap.
+
+    Args:
+      platform: "cuda" in what is lowered for NVIDIA GPUs, None in all else.
+    """
     lead = data.shape[:-2]
     tokens = x.shape[len(lead) : -1]
     if not math.prod(x.shape[:-1]):
@@ -258,12 +280,17 @@ def _local(x, data, scale, *zero, spec: Spec):
 
     x = flat(x, math.prod(tokens), x.shape[-1])
     weight = [flat(a, *a.shape[-2:]) for a in (data, scale, *zero)]
-    one = functools.partial(_one, spec=spec, is_stacked=bool(lead))
-    y = jax.vmap(one)(x, *weight) if lead else one(x, *weight)
+    one = functools.partial(_one, spec=spec, is_stacked=bool(lead), platform=platform)
+    if lead and spec.extra is not None:  # a kernel has no batch axis
+        y = lax.map(lambda args: one(*args), (x, *weight))
+    else:
+        y = jax.vmap(one)(x, *weight) if lead else one(x, *weight)
     return y.reshape(*lead, *tokens, y.shape[-1])
 
 
-def _one(x, data, scale, zero=None, *, spec: Spec, is_stacked: bool):
+def _one(x, data, scale, zero=None, *, spec: Spec, is_stacked: bool, platform: str | None = None):
+    if spec.extra is not None:
+        return _prepared(x, data, scale, zero, spec, is_stacked, platform)
     if spec.format.activation is not None and not spec.transposed:
         return _activation_quantized(x, data, scale, spec)
     if spec.implementation == "reference":
@@ -275,11 +302,83 @@ def _one(x, data, scale, zero=None, *, spec: Spec, is_stacked: bool):
     return lax.psum(y, spec.summed_over) if spec.summed_over else y
 
 
+def _prepared(x, data, scale, zero, spec: Spec, is_stacked: bool, platform: str | None):
+    """The kernel on GPUs; elsewhere, and where there is none, as with a canonical weight."""
+    fmt, extra = spec.format, spec.extra
+    assert extra is not None
+    operands = [x, data, scale] + ([] if zero is None else [zero])
+
+    def xla(x, data, *scales):
+        data = canonical_codes(data, fmt.element, extra)
+        plain = dataclasses.replace(spec, extra=None, summed_over=())
+        return _one(x, data, *scales, spec=plain, is_stacked=is_stacked)
+
+    has_kernel = x.dtype.name in KERNEL_ACTIVATIONS and not spec.transposed
+    if spec.implementation == "mosaic":
+        if spec.transposed:
+            raise NotImplementedError(
+                'implementation="mosaic" has no kernel for x @ Wᵀ, as in derivatives. With None,'
+                " plain JAX computes it."
+            )
+        if not has_kernel:
+            raise ValueError(
+                f'implementation="mosaic" takes x in {" or ".join(KERNEL_ACTIVATIONS)}, got'
+                f" {x.dtype.name}. Cast the activation, or leave the choice to None."
+            )
+        if platform != "cuda":
+            raise NotImplementedError(
+                'implementation="mosaic" runs on NVIDIA GPUs only. Leave the choice to None: then'
+                " one program has the kernel for them and plain JAX for the rest."
+            )
+        y = _mosaic(*operands, spec=spec)
+    elif spec.implementation is None and has_kernel and platform == "cuda":
+        y = _mosaic(*operands, spec=spec)
+    else:
+        y = xla(*operands)
+    return lax.psum(y, spec.summed_over) if spec.summed_over else y
+
+
+def _mosaic(x, data, scale, zero=None, *, spec: Spec):
+    """Returns x @ W by the Hopper kernel, whose weight has neither zero points nor offsets.
+
+    They are a product of their own with the sums of x over groups, xs [M, G]:
+    sum_k x[m, k] * (code[k, n] * scale[g, n] + b[g, n]) = kernel + sum_g xs[m, g] * b[g, n]
+    """
+    from pallas_kernels import weight_only  # brings in Mosaic GPU, which few programs need
+
+    fmt, extra = spec.format, spec.extra
+    assert extra is not None
+    data = kernel_codes(data, fmt.element)
+    (M, K), (N_, K_) = x.shape, data.shape
+    G, N = scale.shape[0], N_ - extra[1]
+    g = K_ if G == 1 else fmt.group_size
+    assert g is not None
+    wide = lambda a: jnp.broadcast_to(a, (G, N))  # one scale may be for all columns
+    scale = wide(scale)
+    b = offsets(
+        fmt.element, scale, None if zero is None else wide(zero), is_offset=fmt.offset is not None
+    )
+    x = jnp.pad(x, ((0, 0), (0, K_ - K)))
+    # As it is stored: XLA takes this cast and the one that made it float32 for none.
+    stored = "float32"
+    if isinstance(fmt.scale, str) and fmt.scale in ("bfloat16", "float16"):
+        stored = fmt.scale
+    padded = jnp.pad(scale, ((0, K_ // g - G), (0, N_ - N))).astype(stored)
+    narrow = b is None and spec.out_dtype in ("bfloat16", "float16")
+    y = weight_only.matmul(x, data, padded, out_dtype=spec.out_dtype if narrow else jnp.float32)[
+        :, :N
+    ]
+    if b is not None:
+        sums = jnp.sum(x.reshape(M, K_ // g, g).astype(jnp.float32), axis=-1)[:, :G]
+        y = y + jnp.dot(sums, b, precision=lax.Precision.HIGHEST)
+    return y.astype(spec.out_dtype)
+
+
 def _blocked(x, data, scale, zero, spec: Spec, is_stacked: bool):
     """Block by block, without the whole float weight."""
     fmt, element = spec.format, spec.element
     is_offset = fmt.offset is not None
-    K, N = spec.rows(data), data.shape[-1]
+    K, N = spec.sizes(data)
     dot = blocked.matmul_t if spec.transposed else blocked.matmul
     # Products of bytes that are batched over leading axes are slow.
     size = {"K": K} if spec.transposed else {"in_bytes": not is_stacked}
@@ -319,7 +418,7 @@ def _activation_quantized(x, data, scale, spec: Spec):
     is_dynamic = fmt.activation_scale == "token"
     quantize = activation.quantize_tokens if is_dynamic else activation.round_steps
     xq, sx = quantize(x, fmt.activation, spec.summed_over)
-    K, N = spec.rows(data), data.shape[-1]
+    K, N = spec.sizes(data)
     q, accumulator, precision = data, jnp.float32, lax.Precision.HIGHEST
     is_int = numerics.get_element(fmt.activation).kind == "int"
     zero = 0
@@ -376,8 +475,10 @@ class _Shapes(NamedTuple):
       rows: rows of the packed codes.
       G, C: of the scales.
       k_parts, n_parts: K and N split into any divisor of this number of parts. K in whole groups
-        and whole packing units, N in whole column blocks; 1 where the storage cannot be cut.
+        and whole packing units, N in whole column blocks, both in whole tiles of a kernel that the
+        weight is prepared for; 1 where the storage cannot be cut.
       has_zero: whether there are zero points or offsets.
+      columns: None; or, of a prepared weight, the rows of `data`, which are its N and more.
     """
 
     n_lead: int
@@ -390,21 +491,28 @@ class _Shapes(NamedTuple):
     k_parts: int
     n_parts: int
     has_zero: bool
+    columns: int | None = None
 
 
 def _shapes(spec: Spec, x: Any, data: Any, scale: Any, has_zero: bool) -> _Shapes:
     fmt, element = spec.format, spec.element
     n_lead = len(data.shape) - 2
-    K, N, (G, C) = spec.rows(data), data.shape[-1], scale.shape[-2:]
+    (K, N), (G, C) = spec.sizes(data), scale.shape[-2:]
     units = K // packing.unit(element.bits) if element.is_packed else K
     k_parts = 1 if spec.pad else units
+    if spec.extra is not None:
+        k_parts = 1 if spec.extra[0] else K // TILE_K
     if G > 1:
         k_parts = math.gcd(k_parts, G) if G * (fmt.group_size or K) == K else 1
     n_parts = N
     if C > 1:
         n_parts = C if C * (fmt.group_columns or N) == N else 1
+    rows, columns = data.shape[-2], None
+    if spec.extra is not None:
+        columns, rows = data.shape[-2:]
+        n_parts = 1 if spec.extra[1] else N // TILE_N
     n_tokens = len(x.shape) - n_lead - 1
-    return _Shapes(n_lead, n_tokens, K, N, data.shape[-2], G, C, k_parts, n_parts, has_zero)
+    return _Shapes(n_lead, n_tokens, K, N, rows, G, C, k_parts, n_parts, has_zero, columns)
 
 
 def _rule(s: _Shapes, transposed: bool) -> tuple[str, dict[str, int]]:
@@ -431,7 +539,10 @@ def _rule(s: _Shapes, transposed: bool) -> tuple[str, dict[str, int]]:
     if s.n_parts == 1:
         N = "n"  # whole blocks of columns do not divide N, but x, data and y may still agree
     inner, outer = (N, K) if transposed else (K, N)
-    operands = [[*lead, *tokens, inner], [*lead, rows, N], scale] + [scale] * s.has_zero
+    data = [rows, N]
+    if s.columns is not None:
+        data = [N if s.columns == s.N else "x", rows]
+    operands = [[*lead, *tokens, inner], [*lead, *data], scale] + [scale] * s.has_zero
     for shared in "kn":  # sizes are only for factors that are nowhere a whole axis
         if any(shared in operand for operand in operands):
             sizes.pop(shared, None)
@@ -440,7 +551,7 @@ def _rule(s: _Shapes, transposed: bool) -> tuple[str, dict[str, int]]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _partitioned(spec: Spec, shapes: _Shapes):
+def _partitioned(spec: Spec, shapes: _Shapes, platform: str | None):
     """Returns `_local` with a rule that says how it shards.
 
     Leading axes, tokens and output features shard freely. The contraction shards if every shard
@@ -448,7 +559,7 @@ def _partitioned(spec: Spec, shapes: _Shapes):
     them. Where tokens and weight are split over the same mesh axis, the one that is more bytes
     stays: either the packed codes are gathered (never floats), or the activations are.
     """
-    local = jax.jit(functools.partial(_local, spec=spec))
+    local = jax.jit(functools.partial(_local, spec=spec, platform=platform))
     # Inside `jit`, as custom_partitioning takes no function with array constants of its own.
     function = custom_partitioning(lambda *args: local(*args))
     n_lead = shapes.n_lead
@@ -459,6 +570,7 @@ def _partitioned(spec: Spec, shapes: _Shapes):
             return [_names(e) for e in entries] + [()] * (len(a.shape) - len(entries))
 
         x, data, y = axes_of(arg_shapes[0]), axes_of(arg_shapes[1]), axes_of(result_shape)
+        data_k, data_n = data[n_lead:] if shapes.columns is None else reversed(data[n_lead:])
         taken: set[str] = set()
 
         def take(parts: int, *candidates: tuple[str, ...]) -> tuple[str, ...]:
@@ -476,8 +588,7 @@ def _partitioned(spec: Spec, shapes: _Shapes):
         lead = [take(sizes[1][i], data[i], x[i], y[i]) for i in range(n_lead)]
         ends = (x[-1], y[-1]) if not spec.transposed else (y[-1], x[-1])
         # A replicated weight costs nothing to split as its operands are.
-        k_wanted = [data[n_lead], ends[0]]
-        n_wanted = [data[n_lead + 1], ends[1]]
+        k_wanted, n_wanted = [data_k, ends[0]], [data_n, ends[1]]
         tokens = list(zip(x[n_lead:-1], y[n_lead:-1], sizes[0][n_lead:-1], strict=True))
         weight_bytes = sum(math.prod(a.shape) * a.dtype.itemsize for a in arg_shapes[1:])
         moved = (arg_shapes[0], result_shape)
@@ -495,7 +606,8 @@ def _partitioned(spec: Spec, shapes: _Shapes):
 
         inner, outer = (n, k) if spec.transposed else (k, n)
         scale = named(*lead, k if shapes.G > 1 else (), n if shapes.C > 1 else ())
-        args = [named(*lead, *m, inner), named(*lead, k, n), scale] + [scale] * shapes.has_zero
+        codes = named(*lead, k, n) if shapes.columns is None else named(*lead, n, k)
+        args = [named(*lead, *m, inner), codes, scale] + [scale] * shapes.has_zero
         one = dataclasses.replace(spec, summed_over=inner)
 
         def run(*args):  # the primitive again, as its lowering ignores the mesh of the caller
@@ -517,24 +629,26 @@ def _names(entry: Any) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def _lower(ctx, x, data, scale, *zero, spec):
+def _lower(ctx, x, data, scale, *zero, spec, platform=None):
     ctx = _compat.unplaced(ctx)
-    run = functools.partial(_local, spec=spec)
+    run = functools.partial(_local, spec=spec, platform=platform)
     if _compat.is_partitioned(ctx):
         x_aval, data_aval, scale_aval = ctx.avals_in[:3]
-        run = _partitioned(spec, _shapes(spec, x_aval, data_aval, scale_aval, bool(zero)))
+        run = _partitioned(spec, _shapes(spec, x_aval, data_aval, scale_aval, bool(zero)), platform)
     with _compat.without_mesh():
         return mlir.lower_fun(run, multiple_results=False)(ctx, x, data, scale, *zero)
 
 
 mlir.register_lowering(packed_dot_p, _lower)
+# A program for several platforms has a branch for each, lowered by its own rule.
+mlir.register_lowering(packed_dot_p, functools.partial(_lower, platform="cuda"), platform="cuda")
 _compat.lower_with_devices(packed_dot_p)
 
 
 def as_dot_general(x, data, scale, *zero, spec: Spec) -> tuple[Any, tuple, dict]:
     """Returns (primitive, abstract operands, parameters) of the float dot it stands for."""
     n_lead = len(data.shape) - 2
-    w = jax.ShapeDtypeStruct((*data.shape[:-2], spec.rows(data), data.shape[-1]), x.dtype)
+    w = jax.ShapeDtypeStruct((*data.shape[:-2], *spec.sizes(data)), x.dtype)
     lead = tuple(range(n_lead))
     contracting = ((len(x.shape) - 1,), (n_lead + spec.transposed,))
     params = {
@@ -555,8 +669,15 @@ def describe(qt: QTensor, form: str, implementation: str | None) -> str:
         return f"xla, {activation.describe(qt)}, {kind}"
     if implementation == "reference":
         text = "reference: dequantizes the whole weight (asked for)"
+    elif isinstance(qt, Prepared) and form == "forward" and implementation != "xla":
+        text = "mosaic on CUDA, x in bfloat16 or float16; else xla"
+        if implementation == "mosaic":
+            text = "mosaic (asked for)"
     else:
         text = "xla, blocks of K" + ("" if implementation is None else " (asked for)")
+        if isinstance(qt, Prepared):
+            text += ", codes repacked in the op"
+            text += "" if form == "forward" else ": no kernel for x @ Wᵀ"
     if qt.pre_scale is not None:
         text += ", x * pre_scale" if form == "forward" else ", y * pre_scale"
     if qt.perm is not None:

@@ -41,6 +41,8 @@ def partition(view: View) -> PartitionSpec:
     if its major atom is the major part of a sharded stored axis.
     """
     *lead, k, n = _compat.spec_of(view.payload.data)
+    if getattr(view.payload, "data_axes", "kn") == "nk":  # other payloads have no say
+        k, n = n, k
     major = {kind: atoms[0] for kind in "kn" if (atoms := view.atoms(kind))}
     entries: list[Any] = []
     for dim in view.dims:
@@ -231,6 +233,7 @@ def take_axis(view: View, axis: int, take: Any, size: int) -> View | None:
     if stored is not None:
         payload = jax.tree.map(lambda a: take(a, stored), qt)
     elif atom.kind == "n" and size > 1 and len(view.atoms("n")) == 1 and _per_column(qt):
+        qt = qt.canonical()
         zero = None if qt.zero is None else take(qt.zero, qt.zero.ndim - 1)
         payload = dataclasses.replace(
             qt, data=take(qt.data, qt.data.ndim - 1), scale=take(qt.scale, qt.scale.ndim - 1),
@@ -331,7 +334,7 @@ def gather_rows(view: View, axis: int, indices: Array) -> Array | None:
     Returns:
       Dequantized float entries, or None if the storage cannot be read there.
     """
-    qt: QTensor = view.payload
+    qt: QTensor = view.payload.canonical()
     atoms = view.dims[axis]
     if view.atoms("b") or qt.data.ndim != 2 or not atoms:
         return None
@@ -378,7 +381,7 @@ def ragged_dot(
         take the channels in their own order.
       group_sizes: [E] rows of each expert.
     """
-    qt: QTensor = view.payload
+    qt: QTensor = view.payload.canonical()
     kinds = [[a.kind for a in dim] for dim in view.dims]
     if kinds != [["b"], ["k"], ["n"]] or qt.data.ndim != 3 or qt.perm is not None:
         return None

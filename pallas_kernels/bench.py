@@ -1,0 +1,181 @@
+"""What decoding Llama-3 costs on an H100, predicted: `python -m pallas_kernels.bench --static`.
+
+Every time is predicted, none was measured: from bytes, from instructions of the compiled machine
+code and from public peak rates. Stalls, bank conflicts, clocks and launches are not in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import eight_bit as eight_bit_kernel
+from pallas_kernels import h100, hopper, tuning, weight_only
+from pallas_kernels.tuning import SMS, TILE_N, Tuning
+
+BANDWIDTH = 3.35e12  # bytes/s of HBM
+CLOCK = 1.83e9  # Hz
+ISSUED = 128  # instructions of threads that an SM issues per clock
+INTEGER = 64  # of those, to the integer pipe
+PRODUCTS = {2: 2048, 1: 4096}  # multiply-adds per clock and SM, by bytes of an operand
+
+SHAPES = {  # K, N of the linear layers; q, k, v and gate, up as one product each
+    "Llama-3 8B": [(4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)],
+    "Llama-3 70B": [(8192, 10240), (8192, 8192), (8192, 57344), (28672, 8192)],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """A way to store weights and multiply by them.
+
+    Attributes:
+      name: of the row.
+      w, x: types.
+      group: inputs with one scale; None: all.
+      scale: type of the scales.
+    """
+
+    name: str
+    w: str
+    x: str
+    group: int | None
+    scale: str = "bfloat16"
+
+    @property
+    def is_weight_only(self) -> bool:
+        return hopper.bits(self.x) == 16
+
+
+FORMS = (
+    Form("W4A16 g128", "int4", "bfloat16", 128),
+    Form("W4A16 g32", "int4", "bfloat16", 32),
+    Form("W8A16", "int8", "bfloat16", None),
+    Form("W8A8", "int8", "int8", None, "float32"),
+    Form("FP8", "float8_e4m3fn", "float8_e4m3fn", None, "float32"),
+    Form("FP8 1x128", "float8_e4m3fn", "float8_e4m3fn", 128, "float32"),
+)
+
+
+def tuning_of(form: Form, M: int, K: int, N: int) -> Tuning:
+    """Returns the tuning that the kernel takes for a product."""
+    if form.is_weight_only:
+        return tuning.weight_only(M, K, N, form.group or K)
+    return tuning.eight_bit(M, K, N)
+
+
+@functools.cache
+def compiled(form: Form, tile: Tuning) -> h100.Kernel:
+    """Returns the kernel as compiled, for small sizes: its loop depends on the tile alone."""
+    M, K, N = tile.tile_m, 8 * tile.tile_k, TILE_N
+    G = 1 if form.group is None else K // form.group
+    array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+    operands = [array(form.x, M, K), array(form.w, N, K)]
+    if form.is_weight_only:
+        f: Any = functools.partial(weight_only.matmul, tuning=tile)
+        operands += [array(form.scale, G, N)]
+    else:
+        f = functools.partial(eight_bit_kernel.matmul, tuning=tile)
+        operands += [array("float32", M, G), array(form.scale, G, N)]
+    (kernel,) = h100.compile(f, *operands).kernels
+    return kernel
+
+
+def predict(form: Form, M: int, K: int, N: int) -> dict[str, Any]:
+    """Returns bytes, instructions and the predicted microseconds of one product.
+
+    The time is the longest of: bytes over the bandwidth; instructions, and those of the integer
+    pipe, and multiply-adds, over their rates, on the busiest SM.
+    """
+    t = tuning_of(form, M, K, N)
+    kernel = compiled(form, dataclasses.replace(t, split_k=1))
+    G = 1 if form.group is None else K // form.group
+    x_bytes = hopper.bits(form.x) // 8
+    weights = K * N * hopper.bits(form.w) // 8 + G * N * jnp.dtype(form.scale).itemsize
+    sums = 0 if t.split_k == 1 else 2 * 4 * t.split_k * M * N  # in L2 if they fit
+    moved = weights + M * K * x_bytes + 2 * M * N
+    m_tiles = -(-M // t.tile_m)
+    items = m_tiles * (N // TILE_N) * t.split_k
+    busiest = -(-items // SMS) * (K // t.split_k)  # inputs that the busiest SM walks over
+    per_weight = kernel.per_weight(64 * t.tile_k)
+    integer = kernel.per_weight(64 * t.tile_k, integer=True)
+    on_sm = busiest * TILE_N
+    times = {
+        "memory": moved / BANDWIDTH,
+        "issue": on_sm * per_weight / ISSUED / CLOCK,
+        "integer": on_sm * integer / INTEGER / CLOCK,
+        "tensor core": on_sm * t.tile_m / PRODUCTS[x_bytes] / CLOCK,
+    }
+    bound = max(times, key=times.__getitem__)
+    return {
+        "form": form.name, "M": M, "K": K, "N": N, "bytes": moved, "sums": sums,
+        "split_k": t.split_k, "items": items, "instructions": round(per_weight, 2),
+        "integer": round(integer, 2), "registers": kernel.registers, "spills": kernel.spills,
+        "us": 1e6 * times[bound], "bound": bound, "roofline": times["memory"] / times[bound],
+    }  # fmt: skip
+
+
+def bfloat16_us(M: int, K: int, N: int) -> float:
+    """Returns the least microseconds of a bfloat16 product: its bytes over the bandwidth."""
+    return 1e6 * 2 * (K * N + M * K + M * N) / BANDWIDTH
+
+
+def dequantized_us(form: Form, M: int, K: int, N: int) -> float:
+    """Returns those of plain XLA on grouped weights: it writes them in bfloat16 and reads them."""
+    packed = K * N * hopper.bits(form.w) / 8
+    return 1e6 * (packed + 4 * K * N) / BANDWIDTH + bfloat16_us(M, 0, N)
+
+
+def static(tokens: tuple[int, ...] = (1, 16, 64)) -> list[dict[str, Any]]:
+    """Returns a row for every model, form, shape and number of tokens."""
+    return [
+        {"model": model} | predict(form, M, K, N) | {"bfloat16 us": bfloat16_us(M, K, N)}
+        for model, shapes in SHAPES.items()
+        for form in FORMS
+        for K, N in shapes
+        for M in tokens
+    ]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Returns rows as Markdown, one for every form and number of tokens, summed over a layer."""
+    columns = (
+        "model", "form", "M", "MB", "instructions (integer) a weight", "predicted µs a layer",
+        "bound by", "of bandwidth", "bfloat16 µs, at least",
+    )  # fmt: skip
+    lines = [
+        f"| {' | '.join(columns)} |",
+        "|" + "---|" * len(columns),
+    ]
+    keys = dict.fromkeys((r["model"], r["form"], r["M"]) for r in rows)
+    for key in keys:
+        own = [r for r in rows if (r["model"], r["form"], r["M"]) == key]
+        total = sum(r["us"] for r in own)
+        bounds = ", ".join(dict.fromkeys(r["bound"] for r in own))
+        share = sum(r["us"] * r["roofline"] for r in own) / total
+        lines.append(
+            f"| {key[0]} | {key[1]} | {key[2]} | {sum(r['bytes'] for r in own) / 1e6:.1f}"
+            f" | {max(r['instructions'] for r in own):.2f} ({max(r['integer'] for r in own):.2f})"
+            f" | {total:.1f} | {bounds} | {share:.0%} | {sum(r['bfloat16 us'] for r in own):.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Prints the table, or all rows as JSON."""
+    parser = argparse.ArgumentParser(description="Predicted costs on an H100.")
+    parser.add_argument("--static", action="store_true", required=True, help="predict, do not time")
+    parser.add_argument("--json", action="store_true", help="every product, as JSON")
+    args = parser.parse_args()
+    rows = static()
+    print(json.dumps(rows, indent=1) if args.json else table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""prepare: weights in the layout that a device's kernels read, derived once and reversibly."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from pallas_kernels.tuning import TILE_K, TILE_N
+from qjax import numerics, packing
+from qjax.qtensor import PARTS, QTensor, is_qtensor
+
+# Element -> (bits that turn a stored byte into the kernel's, value - kernel's code). Kernels take
+# signed codes: an unsigned one minus the middle of its range is its bits with the highest flipped.
+_CODES = {"int4": (0x88, 0), "uint4": (0x88, 8), "int8": (0, 0), "uint8": (0x80, 128)}
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Prepared(QTensor):
+    """A QTensor whose codes lie as the Hopper kernels read them; all else is as it was.
+
+    Attributes:
+      data: bytes [*lead, N', K' * b / 8], K contiguous: q minus the middle of an unsigned type's
+        range, in two's complement, the first of two codes of 4 bits in the lower half. N' and K'
+        are N and K up to multiples of 128, and K' of the group size; what was added is 0.
+      extra: static. (K' - K, N' - N).
+    """
+
+    extra: tuple[int, int] = (0, 0)
+
+    def tree_flatten_with_keys(self) -> tuple[Any, tuple[Any, ...]]:
+        key = jax.tree_util.GetAttrKey
+        children = tuple((key(name), getattr(self, name)) for name in PARTS)
+        return children, (self.format, self.layout, self.dtype, self.pad, self.extra)
+
+    @classmethod
+    def tree_unflatten(cls, aux, children):
+        data, scale, zero, *factors = children
+        fmt, layout, dtype, pad, extra = aux
+        return cls(data, scale, zero, fmt, layout, dtype, pad, *factors, extra=extra)
+
+    @property
+    def canonical_shape(self) -> tuple[int, ...]:
+        *lead, N, K = self.data.shape
+        return (*lead, K * 8 // self.element.bits - self.extra[0], N - self.extra[1])
+
+    @property
+    def data_axes(self) -> str:
+        return "nk"
+
+    def parts(self) -> tuple[int, int]:
+        """Returns into how many parts K and N can be cut in whole tiles of the kernel."""
+        *_, K, N = self.canonical_shape
+        extra_k, extra_n = self.extra
+        return 1 if extra_k else K // TILE_K, 1 if extra_n else N // TILE_N
+
+    def canonical(self) -> QTensor:
+        data = canonical_codes(self.data, self.format.element, self.extra)
+        return QTensor(**_fields(self, data=data))
+
+
+def reason_against(qt: QTensor) -> str | None:
+    """Returns why the Hopper kernels cannot read a weight, or None if they can.
+
+    Example:
+      >>> import qjax
+      >>> qt = qjax.quantize({"w": jnp.ones((256, 8))}, qjax.Format("nf4", group_size=64))["w"]
+      >>> reason_against(qt)
+      'nf4 codes: kernels read int4, uint4, int8, uint8'
+    """
+    fmt = qt.format
+    *_, K, N = qt.canonical_shape
+    G, C = fmt.groups(K, N)
+    g = fmt.group_size
+    if fmt.element not in _CODES:
+        return f"{fmt.element} codes: kernels read {', '.join(_CODES)}"
+    if fmt.activation is not None:
+        return "its activations are quantized too"
+    if C not in (1, N):
+        return f"{fmt.group_columns} columns share a scale"
+    if g is not None and G > 1 and g not in (32, 64) and g % TILE_K:
+        return f"groups of {g}: kernels read 32, 64 and multiples of {TILE_K}"
+    return None
+
+
+def prepare(qparams: Any, device: Any = None) -> Any:
+    """Returns the tree with weights in the layout of the device's kernels.
+
+    On an NVIDIA GPU of compute capability 9.0 (H100, H200) these are the weights that
+    `pallas_kernels.weight_only` can read: int4 and int8 codes, with or without zero points or
+    offsets, in groups of 32, 64 or multiples of 128 or per channel. Products of them with bfloat16
+    or float16 activations then run on its kernel; `qjax.explain` tells which do. On any other
+    device the tree is returned as it is.
+
+    A pure function that moves codes and loses nothing: `restore` is its inverse. Stacked weights
+    stay stacked. What is prepared computes the same on every platform, but slower where there is
+    no kernel for it. Checkpoints hold what was before: `qjax.save` restores.
+
+    Args:
+      qparams: a pytree with QTensors; arrays, tracers or ShapeDtypeStructs under `eval_shape`.
+      device: a `jax.Device`; or the name "h100", for programs that are compiled elsewhere. Default:
+        the first device of the default platform.
+
+    Raises:
+      ValueError: for a name that is not known.
+
+    Example:
+      >>> import qjax
+      >>> w = qjax.quantize({"w": jnp.ones((256, 128))}, qjax.Format("int8"))
+      >>> prepare(w, "h100")["w"].data.shape
+      (128, 256)
+    """
+    if isinstance(device, str):
+        if device != "h100":
+            raise ValueError(f'`device` must be a jax.Device or "h100", got {device!r}.')
+        has_kernels = True
+    else:
+        device = jax.devices()[0] if device is None else device
+        has_kernels = (
+            device.platform == "gpu" and getattr(device, "compute_capability", "") == "9.0"
+        )
+    if not has_kernels:
+        return qparams
+
+    def one(leaf):
+        if not is_qtensor(leaf) or isinstance(leaf, Prepared) or reason_against(leaf):
+            return leaf
+        return _prepared(leaf)
+
+    return jax.tree.map(one, qparams, is_leaf=is_qtensor)
+
+
+def restore(qparams: Any) -> Any:
+    """Returns the tree as it was before `prepare`, bit for bit."""
+    one = lambda leaf: leaf.canonical() if is_qtensor(leaf) else leaf
+    return jax.tree.map(one, qparams, is_leaf=is_qtensor)
+
+
+def _prepared(qt: QTensor) -> Prepared:
+    *lead, K, N = qt.canonical_shape
+    g = qt.format.group_size
+    unit = TILE_K if g is None or g >= K else math.lcm(TILE_K, g)
+    extra = (-K % unit, -N % TILE_N)
+    data = _flipped(qt.data.swapaxes(-1, -2), qt.format.element)
+    columns = (K + extra[0]) * qt.element.bits // 8
+    padding = [(0, 0)] * len(lead) + [(0, extra[1]), (0, columns - data.shape[-1])]
+    return Prepared(**_fields(qt, data=jnp.pad(data, padding)), extra=extra)
+
+
+def _fields(qt: QTensor, **changed: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {f.name: getattr(qt, f.name) for f in dataclasses.fields(QTensor)}
+    return values | changed
+
+
+def _flipped(data: Array, element: str) -> Array:
+    mask = _CODES[element][0]
+    return data ^ jnp.uint8(mask) if mask else data
+
+
+def canonical_codes(data: Array, element: str, extra: tuple[int, int]) -> Array:
+    """Returns the codes [*lead, N', K' in bytes] of a prepared weight as a QTensor stores them."""
+    bits = numerics.get_element(element).bits
+    *_, N, columns = data.shape
+    K = columns * 8 // bits - extra[0]
+    data = data[..., : N - extra[1], : packing.packed_rows(K, bits)]
+    return _flipped(data.swapaxes(-1, -2), element)
+
+
+def kernel_codes(data: Array, element: str) -> Array:
+    """Returns the codes of a prepared weight in the kernel's type, int4 or int8 [N', K'].
+
+    They are the same bytes. Sub-byte types are only made here, as XLA copies slices of arrays of
+    them in front of a kernel, and reads slices of bytes where they lie.
+    """
+    if numerics.get_element(element).bits == 8:
+        return lax.bitcast_convert_type(data, jnp.int8)
+    return lax.bitcast_convert_type(data, jnp.int4).reshape(data.shape[0], -1)
+
+
+def offsets(
+    element: str,
+    scale: Float[Array, "G N"],
+    zero: Float[Array, "G N"] | None,
+    *,
+    is_offset: bool,
+) -> Float[Array, "G N"] | None:
+    """Returns b of w[k, n] = code[k, n] * scale[g(k), n] + b[g(k), n], or None if it is 0.
+
+    Args:
+      zero: zero points z of (q - z) * scale; with `is_offset`, offsets o of q * scale + o.
+    """
+    middle = _CODES[element][1]
+    if zero is None:
+        return middle * scale if middle else None
+    return middle * scale + zero if is_offset else (middle - zero) * scale

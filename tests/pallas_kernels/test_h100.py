@@ -1,0 +1,121 @@
+"""What the kernels are made of when compiled for an H100. Needs wheels, no GPU; nothing is run."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import eight_bit, h100, tuning, weight_only
+
+pytestmark = pytest.mark.h100
+
+K = N = 4096
+# Budgets: instructions of the hot loop for each weight, all of them and those of the integer pipe.
+# HBM brings 27.7 4-bit or 13.9 8-bit weights per clock and SM; an SM issues 128 and has 64 integer
+# lanes. So 4.6 and 2.3, or 9.2 and 4.6, are where a kernel stops being bound by memory.
+WEIGHT_ONLY = {
+    "int4 g128 M=1": (1, "int4", 128, "bfloat16", 3.3, 1.6),
+    "int4 g128 M=16": (16, "int4", 128, "bfloat16", 3.3, 1.6),
+    "int4 g128 M=64": (64, "int4", 128, "bfloat16", 3.4, 1.6),
+    "int4 g64 M=16": (16, "int4", 64, "bfloat16", 3.3, 1.6),
+    "int4 g32 M=16": (16, "int4", 32, "bfloat16", 4.0, 1.8),
+    "int4 channels M=16": (16, "int4", K, "bfloat16", 3.3, 1.6),
+    "int4 g128 M=1024": (1024, "int4", 128, "bfloat16", 3.6, 1.6),
+    "int8 channels M=16": (16, "int8", K, "bfloat16", 4.4, 2.3),
+    "int8 channels M=1024": (1024, "int8", K, "bfloat16", 5.0, 2.5),
+    "fp8 weights M=16": (16, "float8_e4m3fn", 128, "float16", 2.3, 1.2),
+}
+PREFILL = {"int4": 0.5, "int8": 0.61}
+EIGHT_BIT = {
+    "int8 M=16": (16, "int8", 1, "IGMMA"),
+    "int8 M=1024": (1024, "int8", 1, "IGMMA"),
+    "fp8 M=16": (16, "float8_e4m3fn", 1, "QGMMA"),
+    "fp8 M=1024": (1024, "float8_e4m3fn", 1, "QGMMA"),
+    "fp8 blocks M=16": (16, "float8_e4m3fn", K // 128, "QGMMA"),
+    "fp8 blocks M=1024": (1024, "float8_e4m3fn", K // 128, "QGMMA"),
+}
+
+
+def _array(dtype, *shape):
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+
+@functools.cache
+def compiled_weight_only(M, dtype, group, x):
+    return h100.compile(
+        weight_only.matmul, _array(x, M, K), _array(dtype, N, K), _array("bfloat16", K // group, N)
+    )
+
+
+@functools.cache
+def compiled_eight_bit(M, dtype, groups):
+    f = lambda *a: eight_bit.matmul(*a)
+    return h100.compile(
+        f, _array(dtype, M, K), _array(dtype, N, K), _array("float32", M, groups),
+        _array("float32", groups, N),
+    )  # fmt: skip
+
+
+def _check(program, mma):
+    (kernel,) = program.kernels
+    assert kernel.spills == kernel.stack == kernel.code["LDL"] == kernel.code["STL"] == 0
+    assert not any("C7512" in w for w in kernel.warnings)  # wgmma serialized
+    assert kernel.loop[mma] > 0
+    assert not any(kernel.code[op] for op in h100.OLD_TENSOR_CORE)
+    assert kernel.code["UTMALDG"] > 0
+    assert kernel.loop["I2F"] == kernel.loop["F2F"] == 0
+    assert kernel.smem <= tuning.SMEM_BYTES
+    assert kernel.registers <= 168  # 65536 / 384, all there are if setmaxnreg is ignored
+    return kernel
+
+
+def _workspace(t, M, out_bytes):
+    """Bytes of the sums of every part of K, all that may be allocated."""
+    padded = -(-M // t.tile_m) * t.tile_m
+    return t.split_k * padded * N * 4 if t.split_k > 1 else (padded != M) * padded * N * out_bytes
+
+
+@pytest.mark.parametrize("name", WEIGHT_ONLY)
+def test_weight_only(name):
+    M, dtype, group, x, total, integer = WEIGHT_ONLY[name]
+    program = compiled_weight_only(M, dtype, group, x)
+    kernel = _check(program, "HGMMA")
+    t = tuning.weight_only(M, K, N, group)
+    weights = 64 * t.tile_k
+    assert kernel.per_weight(weights) <= total
+    assert kernel.per_weight(weights, integer=True) <= integer
+    narrow = sum(n for op, n in kernel.loop.items() if op.startswith("LDS.U"))
+    assert narrow <= 2 * max(1, t.tile_k // group)  # those are the scales
+    x_bytes = 2 * K * (-M % t.tile_m + M) if M % t.tile_m else 0
+    assert program.temporaries <= _workspace(t, M, 2) + x_bytes + 1024
+    if M >= 256:  # cycles to issue the loop, against those of the tensor core at 2048 products each
+        assert kernel.loop.total() / (64 * t.tile_k * t.tile_m / 2048) <= PREFILL[dtype]
+
+
+@pytest.mark.parametrize("name", EIGHT_BIT)
+def test_eight_bit(name):
+    M, dtype, groups, mma = EIGHT_BIT[name]
+    program = compiled_eight_bit(M, dtype, groups)
+    kernel = _check(program, mma)
+    t = tuning.eight_bit(M, K, N)
+    assert kernel.per_weight(64 * t.tile_k) <= 3.5
+    assert program.temporaries <= _workspace(t, M, 2) + 4 * groups * max(M, t.tile_m) + 1024
+
+
+LLAMA = {  # K, N of the linear layers
+    "8B": [(4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)],
+    "70B": [(8192, 10240), (8192, 8192), (8192, 57344), (28672, 8192)],
+}
+
+
+@pytest.mark.parametrize("M", [1, 16, 64])
+@pytest.mark.parametrize("model", LLAMA)
+def test_every_decode_shape_fills_the_gpu(model, M):
+    for K, N in LLAMA[model]:
+        t = tuning.weight_only(M, K, N)
+        assert N // tuning.TILE_N * t.split_k >= tuning.SMS
+        steps = min(t.stages, K // t.tile_k // t.split_k)
+        assert steps * tuning.TILE_N * t.tile_k // 2 >= 32 * 1024  # bytes in flight of an SM

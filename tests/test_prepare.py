@@ -1,0 +1,187 @@
+"""Prepared weights are the same weights; programs made with them are right on every platform."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export, lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+import qjax
+from pallas_kernels import interpreter
+from qjax.ops.packed_dot import Spec, _mosaic, packed_dot
+from qjax.prepare import Prepared, reason_against
+from qjax.qtensor import quantize_array, read_scales
+from qjax.sharding import shardings_of
+
+FORMATS = {
+    "int4": qjax.Format("int4", group_size=128, scale="bfloat16"),
+    "zero point": qjax.Format("uint4", group_size=64, zero_point=True, scale="bfloat16"),
+    "offset": qjax.Format("uint4", group_size=32, offset="float32"),
+    "channels": qjax.Format("int8"),
+    "uint8": qjax.Format("uint8", group_size=128, zero_point=True),
+    "one scale": qjax.Format("int4", group_columns=None),
+    "last group shorter": qjax.Format("int4", group_size=128, remainder="ragged"),
+}
+
+
+def _weight(name, shape=(256, 128)):
+    if name == "last group shorter":
+        shape = (*shape[:-2], 200, 100)
+    w = jax.random.normal(jax.random.key(0), shape)
+    return quantize_array(w, FORMATS[name])
+
+
+def _same(a, b):
+    assert type(a) is type(b)
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_restore_is_the_inverse(name):
+    for shape in ((256, 128), (2, 256, 128)):
+        tree = {"w": _weight(name, shape), "b": jnp.ones(3)}
+        prepared = qjax.prepare(tree, "h100")
+        assert isinstance(prepared["w"], Prepared)
+        assert prepared["w"].shape == tree["w"].shape
+        _same(qjax.restore(prepared), tree)
+        np.testing.assert_array_equal(qjax.dequantize(prepared)["w"], qjax.dequantize(tree)["w"])
+
+
+def test_a_prepared_weight_is_as_large_as_before():
+    qt = _weight("int4")
+    assert qjax.prepare(qt, "h100").nbytes == qt.nbytes
+
+
+def test_other_devices_and_formats_are_left_alone():
+    tree = {"w": _weight("int4")}
+    assert qjax.prepare(tree)["w"] is tree["w"]
+    nf4 = quantize_array(jnp.ones((256, 128)), qjax.Format("nf4", group_size=64))
+    assert qjax.prepare(nf4, "h100") is nf4
+    assert "nf4" in reason_against(nf4)
+    with pytest.raises(ValueError, match="h100"):
+        qjax.prepare(tree, "a100")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_products_on_a_cpu_are_those_of_the_canonical_weight(name):
+    qt = _weight(name)
+    prepared = qjax.prepare(qt, "h100")
+    K, N = qt.shape
+    x = jax.random.normal(jax.random.key(1), (3, K), jnp.bfloat16)
+    y = jax.random.normal(jax.random.key(1), (3, N), jnp.bfloat16)
+    for run in (
+        functools.partial(packed_dot, x, out_dtype=jnp.float32),
+        functools.partial(packed_dot, y, out_dtype=jnp.float32, transposed=True),
+    ):
+        wanted = run(qt)
+        atol = 2.0**-20 * float(jnp.linalg.norm(wanted))  # sums in another order
+        np.testing.assert_allclose(run(prepared), wanted, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_kernel_agrees_with_float64(name):
+    qt = _weight(name)
+    K, _ = qt.shape
+    x = jax.random.normal(jax.random.key(1), (3, K), jnp.bfloat16)
+    prepared = qjax.prepare(qt, "h100")
+    scale, zero = read_scales(qt)
+    spec = Spec(qt.format, qt.pad, False, "float32", "mosaic", extra=prepared.extra)
+    # Not `packed_dot`: the interpreter calls back into Python, which its lowering cannot.
+    with interpreter.interpreting(), interpreter.everywhere():
+        y = np.asarray(_mosaic(x, prepared.data, scale, zero, spec=spec), np.float64)
+    wanted = np.asarray(x, np.float64) @ np.asarray(qjax.dequantize(qt), np.float64)
+    assert np.linalg.norm(y - wanted) <= 2e-6 * np.linalg.norm(wanted)
+
+
+def _layers(x, params):
+    return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params)[0]
+
+
+def test_runs_under_scan_grad_and_vmap():
+    stack = quantize_array(
+        jax.random.normal(jax.random.key(0), (2, 128, 128), jnp.bfloat16) / 11,
+        qjax.Format("int4", group_size=64, scale="bfloat16"),
+    )
+    prepared = qjax.prepare(stack, "h100")
+    x = jax.random.normal(jax.random.key(1), (3, 128), jnp.bfloat16)
+    f = qjax.apply(_layers)
+    loss = lambda x, w: jnp.sum(f(x, w).astype(jnp.float32) ** 2)
+    for run in (f, jax.grad(loss), jax.vmap(f, in_axes=(0, None))):
+        got, wanted = (jax.jit(run)(x, w).astype(jnp.float32) for w in (prepared, stack))
+        np.testing.assert_allclose(got, wanted, atol=2.0**-8 * float(abs(wanted).max()))
+
+
+def test_explain_names_the_kernel_and_why_there_is_none():
+    qt = _weight("int4")
+    f = lambda x, w: x @ w
+    x = jnp.ones((3, 256), jnp.bfloat16)
+    (use,) = qjax.explain(f)(x, qjax.prepare(qt, "h100"))
+    assert use.implementation.startswith("mosaic on CUDA")
+    (use,) = qjax.explain(f, implementation="xla")(x, qjax.prepare(qt, "h100"))
+    assert use.implementation.startswith("xla")
+    back = lambda x, w: x @ w.T
+    (use,) = qjax.explain(back)(jnp.ones((3, 128)), qjax.prepare(qt, "h100"))
+    assert "no kernel for x @ Wᵀ" in use.implementation
+
+
+def test_a_forced_kernel_that_cannot_run_says_why():
+    qt = _weight("int4")
+    x = jnp.ones((3, 256))
+    with pytest.raises(ValueError, match=r"qjax\.prepare"):
+        packed_dot(x, qt, implementation="mosaic")
+    prepared = qjax.prepare(qt, "h100")
+    with pytest.raises(ValueError, match="float32"):
+        packed_dot(x, prepared, implementation="mosaic")
+    with pytest.raises(NotImplementedError, match="x @ Wᵀ"):
+        packed_dot(x[:, :128], prepared, transposed=True, implementation="mosaic")
+    with pytest.raises(NotImplementedError, match="GPUs only"):
+        packed_dot(x.astype(jnp.bfloat16), prepared, implementation="mosaic")
+
+
+@pytest.mark.parametrize("spec", [("x", None), (None, "x")], ids=["rows", "columns"])
+def test_shards_as_the_float_weight_does(spec):
+    qt = quantize_array(
+        jax.random.normal(jax.random.key(0), (512, 256)),
+        qjax.Format("int4", group_size=128, scale="bfloat16"),
+    )
+    prepared = qjax.prepare(qt, "h100")
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    placed = shardings_of(prepared, NamedSharding(mesh, PartitionSpec(*spec)))
+    assert placed.data.spec == PartitionSpec(*spec[::-1])
+    x = jax.random.normal(jax.random.key(1), (3, 512), jnp.bfloat16)
+    y = jax.jit(packed_dot)(x, jax.device_put(prepared, placed))
+    wanted = packed_dot(x, qt)
+    # Sums of two shards are rounded to bfloat16 before they are added.
+    np.testing.assert_allclose(
+        y.astype(jnp.float32), wanted.astype(jnp.float32), atol=2.0**-7 * float(abs(wanted).max())
+    )
+
+
+def test_checkpoints_hold_the_canonical_layout(tmp_path):
+    tree = {"w": _weight("zero point")}
+    qjax.save(tmp_path / "ckpt", qjax.prepare(tree, "h100"))
+    _same(qjax.load(tmp_path / "ckpt"), tree)
+
+
+def test_one_exported_program_has_the_kernel_and_runs_on_a_cpu():
+    qt = _weight("int4")
+    prepared = qjax.prepare(qt, "h100")
+    x = jax.random.normal(jax.random.key(1), (3, 256), jnp.bfloat16)
+    # The weight's arrays are what an exported program takes.
+    leaves, tree = jax.tree.flatten(prepared)
+    f = jax.jit(lambda x, *leaves: packed_dot(x, jax.tree.unflatten(tree, leaves)))
+    both = export.export(
+        f,
+        platforms=("cpu", "cuda"),
+        disabled_checks=[export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")],
+    )(x, *leaves)
+    assert "mosaic_gpu_v2" in both.mlir_module()
+    np.testing.assert_array_equal(jax.jit(both.call)(x, *leaves), f(x, *leaves))
