@@ -356,7 +356,7 @@ def quantize(
     # Of shapes only a plan is made.
     if not all(isinstance(_array(a.leaf), jax.ShapeDtypeStruct) for a in plan):
         _check_data_free(plan)
-        if policy.needs_data and not _is_trained(plan):
+        if policy.recipe is not None and policy.recipe.needs_data and not _is_trained(plan):
             raise QuantizationError(
                 f"policy {policy.name!r} needs calibration data: pass `fn` and `calibration`."
             )
