@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
 
 import qjax
 from qjax import lora
@@ -56,6 +57,7 @@ def measured(layers, policy="nf4-dq"):
     return memory.argument_size_in_bytes, memory.temp_size_in_bytes, [nbytes(x) for x in shapes]
 
 
+@pytest.mark.slow
 def test_a_layer_adds_its_codes_its_adapters_and_its_saved_input():
     few, many, more = 2, 10, 8
     (args_few, temp_few, parts_few), (args, temp, parts) = measured(few), measured(many)
