@@ -83,7 +83,7 @@ def test_weight_only(name):
     M, dtype, group, x, total, integer = WEIGHT_ONLY[name]
     program = compiled_weight_only(M, dtype, group, x)
     kernel = _check(program, "HGMMA")
-    t = tuning.weight_only(M, K, N, group)
+    t = tuning.weight_only(M, K, N, group, 4 if dtype == "int4" else 8)
     weights = 64 * t.tile_k
     assert kernel.per_weight(weights) <= total
     assert kernel.per_weight(weights, integer=True) <= integer
@@ -118,4 +118,5 @@ def test_every_decode_shape_fills_the_gpu(model, M):
         t = tuning.weight_only(M, K, N)
         assert N // tuning.TILE_N * t.split_k >= tuning.SMS
         steps = min(t.stages, K // t.tile_k // t.split_k)
+        assert t.stages >= 3
         assert steps * tuning.TILE_N * t.tile_k // 2 >= 32 * 1024  # bytes in flight of an SM

@@ -1,0 +1,40 @@
+"""Predictions are what bytes and instructions say."""
+
+from __future__ import annotations
+
+import collections
+
+import pytest
+
+from pallas_kernels import bench, h100
+from pallas_kernels.bench import FORMS, Form
+
+
+def _kernel(instructions):
+    loop = collections.Counter(FFMA=instructions)
+    return h100.Kernel("", 168, 0, 0, 0, (), loop, loop)
+
+
+def test_a_kernel_of_few_instructions_is_bound_by_its_bytes(monkeypatch):
+    monkeypatch.setattr(bench, "compiled", lambda form, tile: _kernel(1))
+    row = bench.predict(Form("W8A8", "int8", "int8", None, "float32"), 16, 4096, 4096)
+    assert row["bound"] == "memory"
+    assert row["bytes"] == 4096 * 4096 + 4 * 4096 + 16 * 4096 + 2 * 16 * 4096
+    assert row["us"] == pytest.approx(1e6 * row["bytes"] / 3.35e12)
+
+
+def test_one_of_many_is_bound_by_their_issue(monkeypatch):
+    monkeypatch.setattr(bench, "compiled", lambda form, tile: _kernel(64 * tile.tile_k))
+    row = bench.predict(FORMS[0], 16, 4096, 4096)  # 128 instructions a weight, one a clock
+    assert row["bound"] == "issue"
+    inputs = 2 * 4096 // row["split_k"]  # 256 items on 132 SMs are two rounds
+    assert row["us"] == pytest.approx(1e6 * inputs * 128 / 1.83e9)
+    assert "issue" in bench.table([{"model": "m"} | row | {"xla us": 1.0, "bfloat16 us": 1.0}])
+
+
+@pytest.mark.h100
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+def test_every_form_can_draw_the_bandwidth_at_sixteen_tokens(form):
+    for M in (1, 16):
+        for K, N in bench.SHAPES["Llama-3 8B"]:
+            assert bench.predict(form, M, K, N)["roofline"] >= 0.95
