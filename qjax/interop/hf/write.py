@@ -20,7 +20,8 @@ from qjax.interop.hf.safetensors import DTYPES, INDEX, Writer
 from qjax.qtensor import QTensor, dequantize_canonical, is_qtensor
 
 SHARD_BYTES = 5_000_000_000
-_HEADER_PER_TENSOR = 120  # bytes beside its name: type, shape, offsets
+_HEADER_PER_TENSOR = 160  # bytes beside its weight's name: what it is, type, shape, offsets
+_MOST_TENSORS = 6  # that one weight consists of
 # Of a source directory: what is not weights, nor said by the config that is written.
 _NOT_COPIED = ("config.json", INDEX, "quantize_config.json", "quant_config.json",
                "hf_quant_config.json")  # fmt: skip
@@ -123,7 +124,10 @@ def write_hf(
             (made / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         for name, text in (texts or {}).items():
             (made / name).write_text(text, encoding="utf-8")
-        room = 256 + sum(8 * (len(w.name) + _HEADER_PER_TENSOR) for w in weights)
+        room = 256 + sum(
+            (_MOST_TENSORS if w.is_quantized else 1) * (len(w.name) + _HEADER_PER_TENSOR)
+            for w in weights
+        )
         with Writer(made, room, shard_bytes) as writer:
             for w in weights:
                 for name, values in _encoded(w, codec):
