@@ -59,6 +59,8 @@ FORMATS: Mapping[str, Format] = {
 
 # Scales below count as zero.
 _TINY = 1e-15
+# Least importance of an input, as a part of the mean.
+_LEAST = 1e-7
 # Rows of a weight that are searched together: what is live then fits in a core's cache.
 _TILE = 256
 # Rows that are added up in one expression: more take XLA long to compile.
@@ -142,7 +144,10 @@ def search(
     # Legacy types weigh by the mean square of the whole row.
     variance = jnp.mean(w * w, -2)  # [*b, N]
     if importance is not None:
-        importance = jnp.broadcast_to(importance.astype(jnp.float32), (*lead, K))
+        q = jnp.broadcast_to(importance.astype(jnp.float32), (*lead, K))
+        # Groups of inputs that were never seen would lose their weights altogether.
+        mean = jnp.mean(q, -1, keepdims=True)
+        importance = jnp.where(mean > 0, jnp.maximum(q, _LEAST * mean), 1.0)
 
     n = fmt.group_size or 1
 

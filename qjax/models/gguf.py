@@ -6,6 +6,7 @@ import contextlib
 import fnmatch
 import functools
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -252,7 +253,7 @@ def _file_type(written: Sequence[Tensor]) -> int:
     sizes: dict[str, int] = {}
     for t in written:
         if len(t.shape) > 1:
-            sizes[t.kind.name] = sizes.get(t.kind.name, 0) + t.nbytes * t.kind.block
+            sizes[t.kind.name] = sizes.get(t.kind.name, 0) + math.prod(t.shape)
     name = max(sizes, key=sizes.__getitem__, default="F32")
     names = (name, f"{name}_M", f"{name}_S")
     return next((MIXES[n].file_type for n in names if n in MIXES), 1)

@@ -1,4 +1,4 @@
-"""GGUF files decode as ggml decodes them, and damaged ones end in GGUFError."""
+"""GGUF containers are read whole, and damaged ones end in GGUFError."""
 
 import json
 import struct
@@ -9,12 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qjax.interop.gguf import TENSOR_TYPES, GGUFError, decode, open_gguf
+from qjax.interop.gguf import BY_NAME, GGUFError, decode, open_gguf
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TINY = GOLDEN / "tiny.gguf"
-DECODABLE = [kind for kind in TENSOR_TYPES.values() if kind.decode]
-BLOCKS = [kind for kind in DECODABLE if kind.block > 1]
 
 
 def string(text: str | bytes) -> bytes:
@@ -43,32 +41,14 @@ def open_bytes(tmp_path):
     return open_it
 
 
-@pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.name)
-def test_blocks_decode_as_ggml_decodes_them(kind):
-    golden = np.load(GOLDEN / "ggml_blocks.npz")
-    raw, expected = golden[f"{kind.name.lower()}_bytes"], golden[f"{kind.name.lower()}_dequant"]
-    np.testing.assert_array_equal(decode(raw.reshape(2, -1), kind), expected.reshape(2, -1))
-
-
-@pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.name)
-def test_decoding_in_slices_changes_nothing(kind):
-    rng = np.random.default_rng(0)
-    blocks = rng.integers(0, 256, (70_001, kind.nbytes), np.uint8)
-    blocks[:, 1] &= 0x3B  # Finite scales.
-    blocks[:, 3] &= 0x3B
-    whole = kind.decode(blocks)
-    np.testing.assert_array_equal(decode(blocks, kind), whole)
-
-
 def test_floats_decode_exactly():
     x = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
-    types = {kind.name: kind for kind in DECODABLE}
     half = x.astype(np.float16)
     brain = (x.view(np.uint32) >> 16).astype(np.uint16)  # Truncation gives a valid bfloat16.
-    np.testing.assert_array_equal(decode(x.view(np.uint8), types["F32"]), x)
-    np.testing.assert_array_equal(decode(half.view(np.uint8), types["F16"]), half.astype("f4"))
+    np.testing.assert_array_equal(decode(x.view(np.uint8), BY_NAME["F32"]), x)
+    np.testing.assert_array_equal(decode(half.view(np.uint8), BY_NAME["F16"]), half.astype("f4"))
     np.testing.assert_array_equal(
-        decode(brain.view(np.uint8), types["BF16"]),
+        decode(brain.view(np.uint8), BY_NAME["BF16"]),
         (brain.astype(np.uint32) << 16).view(np.float32),
     )
 
@@ -97,9 +77,12 @@ def test_tensors_are_read_lazily_and_decoded():
     assert file.raw("exps.weight").shape == (2, 2, 210)
 
 
-def test_a_type_without_decoder_is_named():
-    with pytest.raises(GGUFError, match=r"'q4k.weight'.*Q4_K.*Supported are F32"):
-        open_gguf(TINY).read("q4k.weight")
+def test_a_type_that_is_not_supported_is_named(open_bytes):
+    file = open_bytes(container(infos=[info(dims=(256,), kind=16)], data=bytes(96)))
+    with pytest.raises(GGUFError, match=r"'w'.*IQ2_XXS.*Supported are F32"):
+        file.read("w")
+    with pytest.raises(GGUFError, match=r"'w'.*IQ2_XXS is not a quantized type"):
+        file.qtensor("w")
 
 
 def test_an_unknown_tensor_is_named():
