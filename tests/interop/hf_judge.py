@@ -66,7 +66,7 @@ def main(root):
         weights = [g["weights"] for g in quantization.get("config_groups", {}).values()]
         if any(w["scale_dtype"] or not w["symmetric"] for w in weights):
             # Decoded when loaded. Left packed, FP4 and MX decode to bfloat16 whatever the model's
-            # type, and zero points do not load (compressed-tensors 0.20 packs none of a meta tensor).
+            # type, and zero points do not load (compressed-tensors 0.20: none packed on "meta").
             options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
         _, decoded, logits = run(directory, tokens, **options)
         out[f"{directory.name}/logits"] = logits
