@@ -1,5 +1,10 @@
 """qjax: functional quantization for JAX and Flax."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from qjax import fp8, lora, qat
 from qjax.checkpoint import load, save
 from qjax.format import Format
@@ -13,6 +18,9 @@ from qjax.transform.apply import apply, explain
 from qjax.transform.calibrate import Calibration, CalibrationError, calibrate
 from qjax.transform.fake_quant import fake_quant
 from qjax.transform.usage import usage
+
+if TYPE_CHECKING:
+    from qjax import export
 
 __all__ = [
     "Calibration",
@@ -28,6 +36,7 @@ __all__ = [
     "calibrate",
     "dequantize",
     "explain",
+    "export",
     "fake_quant",
     "fp8",
     "is_qtensor",
@@ -42,3 +51,9 @@ __all__ = [
     "summary",
     "usage",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "export":  # imports Flax and tokenizers, which nothing else here needs
+        return importlib.import_module("qjax.export")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name)
