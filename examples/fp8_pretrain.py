@@ -2,10 +2,10 @@
 
     uv run --extra demo --extra plot python examples/fp8_pretrain.py --out runs/fp8
 
-trains a byte-level language model on Wikipedia articles four times from the same parameters on the
-same batches: in bfloat16, and in FP8 with delayed, current and block scales. It writes both the
-losses and the held-out losses to `result.json`, and the curves to `result.png`. A run that was
-stopped goes on where it was, with the same result bit for bit.
+trains a byte-level language model on Wikipedia articles several times from the same parameters on
+the same batches: in bfloat16, and in FP8 with delayed, current and block scales. It writes losses
+and held-out losses to `result.json`, and the curves to `result.png`. A run that was stopped goes on
+where it was, with the same result bit for bit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,13 @@ from qjax import fp8
 from qjax.models import Decoder, ModelConfig
 from qjax.texts import TEXTS, load_text
 
-RECIPES = ("bf16", "delayed", "current", "block")
+RECIPES = {
+    "bf16": None,
+    "delayed": fp8.Recipe.of("delayed"),
+    "current": fp8.Recipe.of("current"),
+    "block": fp8.Recipe.of("block"),
+    "block-e4m3": fp8.Recipe(fp8.BLOCK, gradient="e4m3"),  # as in DeepSeek-V3
+}
 
 
 def windows(text: str, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -52,7 +58,7 @@ def cross_entropy(logits: Any, tokens: Any) -> Any:
 
 
 def train(
-    model: Decoder, recipe: str, data: Any, test: Any, setting: dict, out: Path, *,
+    model: Decoder, name: str, data: Any, test: Any, setting: dict, out: Path, *,
     every: int, stop_after: int,
 ) -> dict[str, Any] | None:  # fmt: skip
     """Trains the model by one recipe; returns its record, or None if it was stopped."""
@@ -63,7 +69,8 @@ def train(
 
     # ---- the only lines that differ between bfloat16 and FP8 ----
 
-    if recipe == "bf16":
+    recipe = RECIPES[name]
+    if recipe is None:
         init = lambda params, tokens: fp8.State({})
         plain = jax.value_and_grad(loss_of)
 
@@ -111,7 +118,7 @@ def train(
     record: dict[str, Any] = {"setting": setting, "loss": [], "held_out": {}, "seconds": 0.0}
 
     options = ocp.CheckpointManagerOptions(max_to_keep=1, save_interval_steps=every)
-    with ocp.CheckpointManager(out / "checkpoints" / recipe, options=options) as manager:
+    with ocp.CheckpointManager(out / "checkpoints" / name, options=options) as manager:
         start = manager.latest_step() or 0
         if start:
             args = ocp.args.Composite(
@@ -131,7 +138,7 @@ def train(
                 losses = [held_out(state, test[j : j + batch]) for j in range(0, len(test), batch)]
                 record["held_out"][str(i + 1)] = float(np.mean(losses))
                 typer.echo(
-                    f"{recipe:8} step {i + 1}: loss {np.mean(record['loss'][-every:]):.4f},"
+                    f"{name:10} step {i + 1}: loss {np.mean(record['loss'][-every:]):.4f},"
                     f" held out {record['held_out'][str(i + 1)]:.4f}, {record['seconds']:.0f} s"
                 )
             args = ocp.args.Composite(
@@ -139,7 +146,7 @@ def train(
             )
             manager.save(i + 1, args=args, force=i + 1 == steps)
             if stop_after and i + 1 >= stop_after and i + 1 < steps:
-                typer.echo(f"{recipe:8} stopped after step {i + 1}; the same command goes on")
+                typer.echo(f"{name:10} stopped after step {i + 1}; the same command goes on")
                 return None
     return record
 
@@ -187,7 +194,7 @@ def main(
     out = out.absolute()
     wanted = recipes.split(",")
     if unknown := sorted(set(wanted) - set(RECIPES)):
-        raise typer.BadParameter(f"no recipe is called {unknown[0]!r}; there are {RECIPES}.")
+        raise typer.BadParameter(f"no recipe is called {unknown[0]!r}, only {', '.join(RECIPES)}.")
     data, test = windows(text, length)
     test = test[np.linspace(0, len(test) - 1, min(judged, len(test))).astype(int)]
     test = test[: max(1, len(test) // batch) * batch]
