@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from qjax.cli.bench import bench
+from qjax.cli.convert import convert
 from qjax.cli.eval import evaluate
 from qjax.cli.generate import generate
 from qjax.cli.inspect import inspect
@@ -55,6 +56,7 @@ for _name, _command in {
     "quantize": quantize,
     "eval": evaluate,
     "generate": generate,
+    "convert": convert,
     "inspect": inspect,
     "bench": bench,
     "presets": presets,

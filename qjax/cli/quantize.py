@@ -112,7 +112,9 @@ def quantize(
         with step(f"Quantizing by {chosen.name}"):
             qparams, summary = _quantize(source, chosen)
     else:
-        batches = _batches(source, model, data_text, calibration_windows, calibration_window)
+        batches = calibration_batches(
+            source, model, data_text, calibration_windows, calibration_window
+        )
         if dry_run:
             return _print_plan(source, chosen, batches, as_json)
         qparams, summary, report = _quantize_with_data(source, chosen, batches, out)
@@ -169,7 +171,9 @@ def _unfinished(out: Path) -> Path:
     return out.with_name(out.name + ".unfinished")
 
 
-def _batches(source: Runner, name: str, text: str, windows: int, window: int) -> list[Any]:
+def calibration_batches(
+    source: Runner, name: str, text: str, windows: int, window: int
+) -> list[Any]:
     """Returns calibration tokens, in batches of four windows spread over the text."""
     import jax.numpy as jnp
     import numpy as np

@@ -36,8 +36,7 @@ class Split(NamedTuple):
 
 def is_by_column(fmt: Format) -> bool:
     """Whether columns of a weight of this format know nothing of each other."""
-    nested = isinstance(fmt.scale, Format) or isinstance(fmt.offset, Format)
-    return fmt.group_columns == 1 and not nested
+    return gptq.is_by_column(fmt)
 
 
 def split_of(w: Any) -> Split | None:

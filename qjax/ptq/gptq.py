@@ -88,18 +88,26 @@ class Diagnostics(NamedTuple):
 
 
 class _Grid(NamedTuple):
-    """Scales and zero points (or offsets) by group, float32 [G, N] as they are stored."""
+    """Scales and zero points (or offsets) by group, float32 [G, N] as they are stored.
+
+    Attributes:
+      scale, zero: what a group's codes are multiplied by, and what is subtracted or added.
+      step, zero_step: of scales and offsets that are integers under a scale of their own, that
+        scale: a refit moves them by whole steps.
+    """
 
     scale: Array
     zero: Array | None
+    step: Array | None = None
+    zero_step: Array | None = None
 
     def at(self, i: Any) -> _Grid:
         """Returns those of one group, or of many."""
-        return _Grid(self.scale[i], None if self.zero is None else self.zero[i])
+        return jax.tree.map(lambda a: a[i], self)
 
     def replace(self, i: Any, new: _Grid) -> _Grid:
         zero = None if self.zero is None else self.zero.at[i].set(new.zero)
-        return _Grid(self.scale.at[i].set(new.scale), zero)
+        return self._replace(scale=self.scale.at[i].set(new.scale), zero=zero)
 
 
 _dot = tiles.dot
@@ -123,7 +131,7 @@ def _pad_square(a: Array, rows: int) -> Array:
 def _nearest(t: Array, grid: _Grid, fmt: Format) -> Array:
     """Returns the stored values nearest to `t`; the grid's arrays broadcast to it."""
     element = numerics.get_element(fmt.element)
-    scale, zero = grid
+    scale, zero, *_ = grid
     if zero is None:
         return numerics.round_to_level(scales.safe_divide(t, scale), element) * scale
     if fmt.offset is not None:
@@ -169,15 +177,75 @@ def _store(grid: _Grid, fmt: Format) -> tuple[_Stored, _Grid]:
     return _Stored(scale, codes), _Grid(scale_read, grid.zero)
 
 
+def _is_stepped(fmt: str | Format | None) -> bool:
+    """Whether scales are integers under plain scales, each of a column of its own: k-quants."""
+    if not isinstance(fmt, Format):
+        return False
+    plain = isinstance(fmt.scale, str) and not fmt.zero_point and fmt.offset is None
+    return plain and is_by_column(fmt) and numerics.get_element(fmt.element).kind == "int"
+
+
+def _with_steps(grid: _Grid, stored: _Stored, fmt: Format) -> _Grid:
+    """Returns the grid with the scales that its scales are integers of, where they are."""
+    G = grid.scale.shape[0]
+
+    def step(part: Any, fmt: str | Format | None) -> Array | None:
+        if not _is_stepped(fmt):
+            return None
+        assert isinstance(fmt, Format)
+        wide = scales.spread(qtensor.read_scales(part)[0], fmt, G, 1)
+        return jnp.broadcast_to(wide, grid.scale.shape)
+
+    return grid._replace(
+        step=step(stored.scale, fmt.scale), zero_step=step(stored.zero, fmt.offset)
+    )
+
+
+def _as_kept(value: Array, fmt: str | Format, step: Array | None) -> Array:
+    """Returns a scale as it will be read back, its own scale staying as it is."""
+    if step is None:
+        return scales.stored(value, fmt)
+    assert isinstance(fmt, Format)
+    element = numerics.get_element(fmt.element)
+    return numerics.round_to_level(scales.safe_divide(value, step), element) * step
+
+
+def _stored_again(stored: _Stored, grid: _Grid, fmt: Format) -> _Stored:
+    """Returns the leaves of a grid that refits moved by whole steps."""
+
+    def part(old: Any, value: Array | None, step: Array | None, fmt: str | Format | None) -> Any:
+        if value is None or fmt is None:
+            return old
+        if step is None:
+            assert isinstance(fmt, str)
+            return numerics.round_scale(value, fmt)
+        codes = numerics.encode(scales.safe_divide(value, step), old.element)
+        return dataclasses.replace(old, data=qtensor.pack_codes(codes, old.element))
+
+    return _Stored(
+        part(stored.scale, grid.scale, grid.step, fmt.scale),
+        part(stored.zero, grid.zero, grid.zero_step, fmt.offset),
+    )
+
+
 def _widen(a: Float[Array, "G C"], columns: int, N: int) -> Float[Array, "G N"]:
     return a if columns == 1 else jnp.repeat(a, columns, axis=1)[:, :N]
+
+
+def is_by_column(fmt: Format) -> bool:
+    """Whether columns of a weight of this format know nothing of each other, nor their scales."""
+    nested = [f for f in (fmt.scale, fmt.offset) if isinstance(f, Format)]
+    return fmt.group_columns == 1 and not fmt.flatten and all(map(is_by_column, nested))
 
 
 def _in_floats(fmt: Format) -> Format:
     """Returns the format whose scales and offsets are not quantized again."""
     offset = "float32" if isinstance(fmt.offset, Format) else fmt.offset
-    scale = "float32" if isinstance(fmt.scale, Format) else fmt.scale
-    return dataclasses.replace(fmt, scale=scale, offset=offset)
+    if not isinstance(fmt.scale, Format):
+        return dataclasses.replace(fmt, offset=offset)
+    # ggml's search is for its own formats, of which none has these scales.
+    rule = "mse" if fmt.rule == "ggml" else fmt.rule
+    return dataclasses.replace(fmt, scale="float32", offset=offset, rule=rule)
 
 
 def probe_format(fmt: Format) -> Format:
@@ -296,15 +364,15 @@ def _refit(
         a = jnp.sum(jnp.pad(a, (0, C * columns - N)).reshape(C, columns), 1)
         return jnp.repeat(a, columns)[:N]
 
-    scale, zero = grid
+    scale, zero, step, zero_step = grid
     if fmt.offset is None or zero is None:
         v = scales.safe_divide(Q, scale)
         vHD, vHv = total(v * HD), total(v * _dot(H, v))
-        s = scales.stored(scale + scales.safe_divide(vHD, vHv), fmt.scale) - scale
+        s = _as_kept(scale + scales.safe_divide(vHD, vHv), fmt.scale, step) - scale
         change = s * s * vHv - 2 * s * vHD
         # Also false for NaN.
         s = jnp.where(change < 0, s, 0.0)
-        return _Grid(scale + s, zero), s * v, jnp.where(change < 0, change, 0.0)
+        return grid._replace(scale=scale + s), s * v, jnp.where(change < 0, change, 0.0)
     v = scales.safe_divide(Q - zero * ones, scale)
     H1 = _dot(H, ones)
     vHD, vHv, vH1 = total(v * HD), total(v * _dot(H, v)), total(v * H1)
@@ -312,12 +380,16 @@ def _refit(
     # The offset's part is eliminated first, then solved for with the scale that can be stored.
     rest = vHv - scales.safe_divide(vH1 * vH1, oH1)
     s = scales.safe_divide(vHD - scales.safe_divide(vH1 * oHD, oH1), rest)
-    s = scales.stored(scale + s, fmt.scale) - scale
+    s = _as_kept(scale + s, fmt.scale, step) - scale
     o = scales.safe_divide(oHD - s * vH1, oH1)
-    o = scales.stored(zero + o, fmt.offset) - zero
+    o = _as_kept(zero + o, fmt.offset, zero_step) - zero
     change = s * s * vHv + 2 * s * o * vH1 + o * o * oH1 - 2 * s * vHD - 2 * o * oHD
     s, o = jnp.where(change < 0, s, 0.0), jnp.where(change < 0, o, 0.0)
-    return _Grid(scale + s, zero + o), s * v + o * ones, jnp.where(change < 0, change, 0.0)
+    return (
+        grid._replace(scale=scale + s, zero=zero + o),
+        s * v + o * ones,
+        jnp.where(change < 0, change, 0.0),
+    )
 
 
 # ---- GPTQ ----------------------------------------------------------------------------------------
@@ -564,6 +636,7 @@ def _solve(
         return jnp.where(J_rtn >= J, D[back], D_rtn), jnp.minimum(J, J_rtn), D_rtn
 
     stored, grid = _first_grid(W, fmt, diagonal)
+    grid = _with_steps(grid, stored, fmt)
     D, J, D_rtn = gptq(grid)
 
     columns = _columns(N, _MEASURED)
@@ -581,16 +654,21 @@ def _solve(
     Hd = _damped(H, damping)
     floats = _in_floats(fmt)
     again = floats != fmt  # scales are quantized again: all of them together
+    nested = [f for f in (fmt.scale, fmt.offset) if isinstance(f, Format)]
+    stepped = bool(nested) and all(map(_is_stepped, nested))
     wide = (fmt.group_size or K) > _WIDE
     if options.refit and options.sweeps and (again or wide):
         refit = _refit_wide if wide else functools.partial(_sweep, refit=True)
-        refit_D, refit_grid, gain = refit(W, D, Hd, grid, floats)
+        free = grid._replace(step=None, zero_step=None)
+        refit_D, refit_grid, gain = refit(W, D, Hd, free, floats)
         if again:
             refit_stored, refit_grid = _store(refit_grid, fmt)
+            refit_grid = _with_steps(refit_grid, refit_stored, fmt)
             refit_D, refit_J, _ = gptq(refit_grid)
             old = (D, J, stored, grid)
             new = (refit_D, refit_J, refit_stored, refit_grid)
-            D, J, stored, grid = _select(jnp.sum(refit_J) < jnp.sum(J), new, old)
+            better = refit_J < J if is_by_column(fmt) else jnp.sum(refit_J) < jnp.sum(J)
+            D, J, stored, grid = _select(better, new, old)
         else:
             D, grid, J = refit_D, refit_grid, J + gain
 
@@ -600,13 +678,15 @@ def _solve(
 
     def descend(state):
         sweep, D, grid, J, _ = state
-        D, grid, gain = _sweep(W, D, Hd, grid, fmt, options.refit and not again)
+        D, grid, gain = _sweep(W, D, Hd, grid, fmt, options.refit and (stepped or not again))
         return sweep + 1, D, grid, J + gain, -jnp.nansum(gain)
 
     start = (0, D, grid, J, jnp.asarray(jnp.inf, W.dtype))
     sweeps, D, grid, J, _ = lax.while_loop(unfinished, descend, start)
     if not again:
         stored, grid = _store(grid, fmt)
+    elif stepped:
+        stored = _stored_again(stored, grid, fmt)
 
     element = numerics.get_element(fmt.element)
     codes = _codes(W - D, grid.at(group), fmt, element)
@@ -619,7 +699,7 @@ def _solve(
 
 
 def _codes(Q: Array, grid: _Grid, fmt: Format, element: numerics.Element) -> Array:
-    scale, zero = grid
+    scale, zero, *_ = grid
     if zero is None:
         return numerics.encode(scales.safe_divide(Q, scale), element)
     if fmt.offset is not None:

@@ -241,6 +241,8 @@ def _observers(
         before += ["absmax", recipe.static]
     # SmoothQuant's errors are of activations too: its weights are rounded, and judged, as they are.
     judged = recipe.clip or recipe.scaling == "awq" or recipe.rounding == "gptq"
+    # ggml's search weighs a weight's rows by the mean squares of their inputs.
+    judged = judged or any(f.rule == "ggml" for f, _ in formats.values())
     return list(dict.fromkeys(before)), ["hessian"] if judged else []
 
 
