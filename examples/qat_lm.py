@@ -122,8 +122,8 @@ def trainer(loaded: LoadedModel, policy: Policy, setting: Setting) -> tuple[Any,
 
 
 def train(
+    program: tuple[Any, Any],
     loaded: LoadedModel,
-    policy: Policy,
     setting: Setting,
     first: Any,
     pieces: np.ndarray,
@@ -135,6 +135,7 @@ def train(
     """Trains from `first`, or on from the last checkpoint in `out`.
 
     Args:
+      program: what `trainer` returned.
       first: tree of Latents.
       pieces: training windows [W, T].
       every: steps between checkpoints.
@@ -143,7 +144,7 @@ def train(
     Returns:
       The trained tree and the losses of all steps, KL(float || quantized) in nats a token.
     """
-    init, step = trainer(loaded, policy, setting)
+    init, step = program
     state, losses, done = init(first), [], 0
     options = ocp.CheckpointManagerOptions(max_to_keep=1)
     with ocp.CheckpointManager((out / "training").resolve(), options=options) as manager:
@@ -195,7 +196,8 @@ def main(
     solved = start(loaded, policy, split_windows(ids, 512), out)
     first = qat.from_quantized(solved, loaded.params if trained == "all" else None)
     pieces = split_windows(ids, length)
-    params, losses = train(loaded, policy, setting, first, pieces, out, every=every)
+    program = trainer(loaded, policy, setting)
+    params, losses = train(program, loaded, setting, first, pieces, out, every=every)
     packed = qjax.quantize(params, policy)
     qjax.save(out / "qat", packed)
 

@@ -37,7 +37,8 @@ def test_a_delayed_start_and_gradual_bits_compile_once():
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), step(i, PARAMS), plain
         )
     full = value(qjax.fake_quant(mlp, fmt))
-    jax.tree.map(np.testing.assert_array_equal, step(4, PARAMS), full)
+    # The same products; the sum over them may be fused in another order.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), step(4, PARAMS), full)
     errors = [abs(float(step(i, PARAMS)[0] - plain[0])) for i in (2, 3, 4)]
     assert 0 < errors[0] < errors[1] < errors[2]
     assert step._cache_size() == 1

@@ -31,6 +31,14 @@ FORMATS = {
 }
 
 
+# Others take the same paths through the code.
+SLOW = {"int3 mse", "int2 blocks", "mxfp4", "e4m3", "w4a8u", "w2a8"}
+EVERY = [
+    pytest.param(fmt, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+    for name, fmt in FORMATS.items()
+]
+
+
 def assert_bitwise(fn, params, *args, fmt=None, policy=None, **how):
     """Asserts that fake-quantized `fn` is the packed one, bit for bit; returns the value."""
     policy = policy or fmt
@@ -50,12 +58,12 @@ def params(normal):
     return {"up": normal(64, 32), "down": normal(32, 64, seed=1)}
 
 
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("fmt", EVERY)
 def test_value_is_that_of_the_packed_model(fmt, params, normal):
     assert_bitwise(mlp, params, normal(3, 5, 64, seed=2), fmt=fmt)
 
 
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("fmt", EVERY)
 def test_gradients_are_the_straight_through_formulas(fmt, normal):
     """dL/dW = (x̂ᵀ dy) 1[|w| <= clip], dL/dx = dy Ŵᵀ 1[x not clipped], to the last rounding."""
     w, x, dy = normal(64, 32), normal(5, 64, seed=1), normal(5, 32, seed=2)
