@@ -27,7 +27,7 @@ def compiled_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "recipes", ["bf16,delayed", pytest.param("bf16,current,block", marks=pytest.mark.slow)]
+    "recipes", ["delayed", pytest.param("bf16,current,block,block-e4m3", marks=pytest.mark.slow)]
 )
 @pytest.mark.usefixtures("compiled_once")
 def test_it_learns_and_resumes_bit_for_bit(tmp_path, recipes):
@@ -35,7 +35,7 @@ def test_it_learns_and_resumes_bit_for_bit(tmp_path, recipes):
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 60)
     small = {
-        "text": str(text), "hidden": 32, "layers": 1, "steps": 12, "batch": 4, "length": 33,
+        "text": str(text), "hidden": 32, "layers": 1, "steps": 10, "batch": 4, "length": 33,
         "learning_rate": 1e-2, "judged": 4, "every": 4, "plotted": bool(find_spec("matplotlib")),
     }  # fmt: skip
 
@@ -47,10 +47,11 @@ def test_it_learns_and_resumes_bit_for_bit(tmp_path, recipes):
     whole = run("whole", recipes)
     for record in whole.values():
         assert record["loss"][-1] < record["loss"][0] - 1
-        assert abs(record["against_bf16"]["final_held_out"]) < 0.1
+        if "bf16" in whole:
+            assert abs(record["against_bf16"]["final_held_out"]) < 0.1
     assert (tmp_path / "whole" / "result.png").is_file() == small["plotted"]
 
-    for recipe in recipes.split(",")[1:]:  # stopped after a step that no checkpoint has
+    for recipe in recipes.split(","):  # stopped after a step that no checkpoint has
         assert run(recipe, recipe, stop_after=6) is None
         resumed = run(recipe, recipe)[recipe]
         assert resumed["loss"] == whole[recipe]["loss"]

@@ -18,7 +18,11 @@ RECIPES = {
     "delayed": fp8.Recipe(scaling="delayed", history=2),
     "block": fp8.Recipe(Format("e4m3", group_size=8, group_columns=8)),
 }
-ALL = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+SLOW = pytest.mark.slow
+# What compiles for 8 devices takes its time: one recipe always, the others when asked for.
+NAMES = pytest.mark.parametrize(
+    "name", ["delayed", pytest.param("current", marks=SLOW), pytest.param("block", marks=SLOW)]
+)
 
 
 def normal(*shape, seed):
@@ -63,7 +67,15 @@ SPLITS = {
 
 @pytest.mark.parametrize(
     ("name", "split"),
-    [(name, "data") for name in RECIPES] + [("delayed", "fsdp"), ("delayed", "tensor")],
+    [
+        ("delayed", "data"),
+        ("block", "data"),
+        ("delayed", "tensor"),
+        pytest.param("current", "data", marks=SLOW),
+        pytest.param("delayed", "fsdp", marks=SLOW),
+        pytest.param("block", "fsdp", marks=SLOW),
+        pytest.param("block", "tensor", marks=SLOW),
+    ],
 )
 def test_a_step_on_a_mesh_is_the_step_on_one_device(name, split):
     specs, of_x = SPLITS[split]
@@ -76,20 +88,18 @@ def test_a_step_on_a_mesh_is_the_step_on_one_device(name, split):
         assert_same(run(put(state, P()), params, put(X, of_x)), want)
 
 
-@ALL
-def test_meshes_with_explicit_axes(recipe):
-    name = next(n for n, r in RECIPES.items() if r is recipe)
+@NAMES
+def test_meshes_with_explicit_axes(name):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
     state, want = on_one_device(name)
     with jax.set_mesh(mesh):
         put = lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec))
-        run = jax.jit(fp8.value_and_grad(loss_of, recipe))
+        run = jax.jit(fp8.value_and_grad(loss_of, RECIPES[name]))
         assert_same(run(put(state, P()), put(PARAMS, P()), put(X, P("x"))), want)
 
 
-@ALL
-def test_shard_map_inside_the_function(recipe):
-    name = next(n for n, r in RECIPES.items() if r is recipe)
+@NAMES
+def test_shard_map_inside_the_function(name):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
 
     def sharded(params, x):
@@ -100,10 +110,10 @@ def test_shard_map_inside_the_function(recipe):
         return jax.shard_map(body, mesh=mesh, in_specs=(P(), P("x")), out_specs=P())(params, x)
 
     state, want = on_one_device(name)
-    assert_same(jax.jit(fp8.value_and_grad(sharded, recipe))(state, PARAMS, X), want)
+    assert_same(jax.jit(fp8.value_and_grad(sharded, RECIPES[name]))(state, PARAMS, X), want)
 
 
-@pytest.mark.parametrize("name", ["current", "delayed"])
+@pytest.mark.parametrize("name", ["delayed", pytest.param("current", marks=SLOW)])
 def test_experts_split_over_a_shard_map_keep_scales_of_their_own(name):
     mesh = jax.make_mesh((8,), ("e",), axis_types=(AxisType.Auto,))
     params = {"w": normal(8, 16, 16, seed=3) * jnp.exp2(jnp.arange(8.0))[:, None, None]}
