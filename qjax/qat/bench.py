@@ -77,7 +77,7 @@ def model(size: Size) -> Callable:
     return apply
 
 
-def step_of(fn: Callable, tx: optax.GradientTransformation) -> Callable:
+def step_of(fn: Callable, tx: optax.GradientTransformation) -> Any:
     """Returns the jitted training step of a language model."""
 
     @jax.jit
