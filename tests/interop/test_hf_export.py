@@ -24,7 +24,7 @@ from tests.interop.hf_models import CASES, CONFIG, float_params, quantized, stac
 
 # They store the scale's reciprocal, or its multiple.
 INEXACT = {"ct-nvfp4", "bnb-int8"}
-VERIFIED = {"gptq-int3-zp", "bnb-nf4-dq", "bnb-int8", "ct-nvfp4"}  # one of each kind: it takes time
+VERIFIED = {"bnb-nf4-dq", "bnb-int8", "ct-nvfp4"}  # one of each kind: it takes time
 
 
 def flat(params):

@@ -231,7 +231,8 @@ class BitsAndBytes(Codec):
 
 
 def _levels(element: str) -> np.ndarray:
-    return np.asarray(numerics.get_element(element).levels, np.float32)
+    # FP4 has two codes of zero, and the file no negative one.
+    return np.asarray(numerics.get_element(element).levels, np.float32) + np.float32(0)
 
 
 def _block(qt: QTensor) -> int:
