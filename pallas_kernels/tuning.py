@@ -41,7 +41,7 @@ WEIGHT_ONLY = {
     16: Tuning(16, 6, 256),
     32: Tuning(32, 5, 256),
     64: Tuning(64, 3, 256),
-    math.inf: Tuning(128, 3, scale_on="weight"),
+    math.inf: Tuning(128, 4, scale_on="weight"),
 }
 
 # Both operands lie in shared memory: 16 KB of weights and 128 bytes a token for each stage.
@@ -54,26 +54,35 @@ EIGHT_BIT = {
 }
 
 
-def weight_only(M: int, K: int, N: int, group_size: int = 128, bits: int = 4) -> Tuning:
+def weight_only(
+    M: int, K: int, N: int, group_size: int = 128, bits: int = 4, out_bits: int = 16
+) -> Tuning:
     """Returns the tuning of a weight-only product of M tokens with a [K, N] weight.
 
     Args:
-      bits: of a weight.
+      bits, out_bits: of a weight and of an output.
 
     Example:
       >>> weight_only(16, 4096, 4096)
       Tuning(tile_m=16, stages=6, tile_k=256, scale_on='accumulator', split_k=8, sms=132)
     """
-    return _for_shape(WEIGHT_ONLY, M, K, N, group_size, bits, 16)
+    return _for_shape(WEIGHT_ONLY, M, K, N, group_size, bits, 16, out_bits)
 
 
 def eight_bit(M: int, K: int, N: int) -> Tuning:
     """Returns the tuning of a product of M tokens with a [K, N] weight, both of 8 bits."""
-    return _for_shape(EIGHT_BIT, M, K, N, TILE_K, 8, 8)
+    return _for_shape(EIGHT_BIT, M, K, N, TILE_K, 8, 8, 32)
 
 
 def _for_shape(
-    table: dict[float, Tuning], M: int, K: int, N: int, group_size: int, w_bits: int, x_bits: int
+    table: dict[float, Tuning],
+    M: int,
+    K: int,
+    N: int,
+    group_size: int,
+    w_bits: int,
+    x_bits: int,
+    out_bits: int,
 ) -> Tuning:
     row = next(row for most, row in table.items() if most >= M)
     if K % row.tile_k or (group_size % row.tile_k and row.tile_k % group_size):
@@ -81,13 +90,11 @@ def _for_shape(
     # As many buffers as fit beside the output tile, all scales being float32 at most.
     scales = 4 * (TILE_N * max(1, row.tile_k // group_size) + row.tile_m)
     stage = row.tile_k * (TILE_N * w_bits + row.tile_m * x_bits) // 8 + scales
-    fit = (SMEM_BYTES - 4 * TILE_N * row.tile_m - 1024) // stage
     m_tiles = -(-M // row.tile_m)
-    return dataclasses.replace(
-        row,
-        stages=min(row.stages, fit),
-        split_k=split_k(m_tiles * (N // TILE_N), K // row.tile_k),
-    )
+    parts = split_k(m_tiles * (N // TILE_N), K // row.tile_k)
+    out = TILE_N * row.tile_m * (out_bits if parts == 1 else 32) // 8
+    fit = (SMEM_BYTES - out - 1024) // stage
+    return dataclasses.replace(row, stages=min(row.stages, fit), split_k=parts)
 
 
 def split_k(tiles: int, steps: int, sms: int = SMS) -> int:

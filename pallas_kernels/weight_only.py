@@ -79,7 +79,9 @@ def matmul(
     if reason := supports(w.dtype, x.dtype, K, N, K // G):
         raise ValueError(f"pallas_kernels.weight_only: {reason}.")
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
-    tuning = tuning or tunings.weight_only(M, K, N, K // G, hopper.bits(w.dtype))
+    tuning = tuning or tunings.weight_only(
+        M, K, N, K // G, hopper.bits(w.dtype), hopper.bits(out_dtype)
+    )
     x = hopper.padded_tokens(x, tuning.tile_m)
     group = min(K // G, tuning.tile_k)  # inputs of one step with one scale
     layout = _LAYOUTS[hopper.bits(w.dtype)]

@@ -25,10 +25,10 @@ WEIGHT_ONLY = {
     "int4 channels M=16": (16, "int4", K, "bfloat16", 3.3, 1.6),
     "int4 g128 M=1024": (1024, "int4", 128, "bfloat16", 3.6, 1.6),
     "int8 channels M=16": (16, "int8", K, "bfloat16", 4.4, 2.3),
-    "int8 channels M=1024": (1024, "int8", K, "bfloat16", 5.0, 2.5),
+    "int8 channels M=1024": (1024, "int8", K, "bfloat16", 5.1, 2.5),
     "fp8 weights M=16": (16, "float8_e4m3fn", 128, "float16", 2.3, 1.2),
 }
-PREFILL = {"int4": 0.5, "int8": 0.61}
+PREFILL = {"int4": 0.5, "int8": 0.64}
 EIGHT_BIT = {
     "int8 M=16": (16, "int8", 1, "IGMMA"),
     "int8 M=1024": (1024, "int8", 1, "IGMMA"),
