@@ -1,7 +1,6 @@
 """Activations of few bits and without a sign: exact integer products, and 0 below 0."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
