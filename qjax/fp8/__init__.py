@@ -7,6 +7,8 @@
         (value, state), grads = fp8.value_and_grad(loss, "delayed")(state, params, batch)
         updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, state, value
+
+Parameters and their gradients keep their precision; `Recipe` says what is scaled how.
 """
 
 from qjax.fp8.recipe import BLOCK, TENSOR, Recipe
