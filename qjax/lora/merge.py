@@ -32,6 +32,8 @@ class MergedRow:
       update: |s A B| / |W|, norms of the update and of the base weight.
       sqnr_db: 20 log10(|W + s A B| / |error|) of the requantized weight; inf where it is exact.
       error_to_update: |error| / |s A B|: from 1 on, rounding changed the weight more than training.
+      kept: <Q(W + s A B) - W, s A B> / |s A B|^2, the share of the update that is left: 1 if errors
+        are independent of it, 0 if it was rounded away.
     """
 
     path: str
@@ -39,6 +41,7 @@ class MergedRow:
     update: float
     sqnr_db: float
     error_to_update: float
+    kept: float
 
 
 class MergeReport(tuple[MergedRow, ...]):
@@ -50,12 +53,19 @@ class MergeReport(tuple[MergedRow, ...]):
         return json.dumps([dataclasses.asdict(row) for row in self], indent=2)
 
     def __str__(self) -> str:
-        lines = [("weight", "format", "update/W", "SQNR dB", "error/update")]
+        lines = [("weight", "format", "update/W", "SQNR dB", "error/update", "kept")]
         lines += [
-            (r.path, r.format, f"{r.update:.2e}", f"{r.sqnr_db:.1f}", f"{r.error_to_update:.2f}")
+            (
+                r.path,
+                r.format,
+                f"{r.update:.2e}",
+                f"{r.sqnr_db:.1f}",
+                f"{r.error_to_update:.2f}",
+                f"{r.kept:.2f}",
+            )
             for r in self
         ]
-        return "\n".join(align(lines, right={2, 3, 4}))
+        return "\n".join(align(lines, right={2, 3, 4, 5}))
 
 
 def merge(base: Any, adapters: Adapters) -> Any:
@@ -94,7 +104,7 @@ def merge_quantized(
             )
         fmt = leaf.format if format is None else format
         try:
-            qt, (base_energy, update, merged, error) = _requantized(leaf, adapter, fmt)
+            qt, (base_energy, update, merged, error, kept) = _requantized(leaf, adapter, fmt)
         except ValueError as e:
             raise ValueError(f"{path}: {e}") from None
         norm_of = lambda energy: math.sqrt(float(energy))
@@ -105,6 +115,7 @@ def merge_quantized(
                 norm_of(update) / norm_of(base_energy) if base_energy else math.inf,
                 sqnr_db(float(merged), float(error)),
                 norm_of(error) / norm_of(update) if update else (math.inf if error else 0.0),
+                float(kept) / float(update) if update else 1.0,
             )
         )
         return qt
@@ -151,5 +162,6 @@ def _requantized(leaf: Any, adapter: Adapter, fmt: Format) -> tuple[QTensor, tup
     logical = adapter.layout.from_canonical(merged)
     qt = qtensor.quantize_array(logical, fmt, adapter.layout, **factors)
     qt = dataclasses.replace(qt, dtype=jnp.dtype(leaf.dtype).name)
-    error = qtensor.dequantize_canonical(qt) - merged
-    return qt, tuple(jnp.sum(x * x) for x in (w, update, merged, error))
+    stored = qtensor.dequantize_canonical(qt)
+    energies = tuple(jnp.sum(x * x) for x in (w, update, merged, stored - merged))
+    return qt, (*energies, jnp.sum((stored - w) * update))

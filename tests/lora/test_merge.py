@@ -80,6 +80,8 @@ def test_the_report_is_what_requantizing_did(fmt):
         update = np.linalg.norm(sum_ - w)
         np.testing.assert_allclose(row.update, update / np.linalg.norm(w), rtol=1e-4)
         np.testing.assert_allclose(row.error_to_update, error / update, rtol=1e-4)
+        kept = np.vdot(qjax.dequantize(out[row.path]) - w, sum_ - w) / update**2
+        np.testing.assert_allclose(row.kept, kept, rtol=1e-4)
         np.testing.assert_allclose(
             row.sqnr_db, 20 * np.log10(np.linalg.norm(sum_) / error), rtol=1e-4
         )
