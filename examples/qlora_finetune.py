@@ -4,8 +4,8 @@
 
 fine-tunes SmolLM2-135M, stored as NF4 with double quantization, on the docstrings of the standard
 library, or on any file: `--text FILE`, of which the last tenth is held out. A step takes 8 seconds
-of an idle core. A run that was stopped goes on where it was, with the same result bit for bit. It writes
-`result.json`, and the adapters as a qjax checkpoint and as a directory that `peft` reads.
+of an idle core. A run that was stopped goes on where it was, with the same result bit for bit. It
+writes `result.json`, and the adapters as a qjax checkpoint and as a directory that `peft` reads.
 """
 
 from __future__ import annotations
