@@ -38,7 +38,7 @@ def _dynamic(exponents: int = 7) -> tuple[float, ...]:
     for i in range(exponents):
         # Rounded as there: both halves of the interval are counted from their own end, by a fused
         # multiply and add, which float64 gives for such small counts.
-        n, (low, high) = np.arange(2**i + 1), np.float32([0.1, 1])
+        n, low, high = np.arange(2**i + 1), np.float32(0.1), np.float32(1)
         step = np.float64((high - low) / np.float32(2**i))
         ends = np.where(n < (2**i + 1) // 2, low + step * n, high - step * n[::-1])
         ends = ends.astype(np.float32)

@@ -1,5 +1,7 @@
 """Lookups, slices, convolutions and ragged products of a packed weight against the float one."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from jax import lax
 
 from qjax.format import Format
 from qjax.ops import weight
+from qjax.ops.packed_dot import packed_dot
 from qjax.qtensor import dequantize_array, quantize_array
 
 FORMATS = [
@@ -140,7 +143,8 @@ def test_pointwise_convolutions(numbers, x_shape, w_shape, layout, stride):
     options = {"window_strides": (stride, stride), "padding": "VALID"}
     params = conv_params(x, w, numbers, **options)
     assert weight.is_pointwise(view, params)
-    got = weight.pointwise_conv(x, view, params, out_dtype=jnp.float32, implementation=None)
+    product = functools.partial(packed_dot, qt=view.payload)
+    got = weight.pointwise_conv(x, view, params, out_dtype=jnp.float32, product=product)
     want = lax.conv_general_dilated(x, w, dimension_numbers=numbers, **options)
     np.testing.assert_allclose(got, want, atol=1e-4)
 
