@@ -4,7 +4,7 @@
 
 takes about an hour on two idle cores. Rows that the JSON file holds already are not run again, so
 an interrupted run goes on; `--rows rtn-4,gptq-4` runs a few. The calibration text is the wiki
-documents that are not for evaluation, or any file: `--calibration FILE`.
+documents that are not for evaluation, or any file: `--calibration FILE`. Seconds are of CPU time.
 """
 
 from __future__ import annotations
@@ -130,9 +130,9 @@ def main(
         if name in record["rows"]:
             continue
         title, chosen = every[name]
-        start = time.perf_counter()
+        start = time.process_time()
         qparams, notes = quantized(fn, loaded.params, chosen, batches)
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         e = evaluate(qjax.apply(fn), qparams, test, reference=(reference, known))
         totals = qjax.summary(qparams).totals
         record["rows"][name] = {
