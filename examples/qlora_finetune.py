@@ -129,7 +129,7 @@ def main(
             began = time.perf_counter()
             state = compiled(frozen, state, batches[i], i)
             loss = float(state["losses"][i])
-            lora.check_finite(loss, adapters=state["adapters"], base=frozen)
+            lora.check_loss(loss, adapters=state["adapters"], base=frozen)
             record["seconds"] += time.perf_counter() - began
             if (i + 1) % max(every // 5, 1) == 0:
                 typer.echo(f"step {i + 1}: loss {loss:.4f}, {record['seconds']:.0f} s")

@@ -14,7 +14,7 @@ Parameters and their gradients keep their precision; `Recipe` says what is scale
 from qjax.fp8.recipe import BLOCK, TENSOR, Recipe
 from qjax.fp8.state import Amax, State
 from qjax.fp8.train import apply, explain, init, value_and_grad
-from qjax.qat.guard import NonFiniteError, check_finite
+from qjax.guard import NonFiniteError, check_finite
 
 __all__ = [
     "BLOCK",

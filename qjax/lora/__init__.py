@@ -3,8 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from qjax.guard import NonFiniteError, check_loss
 from qjax.lora.adapter import Adapter, init
-from qjax.lora.guard import check_finite
 from qjax.lora.merge import MergedRow, MergeReport, merge, merge_quantized
 from qjax.lora.several import combine, select, stack
 from qjax.lora.store import load, save
@@ -19,8 +19,9 @@ __all__ = [
     "MasterWeights",
     "MergeReport",
     "MergedRow",
+    "NonFiniteError",
     "apply",
-    "check_finite",
+    "check_loss",
     "combine",
     "explain",
     "init",

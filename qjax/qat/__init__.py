@@ -7,8 +7,8 @@ out, ranges = qat.tracked(fn, policy, phase=phase)(params, ranges, x)
 qparams = qjax.quantize(qat.attach(params, policy, ranges), policy)
 """
 
+from qjax.guard import NonFiniteError, check_finite
 from qjax.latent import Latent, is_latent, values
-from qjax.qat.guard import NonFiniteError, check_finite
 from qjax.qat.learned import attach, from_quantized, init
 from qjax.qat.optim import (
     decay_mask,

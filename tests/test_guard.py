@@ -15,7 +15,7 @@ def parts():
 
 
 def test_a_finite_loss_passes_without_a_look_at_the_trees():
-    lora.check_finite(jnp.float32(1.0), adapters={"w": jnp.nan})
+    lora.check_loss(jnp.float32(1.0), adapters={"w": jnp.nan})
 
 
 def test_the_first_leaf_that_is_not_finite_is_named():
@@ -24,18 +24,18 @@ def test_the_first_leaf_that_is_not_finite_is_named():
     b = broken["layers/0"].b.at[0, :3].set(jnp.inf)
     broken["layers/0"] = lora.Adapter(broken["layers/0"].a, b, broken["layers/0"].layout, 1.0)
     with pytest.raises(
-        FloatingPointError, match=r"loss is nan: in `adapters`, layers/0/b has 3 of"
+        lora.NonFiniteError, match=r"loss is nan: in `adapters`, layers/0/b has 3 of"
     ):
-        lora.check_finite(jnp.nan, adapters=broken, base=base)
+        lora.check_loss(jnp.nan, adapters=broken, base=base)
     scale = base["layers/0"].scale.at[0, 7].set(jnp.nan)
     base["layers/0"] = qjax.qtensor.dataclasses.replace(base["layers/0"], scale=scale)
     with pytest.raises(
-        FloatingPointError, match=r"loss is inf: in `base`, layers/0/scale has 1 of"
+        lora.NonFiniteError, match=r"loss is inf: in `base`, layers/0/scale has 1 of"
     ):
-        lora.check_finite(jnp.array([0.0, jnp.inf]), adapters=adapters, base=base)
+        lora.check_loss(jnp.array([0.0, jnp.inf]), adapters=adapters, base=base)
 
 
 def test_when_all_leaves_are_finite_it_says_so():
     base, adapters = parts()
-    with pytest.raises(FloatingPointError, match="all numbers of `adapters`, `base` are finite"):
-        lora.check_finite(jnp.nan, adapters=adapters, base=base)
+    with pytest.raises(lora.NonFiniteError, match="all numbers of `adapters`, `base` are finite"):
+        lora.check_loss(jnp.nan, adapters=adapters, base=base)
