@@ -80,8 +80,8 @@ def check_loss(loss: Any, **trees: Any) -> None:
                 raise NonFiniteError(
                     f"the loss is {worst}: in `{name}`, {path_str(path)} has {int(bad)} of"
                     f" {jnp.size(x)} numbers that are NaN or infinite. Go back to the last"
-                    " checkpoint and lower the learning rate or clip gradients (`optax.clip_by_global_norm`); if that is the"
-                    " base, repair it."
+                    " checkpoint and lower the learning rate, or clip gradients"
+                    " (`optax.clip_by_global_norm`); if that is the base, repair it."
                 )
     looked = ", ".join(f"`{name}`" for name in trees) or "nothing else"
     raise NonFiniteError(
