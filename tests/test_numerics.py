@@ -54,7 +54,7 @@ def test_the_range_is_that_of_the_levels(name):
     levels = levels_of(element)
     assert (levels.min(), levels.max()) == (element.qmin, element.qmax)
     assert len(levels) <= 2**element.bits
-    assert 0 in levels
+    assert name == "iq4_nl" or 0 in levels  # ggml's has 1 instead
 
 
 @pytest.mark.parametrize("name", NAMES)
