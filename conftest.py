@@ -32,6 +32,10 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 # A script for an interpreter of its own, the only module that imports torch.
 collect_ignore = ["qjax/ptq/bench_torch.py"]
 
+# The interpreter of GPU kernels came with 0.12; without it nothing of them can be tested.
+if jax.__version_info__ < (0, 12):
+    collect_ignore_glob = ["pallas_kernels/*", "tests/pallas_kernels/*", "tests/test_prepare.py"]
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips what this machine cannot run. In CI a missing demo model is a failure, not a skip."""
