@@ -215,10 +215,8 @@ def convert(
             " does; gptq also chooses the codes, by GPTQ and coordinate descent on their grid."
         ),
     ] = Method.gptq,
-    calibration_windows: Annotated[
-        int, typer.Option(min=2, help="Windows of that text; every fifth only judges.")
-    ] = 64,
-    calibration_window: Annotated[int, typer.Option(min=8, help="Tokens in each.")] = 512,
+    calibration_windows: options.CalibrationWindows = 64,
+    calibration_window: options.CalibrationWindow = 512,
     verify: Annotated[
         bool, typer.Option("--verify", help="Decode what was written, and compare every tensor.")
     ] = False,

@@ -24,6 +24,10 @@ Text = Annotated[
 ]
 Window = Annotated[int, typer.Option(min=2, help="Tokens in a window; windows do not overlap.")]
 Full = Annotated[bool, typer.Option("--full", help="All windows of the text.")]
+CalibrationWindows = Annotated[
+    int, typer.Option(min=2, help="Windows of that text; every fifth only judges.")
+]
+CalibrationWindow = Annotated[int, typer.Option(min=8, help="Tokens in each.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
 

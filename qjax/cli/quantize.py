@@ -44,10 +44,8 @@ def quantize(
             " file. Needed by recipes with data, such as w4a16-gptq.",
         ),
     ] = None,
-    calibration_windows: Annotated[
-        int, typer.Option(min=2, help="Windows of that text; every fifth only judges.")
-    ] = 64,
-    calibration_window: Annotated[int, typer.Option(min=8, help="Tokens in each.")] = 512,
+    calibration_windows: options.CalibrationWindows = 64,
+    calibration_window: options.CalibrationWindow = 512,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it would take, and stop.")
     ] = False,

@@ -179,9 +179,10 @@ def run(
         fmt, layout = formats[path]
         pre_scale = smoothed.pre_scales.get(path)
         divisor = smoothed.divisors.get(path) if pre_scale is None else None
-        h, h_judge = (None if c is None else moments(c, path, divisor) for c in (train, judge))
+        h = None if train is None else moments(train, path, divisor)
         if recipe.rounding == "gptq":
             assert h is not None
+            h_judge = None if judge is None else moments(judge, path, divisor)
             item = Item(path, named[path], fmt, layout, steps.get(path))
             (made[path],) = solve_weights([item], h, h_judge, options, pre_scale=pre_scale)
         else:
