@@ -78,6 +78,8 @@ class Report:
                 )
             )
         text = "\n".join(align(lines))
+        if any(min(s.final, s.held_out or 0.0) < 0 for s in self.solved):
+            text += "\nErrors below 0: the weight makes up for errors of the weights before it."
         if not self.smoothed:
             return text
         head = [("input of", "method", "alpha", "rtn", "smoothed", "where")]

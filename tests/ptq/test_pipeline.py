@@ -1,5 +1,6 @@
 """Laws of quantization with data, through the front door."""
 
+import dataclasses
 import json
 
 import flax.linen as nn
@@ -80,6 +81,15 @@ def test_the_report_says_what_happened(solved):
         assert row.rows == 5 * 4 * 16  # one batch of six is held out
     assert len(json.loads(report.to_json())["solved"]) == 4
     assert "layers/up[0]" in str(report)
+
+
+def test_the_report_explains_an_error_below_zero(solved):
+    report = solved[-1]
+    below = dataclasses.replace(report.solved[0], held_out=-0.1)
+    said = "makes up for errors of the weights before it"
+    assert said in str(dataclasses.replace(report, solved=(below,)))
+    above = dataclasses.replace(below, final=0.1, held_out=0.1)
+    assert said not in str(dataclasses.replace(report, solved=(above,)))
 
 
 def test_a_tied_table_is_solved_on_its_product(params, batches):
