@@ -29,10 +29,10 @@ from qjax.texts import TEXTS, load_text
 
 RECIPES = {
     "bf16": None,
-    "delayed": fp8.Recipe.of("delayed"),
-    "current": fp8.Recipe.of("current"),
-    "block": fp8.Recipe.of("block"),
-    "block-e4m3": fp8.Recipe(fp8.BLOCK, gradient="e4m3"),  # as in DeepSeek-V3
+    "delayed": fp8.Fp8Recipe.of("delayed"),
+    "current": fp8.Fp8Recipe.of("current"),
+    "block": fp8.Fp8Recipe.of("block"),
+    "block-e4m3": fp8.Fp8Recipe(fp8.BLOCK, gradient="e4m3"),  # as in DeepSeek-V3
 }
 
 

@@ -1,6 +1,6 @@
 """FP8 training of unmodified functions: e4m3 forward, e5m2 gradients, float parameters.
 
-    state = fp8.init(loss, "delayed")(params, batch)  # or "current", "block", a Recipe
+    state = fp8.init(loss, "delayed")(params, batch)  # or "current", "block", an Fp8Recipe
 
     @jax.jit
     def step(params, opt_state, state, batch):
@@ -8,10 +8,10 @@
         updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, state, value
 
-Parameters and their gradients keep their precision; `Recipe` says what is scaled how.
+Parameters and their gradients keep their precision; `Fp8Recipe` says what is scaled how.
 """
 
-from qjax.fp8.recipe import BLOCK, TENSOR, Recipe
+from qjax.fp8.recipe import BLOCK, TENSOR, Fp8Recipe
 from qjax.fp8.state import Amax, State
 from qjax.fp8.train import apply, explain, init, value_and_grad
 from qjax.guard import NonFiniteError, check_finite
@@ -20,8 +20,8 @@ __all__ = [
     "BLOCK",
     "TENSOR",
     "Amax",
+    "Fp8Recipe",
     "NonFiniteError",
-    "Recipe",
     "State",
     "apply",
     "check_finite",

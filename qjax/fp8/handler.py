@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from qjax import _compat
 from qjax.fp8.product import OPERAND, Spec, product
-from qjax.fp8.recipe import Recipe
+from qjax.fp8.recipe import Fp8Recipe
 from qjax.layout import Layout
 from qjax.ops import weight
 from qjax.transform import apply
@@ -62,7 +62,7 @@ def as_view(
 class Fp8(apply.Packed):
     """Multiplies by Fp8Weights in FP8; what is no product sees the float weight and is recorded."""
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Fp8Recipe):
         super().__init__(None)
         self.recipe = recipe
         # Mesh axes over which leading axes are split, inside a shard_map, by weight.

@@ -26,7 +26,7 @@ class Spec:
       block: None, one scale for each tensor; or the side of a weight's blocks.
       transposed: whether x meets Wᵀ.
       out_dtype, x_dtype, w_dtype: of the result, and of the derivatives.
-      gradient, margin, power_of_two: as in `Recipe`.
+      gradient, margin, power_of_two: as in `Fp8Recipe`.
       stacked_over: mesh axes over which the leading axes are split, inside a shard_map.
     """
 

@@ -1,4 +1,4 @@
-"""Recipe: which products run in FP8, and where the scales of their operands come from."""
+"""Fp8Recipe: which products run in FP8, and where the scales of their operands come from."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GRADIENTS = ("e5m2", "e4m3")
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Fp8Recipe:
     """How a function trains in FP8. Hashable, static under `jit`.
 
     Attributes:
@@ -74,14 +74,14 @@ class Recipe:
             )
 
     @classmethod
-    def of(cls, recipe: Any) -> Recipe:
+    def of(cls, recipe: Any) -> Fp8Recipe:
         """Returns the recipe that `recipe` means.
 
         Args:
-          recipe: a Recipe; "current", "delayed" or "block", for all weights of products; or what
-            `qjax.Policy.of` takes, with current scaling.
+          recipe: an Fp8Recipe; "current", "delayed" or "block", for all weights of products; or
+            what `qjax.Policy.of` takes, with current scaling.
         """
-        if isinstance(recipe, Recipe):
+        if isinstance(recipe, Fp8Recipe):
             return recipe
         if recipe in ("current", "delayed"):
             return cls(scaling=recipe)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from qjax.fp8 import scaling
 from qjax.fp8.product import OPERAND
-from qjax.fp8.recipe import Recipe
+from qjax.fp8.recipe import Fp8Recipe
 
 
 class Amax(NamedTuple):
@@ -37,7 +37,7 @@ class State(NamedTuple):
     history: dict[str, Amax]
 
 
-def empty(leads: dict[str, tuple[int, ...]], recipe: Recipe) -> State:
+def empty(leads: dict[str, tuple[int, ...]], recipe: Fp8Recipe) -> State:
     """Returns the state of weights of which nothing was seen, by path and leading axes."""
     zeros = lambda lead: jnp.zeros((*lead, recipe.history), jnp.float32)
     return State({path: Amax(*(zeros(lead) for _ in Amax._fields)) for path, lead in leads.items()})
@@ -62,7 +62,7 @@ def push(state: State, seen: dict[str, Float[Array, "*lead 3"]]) -> State:
     )
 
 
-def scales(amax: Amax, recipe: Recipe) -> Float[Array, "*lead 3"]:
+def scales(amax: Amax, recipe: Fp8Recipe) -> Float[Array, "*lead 3"]:
     """Returns the scales of input, weight and gradient for the step that follows."""
     elements = (OPERAND, OPERAND, recipe.gradient)
     of = lambda history, element: scaling.scale_of(
@@ -72,7 +72,7 @@ def scales(amax: Amax, recipe: Recipe) -> Float[Array, "*lead 3"]:
     return jax.lax.stop_gradient(jnp.stack(out, axis=-1))
 
 
-def check(state: Any, leads: dict[str, tuple[int, ...]], recipe: Recipe) -> None:
+def check(state: Any, leads: dict[str, tuple[int, ...]], recipe: Fp8Recipe) -> None:
     """Refuses a state that is not of these weights.
 
     Raises:

@@ -15,7 +15,7 @@ from qjax.format import Format
 from qjax.fp8 import meter
 from qjax.fp8 import state as states
 from qjax.fp8.handler import Fp8, as_view
-from qjax.fp8.recipe import Recipe, is_block
+from qjax.fp8.recipe import Fp8Recipe, is_block
 from qjax.fp8.state import State
 from qjax.layout import Layout
 from qjax.paths import path_str
@@ -35,7 +35,7 @@ class _Weight(NamedTuple):
 
 
 def _weights(
-    fn: Callable, recipe: Recipe, usage: Any, params: Any, args: tuple, kwargs: dict
+    fn: Callable, recipe: Fp8Recipe, usage: Any, params: Any, args: tuple, kwargs: dict
 ) -> dict[str, _Weight]:
     """Returns the parameters that take part in a call of fn, by path."""
     params = values(params)
@@ -84,11 +84,11 @@ def _run(
     return packed.run(handler, fn, call, views)
 
 
-def _scales(state: State, recipe: Recipe) -> dict[str, Any]:
+def _scales(state: State, recipe: Fp8Recipe) -> dict[str, Any]:
     return {path: states.scales(amax, recipe) for path, amax in state.history.items()}
 
 
-def _checked(given: State | None, recipe: Recipe, weights: dict[str, _Weight]) -> State:
+def _checked(given: State | None, recipe: Fp8Recipe, weights: dict[str, _Weight]) -> State:
     """Returns the state to go by, after checking that it fits the weights."""
     if given is None and recipe.scaling == "current":
         return State({})
@@ -113,7 +113,7 @@ def apply(
 
     Args:
       fn: function of `(params, ...)`.
-      recipe: a Recipe, "current", "delayed", "block", or a policy; see `Recipe.of`.
+      recipe: an Fp8Recipe, "current", "delayed", "block", or a policy; see `Fp8Recipe.of`.
       state: that of delayed scaling, from `init` and `value_and_grad`; evaluating leaves it as
         it is.
       usage: `qjax.usage(fn)(params, ...)` if it is at hand.
@@ -128,7 +128,7 @@ def apply(
       >>> f(jnp.array([[1.0], [0.3]]), jnp.array([[1.0, 1.0]]))
       Array([[1.3125]], dtype=float32)
     """
-    recipe = Recipe.of(recipe)
+    recipe = Fp8Recipe.of(recipe)
 
     @functools.wraps(fn)
     def applied(params, *args, **kwargs):
@@ -144,7 +144,7 @@ def explain(fn: Callable, recipe: Any = "current") -> Callable[..., packed.Expla
 
     Nothing is computed: arguments may be ShapeDtypeStructs.
     """
-    recipe = Recipe.of(recipe)
+    recipe = Fp8Recipe.of(recipe)
 
     @functools.wraps(fn)
     def explained(params, *args, **kwargs):
@@ -223,7 +223,7 @@ def init(
     Raises:
       ValueError: naming a weight that no gradient reaches: it never has a history.
     """
-    recipe = Recipe.of(recipe)
+    recipe = Fp8Recipe.of(recipe)
 
     @functools.wraps(fn)
     def initial(params, *args, **kwargs) -> State:
@@ -277,7 +277,7 @@ def value_and_grad(
       A function that returns `((value, state), grads)`, or with `has_aux` `((value, state, aux),
       grads)`. Gradients are those of its second argument, `params`.
     """
-    recipe = Recipe.of(recipe)
+    recipe = Fp8Recipe.of(recipe)
 
     @functools.wraps(fn)
     def stepped(state, params, *args, **kwargs):

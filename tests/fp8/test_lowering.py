@@ -31,7 +31,7 @@ def dots(text):
     [
         ("current", "bf16"),
         ("delayed", "bf16"),
-        (fp8.Recipe(power_of_two=False), "f32"),
+        (fp8.Fp8Recipe(power_of_two=False), "f32"),
         (Format("e4m3", group_size=16, group_columns=16), "f32"),
     ],
     ids=["current", "delayed", "float scales", "block"],

@@ -14,9 +14,9 @@ import qjax
 from qjax import Format, fp8
 
 RECIPES = {
-    "current": fp8.Recipe(),
-    "delayed": fp8.Recipe(scaling="delayed", history=2),
-    "block": fp8.Recipe(Format("e4m3", group_size=8, group_columns=8)),
+    "current": fp8.Fp8Recipe(),
+    "delayed": fp8.Fp8Recipe(scaling="delayed", history=2),
+    "block": fp8.Fp8Recipe(Format("e4m3", group_size=8, group_columns=8)),
 }
 SLOW = pytest.mark.slow
 # What compiles for 8 devices takes its time: one recipe always, the others when asked for.

@@ -3,20 +3,20 @@
 import pytest
 
 from qjax import Format, Policy, Rule
-from qjax.fp8 import BLOCK, TENSOR, Recipe
+from qjax.fp8 import BLOCK, TENSOR, Fp8Recipe
 
 
 def test_names_mean_recipes():
-    assert Recipe.of("current") == Recipe()
-    assert Recipe.of("delayed") == Recipe(scaling="delayed")
-    assert Recipe.of("block") == Recipe(Policy.of(BLOCK))
-    assert Recipe.of(BLOCK) == Recipe.of("block")
-    assert Recipe.of(Recipe(margin=1)) == Recipe(margin=1)
-    assert Recipe.of("fp8-block").policy == Policy.load("fp8-block")
+    assert Fp8Recipe.of("current") == Fp8Recipe()
+    assert Fp8Recipe.of("delayed") == Fp8Recipe(scaling="delayed")
+    assert Fp8Recipe.of("block") == Fp8Recipe(Policy.of(BLOCK))
+    assert Fp8Recipe.of(BLOCK) == Fp8Recipe.of("block")
+    assert Fp8Recipe.of(Fp8Recipe(margin=1)) == Fp8Recipe(margin=1)
+    assert Fp8Recipe.of("fp8-block").policy == Policy.load("fp8-block")
 
 
 def test_recipes_are_static():
-    assert len({Recipe(), Recipe.of("current"), Recipe(history=4)}) == 2
+    assert len({Fp8Recipe(), Fp8Recipe.of("current"), Fp8Recipe(history=4)}) == 2
 
 
 @pytest.mark.parametrize(
@@ -35,9 +35,9 @@ def test_recipes_are_static():
 )
 def test_a_bad_recipe_is_refused(values, says):
     with pytest.raises(ValueError, match=says):
-        Recipe(**values)
+        Fp8Recipe(**values)
 
 
 def test_one_policy_may_hold_tensors_blocks_and_what_stays_float():
     rules = [Rule("*lm_head*"), Rule("*down*", BLOCK), Rule("*", TENSOR)]
-    assert Recipe(Policy(rules), scaling="delayed").policy.rule_for("x/down", 2).format == BLOCK
+    assert Fp8Recipe(Policy(rules), scaling="delayed").policy.rule_for("x/down", 2).format == BLOCK

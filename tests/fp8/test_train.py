@@ -17,9 +17,9 @@ from qjax.fp8 import scaling
 
 SMALL = Format("e4m3", group_size=8, group_columns=8)
 RECIPES = {
-    "current": fp8.Recipe(),
-    "delayed": fp8.Recipe(scaling="delayed", history=3),
-    "block": fp8.Recipe(Policy.of(SMALL)),
+    "current": fp8.Fp8Recipe(),
+    "delayed": fp8.Fp8Recipe(scaling="delayed", history=3),
+    "block": fp8.Fp8Recipe(Policy.of(SMALL)),
 }
 ALL = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 
@@ -84,7 +84,7 @@ def test_gradients_are_close_to_those_of_float(recipe):
 
 
 def test_the_function_is_not_changed_where_nothing_takes_part():
-    recipe = fp8.Recipe(Policy([Rule("up"), Rule("*", fp8.TENSOR)]))
+    recipe = fp8.Fp8Recipe(Policy([Rule("up"), Rule("*", fp8.TENSOR)]))
     only_up = lambda params, x: jnp.sum(jnp.tanh(x @ params["up"]))
     params = {"up": PARAMS["up"], "down": PARAMS["down"]}
     assert equal(fp8.apply(only_up, recipe)(params, X), only_up(params, X))
@@ -359,9 +359,9 @@ def test_what_cannot_run_in_fp8_says_so():
 
     with pytest.raises(NotImplementedError, match="k: a convolution has no FP8 form"):
         fp8.apply(conv)(kernel, image)
-    assert fp8.apply(conv, fp8.Recipe(Policy([Rule("k"), Rule("x", fp8.TENSOR, optional=True)])))(
-        kernel, image
-    ) == conv(kernel, image)
+    assert fp8.apply(
+        conv, fp8.Fp8Recipe(Policy([Rule("k"), Rule("x", fp8.TENSOR, optional=True)]))
+    )(kernel, image) == conv(kernel, image)
 
     experts = {"e": jnp.ones((2, 4, 4))}
     ragged = lambda p, x: jnp.sum(lax.ragged_dot(x, p["e"], jnp.array([1, 2])))
