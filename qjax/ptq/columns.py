@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from qjax.format import Format
 from qjax.layout import Layout
 from qjax.ptq import gptq
+from qjax.ptq.grid import is_by_column
 from qjax.qtensor import QTensor
 from qjax.sharding import shardings_of
 
@@ -32,11 +33,6 @@ class Split(NamedTuple):
 
     def spec(self, ndim: int) -> PartitionSpec:
         return PartitionSpec(*[None] * (ndim - 1), self.axes)
-
-
-def is_by_column(fmt: Format) -> bool:
-    """Whether columns of a weight of this format know nothing of each other."""
-    return gptq.is_by_column(fmt)
 
 
 def split_of(w: Any) -> Split | None:

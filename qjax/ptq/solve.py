@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from qjax.format import Format
 from qjax.layout import Layout
 from qjax.ptq import awq, columns, gptq, hqq, tiles
+from qjax.ptq.grid import is_by_column, probe_format
 from qjax.ptq.moments import Moments
 from qjax.qtensor import QTensor, dequantize_canonical, quantize_array
 from qjax.transform.calibrate import CalibrationError
@@ -196,7 +197,7 @@ def solve_weights(
     together: dict[Any, list[int]] = {}
     for i, (item, w) in enumerate(zip(items, weights, strict=True)):
         alike = (item.format, columns.split_of(w))
-        together.setdefault(alike if columns.is_by_column(item.format) else i, []).append(i)
+        together.setdefault(alike if is_by_column(item.format) else i, []).append(i)
     out: dict[int, tuple[QTensor, Solved]] = {}
     for members in together.values():
         group, own = [items[i] for i in members], [weights[i] for i in members]
@@ -295,7 +296,7 @@ def choose_strength(
 ) -> float:
     """Returns the strength α whose solution is nearest to the float outputs on held-out data."""
     errors = _strength_errors(
-        w, h, shift, h_held_out, shift_held_out, gptq.probe_format(fmt), jnp.asarray(damping)
+        w, h, shift, h_held_out, shift_held_out, probe_format(fmt), jnp.asarray(damping)
     )
     return _STRENGTHS[int(np.argmin(columns.fetch(errors)))]
 

@@ -42,3 +42,15 @@ def dot(a: Array, b: Array) -> Array:
 def total(a: Float[Array, "K N"]) -> Float[Array, " N"]:
     """Returns the sum over rows."""
     return dot(jnp.ones(a.shape[0], a.dtype), a)
+
+
+def pad(a: Array, rows: int) -> Array:
+    """Appends rows of zeros."""
+    extra = rows - a.shape[0]
+    return jnp.pad(a, [(0, extra)] + [(0, 0)] * (a.ndim - 1)) if extra else a
+
+
+def pad_square(a: Array, rows: int) -> Array:
+    """Appends rows and columns of zeros."""
+    extra = rows - a.shape[0]
+    return jnp.pad(a, ((0, extra), (0, extra))) if extra else a

@@ -11,7 +11,7 @@ import pytest
 import qjax
 from qjax import numerics, packing
 from qjax.layout import Layout
-from qjax.ptq import gptq
+from qjax.ptq import descent, gptq
 from qjax.qtensor import dequantize_array, quantize_array, read_scales, scaled
 
 K, N = 96, 24
@@ -105,8 +105,8 @@ def test_every_step_can_only_lower_the_objective(fmt):
 @pytest.mark.parametrize("fmt", [FORMATS[0], FORMATS[3], FORMATS[7]], ids=str)
 def test_wide_groups_and_blocks_lower_it_too(monkeypatch, fmt, refit):
     """The ways that only large weights take, on a small one."""
-    monkeypatch.setattr(gptq, "_BLOCK", 20)  # no divisor of K
-    monkeypatch.setattr(gptq, "_WIDE", 8)
+    monkeypatch.setattr(descent, "BLOCK", 20)  # no divisor of K
+    monkeypatch.setattr(descent, "WIDE", 8)
     w, _, h = problem()
     values = []
     for sweeps in (0, 1, 3):

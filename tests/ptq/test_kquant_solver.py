@@ -11,6 +11,7 @@ from qjax.interop.gguf import BY_NAME, from_qtensor
 from qjax.kquants import FORMATS
 from qjax.layout import Layout
 from qjax.ptq import gptq
+from qjax.ptq.grid import is_by_column
 from qjax.qtensor import dequantize_array, quantize_array
 from qjax.recipe import Recipe
 
@@ -56,7 +57,7 @@ def test_moving_scales_by_whole_steps_never_raises_the_error(name):
 def test_columns_are_solved_alone(name):
     w, x = layer(2)
     H = x.T @ x / len(x)
-    assert gptq.is_by_column(FORMATS[name])
+    assert is_by_column(FORMATS[name])
     options = gptq.Options(tolerance=0.0)
     both, _ = gptq.solve(w, H, FORMATS[name], Layout.parse("kn", w.shape), options)
     half, _ = gptq.solve(w[:, :16], H, FORMATS[name], Layout.parse("kn", w.shape), options)
