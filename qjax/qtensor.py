@@ -168,7 +168,7 @@ def is_qtensor(x: Any) -> bool:
 # ---- one canonical array ------------------------------------------------------------------------
 
 
-def _store(values: Float[Array, "*b G C"], fmt: str | Format) -> Any:
+def store_scales(values: Float[Array, "*b G C"], fmt: str | Format) -> Any:
     """Stores scales or offsets in a plain type, or as a QTensor of their own."""
     if isinstance(fmt, Format):
         layout = flattened(values.shape[-2]) if fmt.flatten else DEFAULT
@@ -187,7 +187,8 @@ def _as_stored(found: Any, fmt: str | Format) -> Any:
     return QTensor(pack_codes(codes, element), scale, None, fmt, layout, "float32", pad)
 
 
-def _read(stored: Any, fmt: str | Format) -> Float[Array, "*b G C"]:
+def restore_scales(stored: Any, fmt: str | Format) -> Float[Array, "*b G C"]:
+    """Returns what `store_scales` stored, in float32."""
     return dequantize_array(stored) if isinstance(fmt, Format) else numerics.read_scale(stored, fmt)
 
 
@@ -252,15 +253,15 @@ def quantize_array(
         scale, minimum = scales.choose(w, fmt, importance)
     elif fmt.zero_point or fmt.offset is not None:
         raise ValueError(f"a given `scale` needs a format without zero point or offset, got {fmt}.")
-    scale_stored = _store(scale, fmt.scale)
-    scale = _read(scale_stored, fmt.scale)
+    scale_stored = store_scales(scale, fmt.scale)
+    scale = restore_scales(scale_stored, fmt.scale)
     zero_stored = zero = None
     if fmt.zero_point and minimum is not None:
         _, zero = scales.stored_pair(scale, minimum, fmt, element)
         zero_stored = pack_codes(numerics.encode(zero, element), element)
     elif fmt.offset is not None and minimum is not None:
-        zero_stored = _store(minimum, fmt.offset)
-        zero = _read(zero_stored, fmt.offset)
+        zero_stored = store_scales(minimum, fmt.offset)
+        zero = restore_scales(zero_stored, fmt.offset)
 
     codes = numerics.encode(scaled(w, scale, zero, fmt), element)
     return QTensor(
@@ -309,9 +310,9 @@ def unscaled(q: Array, scale: Array, zero: Array | None, fmt: Format) -> Array:
 
 def read_scales(qt: QTensor) -> tuple[Float[Array, "*b G C"], Float[Array, "*b G C"] | None]:
     """Returns the float32 scales, and the zero points or offsets, of a QTensor."""
-    scale = _read(qt.scale, qt.format.scale)
+    scale = restore_scales(qt.scale, qt.format.scale)
     if qt.format.offset is not None:
-        return scale, _read(qt.zero, qt.format.offset)
+        return scale, restore_scales(qt.zero, qt.format.offset)
     if qt.format.zero_point:
         element, G = qt.element, scale.shape[-2]
         codes = qt.zero

@@ -72,29 +72,25 @@ def codes_of(Q: Array, grid: Grid, fmt: Format, element: numerics.Element) -> Ar
 
 
 def store(grid: Grid, fmt: Format) -> tuple[Stored, Grid]:
-    """Stores a grid; returns the leaves, and the grid that they read back as."""
+    """Stores a grid [G, N]; returns the leaves, and the grid that they read back as."""
     N = grid.scale.shape[1]
     columns = fmt.group_columns or N
-    element = numerics.get_element(fmt.element)
+    stored, read = store_shared(jax.tree.map(lambda a: a[:, ::columns], grid), fmt)
+    return stored, jax.tree.map(lambda a: _widen(a, columns, N), read)
 
-    def store(a: Array, fmt: str | Format) -> tuple[Any, Array]:
-        a = a[:, ::columns]
-        if not isinstance(fmt, Format):
-            stored = numerics.round_scale(a, fmt)
-            read = numerics.read_scale(stored, fmt)
-        else:
-            stored = qtensor.quantize_array(a, fmt)
-            read = qtensor.dequantize_array(stored)
-        return stored, _widen(read, columns, N)
 
-    scale, scale_read = store(grid.scale, fmt.scale)
+def store_shared(grid: Grid, fmt: Format) -> tuple[Stored, Grid]:
+    """As `store`, of scales [*b, G, C] that stand for all columns of a group."""
+    scale = qtensor.store_scales(grid.scale, fmt.scale)
+    read = Grid(qtensor.restore_scales(scale, fmt.scale), None)
     if grid.zero is None:
-        return Stored(scale, None), Grid(scale_read, None)
+        return Stored(scale, None), read
     if fmt.offset is not None:
-        offset, offset_read = store(grid.zero, fmt.offset)
-        return Stored(scale, offset), Grid(scale_read, offset_read)
-    codes = qtensor.pack_codes(numerics.encode(grid.zero[:, ::columns], element), element)
-    return Stored(scale, codes), Grid(scale_read, grid.zero)
+        zero = qtensor.store_scales(grid.zero, fmt.offset)
+        return Stored(scale, zero), read._replace(zero=qtensor.restore_scales(zero, fmt.offset))
+    element = numerics.get_element(fmt.element)
+    codes = qtensor.pack_codes(numerics.encode(grid.zero, element), element)
+    return Stored(scale, codes), read._replace(zero=grid.zero)
 
 
 def is_stepped(fmt: str | Format | None) -> bool:

@@ -16,7 +16,6 @@ and let β grow, so that e follows w - q more and more closely. No data is neede
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,17 +25,11 @@ from jaxtyping import Array, Float
 from qjax import numerics, packing, qtensor, scales
 from qjax.format import Format
 from qjax.layout import DEFAULT, Layout
+from qjax.ptq.grid import Grid, Stored, store_shared
 from qjax.qtensor import QTensor
 
 # β at the start and its growth per step, for errors in units of the scale, which are below 1/2.
 _BETA, _GROWTH = 1.0, 1.3
-
-
-class _Grid(NamedTuple):
-    """Scales and zero points (or offsets), float32 [*b, G, C] as they are stored."""
-
-    scale: Array
-    zero: Array | None
 
 
 @functools.partial(jax.jit, static_argnames=("fmt", "layout", "p", "iterations"))
@@ -73,11 +66,11 @@ def solve(
     fmt = fmt.fit(K)
     element = numerics.get_element(fmt.element)
     start = qtensor.quantize_array(W, fmt)
-    first = _Grid(*qtensor.read_scales(start))
-    leaves = (start.scale, start.zero)
+    first = Grid(*qtensor.read_scales(start))
+    leaves = Stored(start.scale, start.zero)
     grid = _optimize(W, first, fmt, element, p, iterations)
 
-    stored, grid = _store(grid, fmt, element)
+    stored, grid = store_shared(grid, fmt)
     if isinstance(fmt.scale, Format) or isinstance(fmt.offset, Format):
         before, after = (_total_loss(W, g, fmt, element, p) for g in (first, grid))
         better = (after < before).reshape(*W.shape[:-2], 1, 1)
@@ -86,27 +79,8 @@ def solve(
         )
     codes = numerics.encode(qtensor.scaled(W, grid.scale, grid.zero, fmt), element)
     pad = packing.padding(K, element.bits) if element.is_packed else 0
-    scale, zero = stored
-    return QTensor(qtensor.pack_codes(codes, element), scale, zero, fmt, layout, dtype, pad)
-
-
-def _store(grid: _Grid, fmt: Format, element: numerics.Element) -> tuple[tuple[Any, Any], _Grid]:
-    """Stores a grid; returns the leaves of a QTensor, and the grid that they read back as."""
-
-    def store(a: Array, fmt: str | Format) -> tuple[Any, Array]:
-        if isinstance(fmt, Format):
-            qt = qtensor.quantize_array(a, fmt)
-            return qt, qtensor.dequantize_array(qt)
-        stored = numerics.round_scale(a, fmt)
-        return stored, numerics.read_scale(stored, fmt)
-
-    scale, scale_read = store(grid.scale, fmt.scale)
-    if grid.zero is None:
-        return (scale, None), _Grid(scale_read, None)
-    if fmt.offset is not None:
-        zero, zero_read = store(grid.zero, fmt.offset)
-        return (scale, zero), _Grid(scale_read, zero_read)
-    return (scale, qtensor.pack_codes(numerics.encode(grid.zero, element), element)), grid
+    data = qtensor.pack_codes(codes, element)
+    return QTensor(data, stored.scale, stored.zero, fmt, layout, dtype, pad)
 
 
 def _wide(a: Array) -> Array:
@@ -114,7 +88,7 @@ def _wide(a: Array) -> Array:
 
 
 def _values(
-    v: Float[Array, "*b G g C c"], grid: _Grid, fmt: Format, element: numerics.Element
+    v: Float[Array, "*b G g C c"], grid: Grid, fmt: Format, element: numerics.Element
 ) -> tuple[Array, Array]:
     """Returns the values nearest to v in units of the scale, without and with scale and offset."""
     scale = _wide(grid.scale)
@@ -143,7 +117,7 @@ def _real(W: Array, fmt: Format) -> Float[Array, "G g C c"]:
 
 
 def _total_loss(
-    W: Array, grid: _Grid, fmt: Format, element: numerics.Element, p: float
+    W: Array, grid: Grid, fmt: Format, element: numerics.Element, p: float
 ) -> Float[Array, "*b"]:
     v = scales.split(W, fmt)
     error = jnp.abs(v - _values(v, grid, fmt, element)[1])
@@ -152,31 +126,31 @@ def _total_loss(
 
 def _optimize(
     W: Float[Array, "*b K N"],
-    first: _Grid,
+    first: Grid,
     fmt: Format,
     element: numerics.Element,
     p: float,
     iterations: int,
-) -> _Grid:
+) -> Grid:
     v = scales.split(W, fmt)
     total = functools.partial(_sums, real=_real(W, fmt))
     count = total(jnp.ones_like(v))
 
-    def refit(grid: _Grid, u: Array, t: Array) -> _Grid:
+    def refit(grid: Grid, u: Array, t: Array) -> Grid:
         """Returns the grid of least squares for values u and targets t."""
         if fmt.offset is not None:
             mean_u, mean_t = total(u) / count, total(t) / count
             u = u - _wide(mean_u)
             scale = scales.safe_divide(total(u * (t - _wide(mean_t))), total(u * u))
             scale = scales.stored(scale, fmt.scale)
-            return _Grid(scale, scales.stored(mean_t - scale * mean_u, fmt.offset))
+            return Grid(scale, scales.stored(mean_t - scale * mean_u, fmt.offset))
         zero = grid.zero
         if zero is not None:
             shift = total(u - scales.safe_divide(t, _wide(grid.scale))) / count
             moved = jnp.clip(jnp.round(zero + shift), element.qmin, element.qmax)
             u, zero = u + _wide(zero - moved), moved
         scale = scales.safe_divide(total(u * t), total(u * u))
-        return _Grid(scales.stored(scale, fmt.scale), zero)
+        return Grid(scales.stored(scale, fmt.scale), zero)
 
     def loss(Q: Array) -> Array:
         return total(jnp.abs(v - Q) ** p)

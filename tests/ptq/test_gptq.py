@@ -16,6 +16,8 @@ from qjax.qtensor import dequantize_array, quantize_array, read_scales, scaled
 
 K, N = 96, 24
 KN = Layout.parse("kn", (K, N))
+# bitsandbytes: all scales of a weight in one row
+FLAT = qjax.Format("dynamic8", 64, flatten=True, remainder="ragged")
 FORMATS = [
     qjax.Format("int4", group_size=32, rule="mse"),
     qjax.Format("int3", group_size=32, scale="bfloat16", rule="absmax_full"),
@@ -134,7 +136,7 @@ def test_no_column_is_above_rounding_to_nearest(fmt):
     assert (column_errors(w, qt, h) <= bound * (1 + 1e-4)).all()
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("fmt", [*FORMATS, qjax.Format("nf4", group_size=32, scale=FLAT)], ids=str)
 def test_storage_is_that_of_rounding_to_nearest(fmt):
     w, h = jnp.zeros((3, K, N)), jnp.zeros((3, K, K))  # a stack
     rtn = jax.eval_shape(lambda w: quantize_array(w, fmt, KN), w)

@@ -20,9 +20,12 @@ FORMATS = [
     qjax.Format("ternary"),
     qjax.Format("int4", group_size=36, group_columns=10, remainder="ragged"),
 ]
+FLAT = qjax.Format("dynamic8", 64, flatten=True, remainder="ragged")
 NESTED = [
     qjax.Format("nf4", group_size=16, scale=qjax.Format("uint8", group_size=1, group_columns=24)),
     qjax.Format("e2m1", group_size=16, scale=qjax.Format("e4m3", group_columns=None)),
+    # bitsandbytes: all scales of a weight in one row
+    qjax.Format("nf4", group_size=32, scale=FLAT),
 ]
 
 
