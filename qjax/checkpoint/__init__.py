@@ -13,6 +13,7 @@ from qjax.checkpoint.store import PendingSave, load, save, save_async
 
 if TYPE_CHECKING:
     from qjax.checkpoint.orbax import QTreeHandler, QTreeRestore, QTreeSave
+    from qjax.checkpoint.resumable import Resumable
 
 __all__ = [
     "CheckpointError",
@@ -22,6 +23,7 @@ __all__ = [
     "QTreeHandler",
     "QTreeRestore",
     "QTreeSave",
+    "Resumable",
     "load",
     "read_manifest",
     "read_metadata",
@@ -36,4 +38,8 @@ def __getattr__(name: str) -> Any:
         from qjax.checkpoint import orbax
 
         return getattr(orbax, name)
+    if name == "Resumable":
+        from qjax.checkpoint.resumable import Resumable
+
+        return Resumable
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qjax.guard import NonFiniteError, check_finite
 from qjax.latent import Latent, is_latent, values
-from qjax.qat.learned import attach, from_quantized, init
+from qjax.qat.learned import attach, from_quantized, from_steps, in_steps, init
 from qjax.qat.ranges import Range
 from qjax.qat.schedules import Phase, Schedule
 from qjax.qat.tracking import init_ranges, tracked
@@ -39,7 +39,9 @@ __all__ = [
     "decay_mask",
     "freeze_steps",
     "from_quantized",
+    "from_steps",
     "gradient_scales",
+    "in_steps",
     "init",
     "init_ranges",
     "is_latent",

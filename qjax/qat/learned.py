@@ -120,6 +120,45 @@ def from_quantized(qparams: Any, params: Any = None) -> Any:
     return jax.tree_util.tree_map_with_path(one, qparams, floats, is_leaf=is_qtensor)
 
 
+def in_steps(params: Any, policy: Any, *, usage: Any = None) -> Any:
+    """Returns the tree with each weight that has learned steps counted in them: v = w / s.
+
+    Training v and s, in place of w and s, has three advantages after a solver such as GPTQ. A step
+    whose weights lie on their codes learns at all: LSQ's derivative by s, dL/dŵ (q - u), is 0
+    there, while with w = s v it is dL/dŵ q. With v left alone (`train_only`) codes stay and only
+    steps learn, as in the last phase of EfficientQAT (Chen et al., 2024, section 3.3). And one
+    learning rate, in steps, suits the weights of all layers.
+
+        v = qat.in_steps(qat.from_quantized(qparams), policy)
+        loss = lambda v: kl(qjax.fake_quant(fn, policy)(qat.from_steps(v, policy), x), known)
+
+    Args:
+      params: tree with Latents, from `init` or `from_quantized`.
+      policy, usage: as for `quantize`.
+    """
+    return _rescaled(params, policy, usage, lambda w, s: w / s)
+
+
+def from_steps(params: Any, policy: Any, *, usage: Any = None) -> Any:
+    """Returns the tree of Latents that `in_steps` came of, w = s v; differentiable in both."""
+    return _rescaled(params, policy, usage, lambda v, s: v * s)
+
+
+def _rescaled(params: Any, policy: Any, usage: Any, rescale: Any) -> Any:
+    def one(a: Assignment) -> Any:
+        if not is_latent(a.leaf) or a.leaf.scale is None:
+            return a.leaf
+        assert a.format is not None
+        assert a.layout is not None
+        w = a.layout.to_canonical(a.leaf.value).astype(jnp.float32)
+        K, N = w.shape[-2:]
+        w = rescale(w, scales.spread(a.leaf.scale, a.format.fit(K), K, N))
+        value = a.layout.from_canonical(w).astype(a.leaf.value.dtype)
+        return dataclasses.replace(a.leaf, value=value)
+
+    return _replaced(params, policy, usage, one)
+
+
 def shapes_of(a: Assignment) -> QTensor:
     """Returns the ShapeDtypeStructs of what an assigned leaf will be stored as."""
     assert a.format is not None

@@ -138,3 +138,41 @@ def test_what_cannot_be_is_refused_by_name(params):
     bad = {**tree, "up": qat.Latent(tree["up"].value, tree["up"].scale * jnp.nan)}
     with pytest.raises(QuantizationError, match="up/scale: a learned step is NaN"):
         qjax.quantize(bad, Policy([Rule("up", FORMAT)]))
+
+
+@pytest.mark.parametrize("element", ["int3", "nf4"])
+def test_counted_in_steps_a_step_learns_with_its_codes_fixed(element):
+    """With w = s v and v on the codes q, dL/ds = sum over the group of dL/dŵ q: no estimate."""
+    policy = Policy.of(Format(element, 16))
+    qt = qjax.quantize(normal(64, 8), policy)
+    x, g = normal(5, 64, seed=1), normal(5, 8, seed=2)
+    counted = qat.in_steps(qat.from_quantized(qt), policy)
+    fake = qjax.fake_quant(lambda w, x: jnp.sum((x @ w) * g), policy)
+    got = jax.grad(lambda v: fake(qat.from_steps(v, policy), x))(counted)
+    q = qjax.qtensor.read_codes(qt)
+
+    def exact(scale):
+        return jnp.sum((x @ (jnp.repeat(scale, 16, 0) * q)) * g)
+
+    np.testing.assert_allclose(got.scale, jax.grad(exact)(counted.scale), atol=1e-4)
+
+
+def test_counted_in_floats_a_step_does_not_learn_on_its_codes():
+    q, s = jnp.round(normal(64, 8)).clip(-3, 2), jnp.full((4, 8), 0.5)
+    fake = qjax.fake_quant(lambda w, x: jnp.sum((x @ w) ** 2), Format("int3", 16))
+    got = jax.grad(lambda t: fake(t, normal(5, 64, seed=1)))(qat.Latent(0.5 * q, s))
+    np.testing.assert_array_equal(got.scale, 0)
+
+
+def test_counting_in_steps_changes_neither_codes_nor_what_has_none(params):
+    policy = Policy([Rule("up", FORMAT), Rule("*")])
+    tree = qat.init(params, policy)
+    counted = qat.in_steps(tree, policy)
+    np.testing.assert_allclose(
+        jnp.repeat(counted["up"].scale, 16, 0) * counted["up"].value, params["up"], rtol=1e-6
+    )
+    back = qat.from_steps(counted, policy)
+    for name in ("down", "bias"):
+        assert back[name] is params[name]
+    a, b = (qjax.quantize(t, policy)["up"] for t in (tree, back))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
