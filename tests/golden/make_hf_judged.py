@@ -1,7 +1,7 @@
 """Makes tests/golden/hf_judged.npz: the logits that transformers computes for our directories.
 
 Run from the root of the repository, once, with a Python that has torch, transformers, accelerate,
-compressed-tensors and bitsandbytes:
+compressed-tensors, bitsandbytes, gptqmodel and optimum:
 
   QJAX_TORCH_PYTHON=/path/to/python python -m tests.golden.make_hf_judged
 
@@ -30,7 +30,7 @@ def main():
     kept = {
         name.removesuffix("/logits"): value[:, POSITIONS]
         for name, value in found.items()
-        if name.endswith("/logits") and not name.startswith("theirs")
+        if name.endswith("/logits") and not name.startswith(("theirs", "gpt-oss"))
     }
     np.savez_compressed(
         Path(__file__).with_name("hf_judged.npz"), versions=found["versions"], **kept

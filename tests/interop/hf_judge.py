@@ -3,8 +3,9 @@
   python tests/interop/hf_judge.py ROOT
 
 ROOT holds directories of models, `tokens.npy`, and gets `judged.npz`: for a directory D `D/logits`;
-of bitsandbytes' weights also what it decodes, `D/<module>`; of the directories it writes itself
-(`theirs-nf4`, ...) the same. What fails leaves `D/error`.
+of the weights of bitsandbytes, GPTQModel (GPTQ and AWQ) and gpt-oss also what the tool decodes,
+`D/<module>`; of the directories that bitsandbytes writes itself (`theirs-nf4`, ...) the same. What
+fails leaves `D/error`.
 """
 
 import importlib.metadata
@@ -27,9 +28,9 @@ def run(directory, tokens, **options):
     import torch
 
     model = load(directory, **options)
-    # Before the first product, for which bitsandbytes may reorder codes.
-    decoded = decoded_by_bitsandbytes(model)
     with torch.no_grad():
+        # Before the first product, for which bitsandbytes may reorder codes.
+        decoded = decoded_by_bitsandbytes(model) | decoded_by_gptqmodel(model) | experts(model)
         return model, decoded, model(tokens.long()).logits.float().numpy()
 
 
@@ -49,6 +50,26 @@ def decoded_by_bitsandbytes(model):
     return out
 
 
+def decoded_by_gptqmodel(model):
+    """Returns what its modules multiply by: their products with the unit vectors, [N, K]."""
+    import torch
+
+    return {
+        name: module(torch.eye(module.in_features)).T.float().numpy()
+        for name, module in model.named_modules()
+        if hasattr(module, "qzeros")
+    }
+
+
+def experts(model):
+    """Returns the experts of gpt-oss, [E, K, N]."""
+    return {
+        name: w.float().numpy()
+        for name, w in model.named_parameters()
+        if name.endswith((".gate_up_proj", ".down_proj"))
+    }
+
+
 def main(root):
     import numpy as np
     import torch
@@ -61,8 +82,18 @@ def main(root):
         config = json.loads((directory / "config.json").read_text())
         quantization = config.get("quantization_config", {})
         options = {}
-        if quantization.get("quant_method") == "fp8":  # its products need a GPU, decoding does not
-            options["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
+        match quantization.get("quant_method"):
+            case "fp8":  # its products need a GPU, decoding does not
+                options["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
+            case "mxfp4":
+                options["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
+            # Of GPTQModel's modules those in plain torch: others are compiled on first use.
+            case "gptq":
+                made = transformers.GPTQConfig(quantization["bits"], backend="gptq_torch")
+                options = {"quantization_config": made, "device_map": "cpu"}
+            case "awq":
+                made = transformers.AwqConfig(backend="torch_awq")
+                options = {"quantization_config": made, "device_map": "cpu"}
         weights = [g["weights"] for g in quantization.get("config_groups", {}).values()]
         if any(w["scale_dtype"] or not w["symmetric"] for w in weights):
             # Decoded when loaded. Left packed, FP4 and MX decode to bfloat16 whatever the model's
@@ -96,8 +127,9 @@ def main(root):
             judge(directory)
         except Exception:
             out[f"{directory.name}/error"] = np.array(traceback.format_exc())
-    packages = ("torch", "transformers", "compressed-tensors", "bitsandbytes")
-    versions = json.dumps({name: importlib.metadata.version(name) for name in packages})
+    packages = ("torch", "transformers", "compressed-tensors", "bitsandbytes", "gptqmodel")
+    installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+    versions = json.dumps({name: installed[name] for name in packages if name in installed})
     np.savez_compressed(root / "judged.npz", versions=np.array(versions), **out)
 
 

@@ -15,10 +15,12 @@ import numpy as np
 
 import qjax
 from qjax import Format, export
+from qjax.interop.hf import Weight, write_hf
 from qjax.interop.hf.bitsandbytes import DOUBLE
 from qjax.interop.hf.compressed_tensors import MXFP4, MXFP8, NVFP4
 from qjax.models import Decoder, ModelConfig
 from qjax.models.assemble import shapes
+from qjax.qtensor import quantize_array
 
 # Every kernel is a multiple of 128 both ways, for the blocks of FP8.
 CONFIG = ModelConfig(
@@ -36,6 +38,8 @@ CASES = {
     "gptq-int2": ("gptq", Format("int2", 32, scale="float16", rule="absmax_full")),
     "gptq-int8": ("gptq", Format("int8", scale="float16")),
     "gptq-int8-zp": ("gptq", Format("int8", 128, scale="float16", zero_point=True)),
+    "gptq-int4-act-order": ("gptq", Format("int4", 32, scale="float16", zero_point=True)),
+    "gptq-int4-v2": ("gptq", Format("int4", 64, scale="float16", zero_point=True)),
     "awq": ("awq", Format("int4", 32, scale="float16")),
     "awq-zp": ("awq", Format("int4", 128, scale="float16", zero_point=True)),
     "ct-int4": ("compressed-tensors", Format("int4", 128, scale="bfloat16")),
@@ -100,6 +104,26 @@ def quantized(fmt, at="*/attn/*/kernel|*/mlp/*/kernel"):
     return out
 
 
+@functools.cache
+def case(name):
+    """The parameters, flat, of a case."""
+    out = quantized(CASES[name][1])
+    if name == "gptq-int4-act-order":  # groups of inputs that do not lie side by side
+        rng = np.random.default_rng(2)
+        groups = lambda K: rng.permutation(np.arange(K) // 32)
+        change = lambda qt: {"perm": np.argsort(groups(qt.shape[0]), kind="stable").astype("i4")}
+    elif name == "gptq-int4-v2":  # zero points of 0, which version 1 cannot say
+        change = lambda qt: {"zero": qt.zero & 0xF0}
+    else:
+        return out
+    return {
+        path: dataclasses.replace(leaf, **jax.tree.map(jnp.asarray, change(leaf)))
+        if qjax.is_qtensor(leaf)
+        else leaf
+        for path, leaf in out.items()
+    }
+
+
 def tree(flat):
     return flax.traverse_util.unflatten_dict(flat, sep="/")
 
@@ -138,8 +162,58 @@ def write_all(root):
     """Writes the float model, and each case, into a directory of its own below `root`."""
     np.save(root / "tokens.npy", TOKENS)
     export.hf(root / "float", tree(float_params()), CONFIG, format=None)
-    for name, (method, fmt) in CASES.items():
-        export.hf(root / name, tree(quantized(fmt)), CONFIG, format=method)
+    for name, (method, _) in CASES.items():
+        export.hf(root / name, tree(case(name)), CONFIG, format=method)
+    write_gpt_oss(root / "gpt-oss")
+
+
+# ---- gpt-oss -------------------------------------------------------------------------------------
+
+GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "vocab_size": 96,
+    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 32, "num_local_experts": 3, "num_experts_per_tok": 2,
+    "sliding_window": 16, "layer_types": ["full_attention"], "max_position_embeddings": 64,
+}  # fmt: skip
+EXPERTS = {"gate_up_proj": (3, 64, 128), "down_proj": (3, 64, 64)}  # [E, K, N]
+
+
+@functools.cache
+def experts():
+    """The experts of a gpt-oss layer, by their names in the file."""
+    rng = np.random.default_rng(3)
+    run = jax.jit(quantize_array, static_argnums=(1, 2))
+    out = {}
+    for name, shape in EXPERTS.items():
+        w = jnp.asarray(rng.normal(size=shape), jnp.float32)
+        out[f"model.layers.0.mlp.experts.{name}"] = run(w, MXFP4, "kn")
+    return out
+
+
+def write_gpt_oss(directory):
+    """Writes a gpt-oss model whose experts are in MXFP4, all else in float."""
+    H, heads, kv, D = 64, 2, 1, 32
+    attn = "model.layers.0.self_attn"
+    floats = {
+        "model.embed_tokens.weight": (96, H), "lm_head.weight": (96, H), "model.norm.weight": (H,),
+        "model.layers.0.input_layernorm.weight": (H,),
+        "model.layers.0.post_attention_layernorm.weight": (H,),
+        f"{attn}.q_proj.weight": (heads * D, H), f"{attn}.q_proj.bias": (heads * D,),
+        f"{attn}.k_proj.weight": (kv * D, H), f"{attn}.k_proj.bias": (kv * D,),
+        f"{attn}.v_proj.weight": (kv * D, H), f"{attn}.v_proj.bias": (kv * D,),
+        f"{attn}.o_proj.weight": (H, heads * D), f"{attn}.o_proj.bias": (H,),
+        f"{attn}.sinks": (heads,), "model.layers.0.mlp.router.weight": (3, H),
+        "model.layers.0.mlp.router.bias": (3,),
+        "model.layers.0.mlp.experts.gate_up_proj_bias": (3, 128),
+        "model.layers.0.mlp.experts.down_proj_bias": (3, H),
+    }  # fmt: skip
+    rng = np.random.default_rng(4)
+    leaves = {n: rng.normal(size=s).astype(np.float32) for n, s in floats.items()} | experts()
+    weights = []
+    for name, leaf in leaves.items():
+        get, is_expert = functools.partial(leaves.get, name), qjax.is_qtensor(leaf)
+        weights.append(Weight(name, name, get, is_expert, is_expert))
+    write_hf(directory, weights, GPT_OSS, format="mxfp4")
 
 
 def judge(root, python):

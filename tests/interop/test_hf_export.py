@@ -20,7 +20,7 @@ from qjax.interop.hf import METHODS, ExportError, Weight, open_hf, write_hf
 from qjax.interop.hf import safetensors as st_files
 from qjax.models import ModelConfig, load
 from qjax.qtensor import PARTS, dequantize_array
-from tests.interop.hf_models import CASES, CONFIG, float_params, quantized, stacked, tree
+from tests.interop.hf_models import CASES, CONFIG, case, float_params, quantized, stacked, tree
 
 # They store the scale's reciprocal, or its multiple.
 INEXACT = {"ct-nvfp4", "bnb-int8"}
@@ -71,8 +71,7 @@ def files_of(directory):
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_written_comes_back_and_is_written_the_same_again(tmp_path, name):
-    method, fmt = CASES[name]
-    params = quantized(fmt)
+    method, params = CASES[name][0], case(name)
     export.hf(tmp_path / "a", tree(params), CONFIG, format=method, verify=name in VERIFIED)
     once = load(tmp_path / "a")
     assert once.config == CONFIG
