@@ -58,6 +58,7 @@ FORMS = (
     Form("W4A16 g128", "int4", "bfloat16", 128),
     Form("W4A16 g32", "int4", "bfloat16", 32),
     Form("W8A16", "int8", "bfloat16", None),
+    Form("W8A16 FP8", "float8_e4m3fn", "bfloat16", 128),
     Form("W8A8", "int8", "int8", None, "float32"),
     Form("FP8", "float8_e4m3fn", "float8_e4m3fn", None, "float32"),
     Form("FP8 1x128", "float8_e4m3fn", "float8_e4m3fn", 128, "float32"),

@@ -20,7 +20,7 @@ _LAYOUTS = {4: plgpu.Layout.WGMMA_UPCAST_4X, 8: plgpu.Layout.WGMMA_UPCAST_2X}
 _ACTIVATIONS = {
     "int4": ("bfloat16", "float16"),
     "int8": ("bfloat16", "float16"),
-    "float8_e4m3fn": ("float16",),  # Hopper converts e4m3 to float16 only
+    "float8_e4m3fn": ("bfloat16", "float16"),
 }
 
 
@@ -61,7 +61,7 @@ def matmul(
     is first rounded to x's type once more.
 
     Args:
-      x: [M, K] bfloat16 or float16 (float16 only for float8_e4m3fn weights).
+      x: [M, K] bfloat16 or float16.
       w: [N, K] int4, int8 or float8_e4m3fn.
       scale: [G, N] bfloat16, float16 or float32; K / G is 32, 64 or a multiple of 128.
       out_dtype: of y, bfloat16, float16 or float32; default: x's.
@@ -92,7 +92,10 @@ def matmul(
             columns = pl.ds(g * group, group)
             s = plgpu.load(s_smem.at[g, rows], layout=plgpu.Layout.WGMMA.reduce(1))
             q = plgpu.load(w_smem.at[rows, columns], layout=layout)
-            q = plgpu.layout_cast(q, plgpu.Layout.WGMMA).astype(x.dtype)
+            q = plgpu.layout_cast(q, plgpu.Layout.WGMMA)
+            if w.dtype == jnp.float8_e4m3fn and x.dtype != jnp.float16:
+                q = q.astype(jnp.float16).astype(jnp.float32)  # Hopper knows no other way
+            q = q.astype(x.dtype)
             xt = x_smem.at[:, columns].T
             if is_exact:
                 total += scaled_product(q, xt, s)

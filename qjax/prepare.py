@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.tuning import TILE_K, TILE_N
 from qjax import numerics, packing
@@ -17,7 +17,15 @@ from qjax.qtensor import PARTS, QTensor, is_qtensor
 
 # Element -> (bits that turn a stored byte into the kernel's, value - kernel's code). Kernels take
 # signed codes: an unsigned one minus the middle of its range is its bits with the highest flipped.
-_CODES = {"int4": (0x88, 0), "uint4": (0x88, 8), "int8": (0, 0), "uint8": (0x80, 128)}
+_CODES = {
+    "int4": (0x88, 0),
+    "uint4": (0x88, 8),
+    "int8": (0, 0),
+    "uint8": (0x80, 128),
+    "e4m3": (0, 0),
+}
+# Elements and quantized activations that are multiplied as they are.
+_PRODUCTS = (("int8", "int8"), ("e4m3", "e4m3"))
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -27,8 +35,8 @@ class Prepared(QTensor):
 
     Attributes:
       data: bytes [*lead, N', K' * b / 8], K contiguous: q minus the middle of an unsigned type's
-        range, in two's complement, the first of two codes of 4 bits in the lower half. N' and K'
-        are N and K up to multiples of 128, and K' of the group size; what was added is 0.
+        range, in two's complement, the first of two codes of 4 bits in the lower half; or e4m3. N'
+        and K' are N and K up to multiples of 128, and K' of the group size; what was added is 0.
       extra: static. (K' - K, N' - N).
     """
 
@@ -64,6 +72,14 @@ class Prepared(QTensor):
         data = canonical_codes(self.data, self.format.element, self.extra)
         return QTensor(**_fields(self, data=data))
 
+    def codes_of_rows(self, rows: Int[Array, " i"]) -> Array:
+        bits = self.element.bits
+        data = self.data[: self.canonical_shape[-1]]
+        data = _flipped(data[:, rows * bits // 8].T, self.format.element)
+        if bits == 8:
+            return data
+        return (data >> (rows * bits % 8).astype(jnp.uint8)[:, None]) & jnp.uint8(2**bits - 1)
+
 
 def reason_against(qt: QTensor) -> str | None:
     """Returns why the Hopper kernels cannot read a weight, or None if they can.
@@ -72,7 +88,7 @@ def reason_against(qt: QTensor) -> str | None:
       >>> import qjax
       >>> qt = qjax.quantize({"w": jnp.ones((256, 8))}, qjax.Format("nf4", group_size=64))["w"]
       >>> reason_against(qt)
-      'nf4 codes: kernels read int4, uint4, int8, uint8'
+      'nf4 codes: kernels read int4, uint4, int8, uint8, e4m3'
     """
     fmt = qt.format
     *_, K, N = qt.canonical_shape
@@ -80,11 +96,15 @@ def reason_against(qt: QTensor) -> str | None:
     g = fmt.group_size
     if fmt.element not in _CODES:
         return f"{fmt.element} codes: kernels read {', '.join(_CODES)}"
+    if C not in (1, N) and fmt.group_columns != TILE_N:
+        return f"{fmt.group_columns} columns share a scale: kernels take 1, {TILE_N} or all"
     if fmt.activation is not None:
-        return "its activations are quantized too"
-    if C not in (1, N):
-        return f"{fmt.group_columns} columns share a scale"
-    if g is not None and G > 1 and g not in (32, 64) and g % TILE_K:
+        if (fmt.element, fmt.activation) not in _PRODUCTS:
+            pairs = ", ".join(" x ".join(pair) for pair in _PRODUCTS)
+            return f"{fmt.element} codes x {fmt.activation} activations: kernels multiply {pairs}"
+        if G > 1 and g != TILE_K:
+            return f"groups of {g} and quantized activations: kernels take {TILE_K} or one group"
+    elif g is not None and G > 1 and g not in (32, 64) and g % TILE_K:
         return f"groups of {g}: kernels read 32, 64 and multiples of {TILE_K}"
     return None
 
@@ -92,11 +112,16 @@ def reason_against(qt: QTensor) -> str | None:
 def prepare(qparams: Any, device: Any = None) -> Any:
     """Returns the tree with weights in the layout of the device's kernels.
 
-    On an NVIDIA GPU of compute capability 9.0 (H100, H200) these are the weights that
-    `pallas_kernels.weight_only` can read: int4 and int8 codes, with or without zero points or
-    offsets, in groups of 32, 64 or multiples of 128 or per channel. Products of them with bfloat16
-    or float16 activations then run on its kernel; `qjax.explain` tells which do. On any other
-    device the tree is returned as it is.
+    On an NVIDIA GPU of compute capability 9.0 (H100, H200) these are
+
+      int4, uint4, int8, uint8 and e4m3 weights, with or without zero points or offsets, in groups
+      of 32, 64 or multiples of 128, per channel or in blocks of 128 x 128. Products of them with
+      bfloat16 or float16 activations run on `pallas_kernels.weight_only`.
+
+      int8 weights with int8 activations, and e4m3 with e4m3, per channel, per tensor or in groups
+      of 128. Their products run on `pallas_kernels.eight_bit`.
+
+    `qjax.explain` tells which products do. On any other device the tree is returned as it is.
 
     A pure function that moves codes and loses nothing: `restore` is its inverse. Stacked weights
     stay stacked. What is prepared computes the same on every platform, but slower where there is
@@ -173,11 +198,13 @@ def canonical_codes(data: Array, element: str, extra: tuple[int, int]) -> Array:
 
 
 def kernel_codes(data: Array, element: str) -> Array:
-    """Returns the codes of a prepared weight in the kernel's type, int4 or int8 [N', K'].
+    """Returns the codes of a prepared weight in the kernel's type, int4, int8 or e4m3 [N', K'].
 
     They are the same bytes. Sub-byte types are only made here, as XLA copies slices of arrays of
     them in front of a kernel, and reads slices of bytes where they lie.
     """
+    if numerics.get_element(element).kind == "float":
+        return data
     if numerics.get_element(element).bits == 8:
         return lax.bitcast_convert_type(data, jnp.int8)
     return lax.bitcast_convert_type(data, jnp.int4).reshape(data.shape[0], -1)

@@ -124,6 +124,10 @@ class QTensor:
         """Returns it with `data` as the checkpoint has it; only `qjax.prepare` changes that."""
         return self
 
+    def codes_of_rows(self, rows: Int[Array, " i"]) -> Array:
+        """Returns the codes [i, N] of stored rows of a weight [K, N]."""
+        return packing.unpack_rows(self.data, self.element.bits, rows)
+
     def __repr__(self) -> str:
         try:
             shape = "x".join(map(str, self.shape))
@@ -346,7 +350,6 @@ def dequantize_rows(qt: QTensor, rows: Int[Array, " i"]) -> Float[Array, "i N"]:
       qt: a weight without leading axes.
       rows: integers in range.
     """
-    qt = qt.canonical()
     scale, zero = read_scales(qt)
     wanted = rows
     if qt.perm is not None:
@@ -354,7 +357,7 @@ def dequantize_rows(qt: QTensor, rows: Int[Array, " i"]) -> Float[Array, "i N"]:
     g = qt.format.group_size
     at = jnp.zeros_like(rows) if g is None else rows // g
     w = unscaled(
-        numerics.decode(packing.unpack_rows(qt.data, qt.element.bits, rows), qt.element),
+        numerics.decode(qt.codes_of_rows(rows), qt.element),
         scale[at],
         None if zero is None else zero[at],
         dataclasses.replace(qt.format, group_size=1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -12,10 +13,11 @@ from jax import export, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import qjax
-from pallas_kernels import interpreter
-from qjax.ops.packed_dot import Spec, _mosaic, packed_dot
+from pallas_kernels import h100, interpreter
+from qjax.ops import activation
+from qjax.ops.packed_dot import Spec, _local, packed_dot
 from qjax.prepare import Prepared, reason_against
-from qjax.qtensor import quantize_array, read_scales
+from qjax.qtensor import dequantize_rows, quantize_array, read_scales
 from qjax.sharding import shardings_of
 
 FORMATS = {
@@ -26,6 +28,20 @@ FORMATS = {
     "uint8": qjax.Format("uint8", group_size=128, zero_point=True),
     "one scale": qjax.Format("int4", group_columns=None),
     "last group shorter": qjax.Format("int4", group_size=128, remainder="ragged"),
+    "fp8": qjax.Format("e4m3"),
+    "fp8 blocks": qjax.Format("e4m3", group_size=128, group_columns=128),
+}
+QUANTIZED = {
+    "w8a8": qjax.Format("int8", activation="int8"),
+    "w8a8 tensor": qjax.Format("int8", activation="int8", activation_scale="tensor"),
+    "w8a8 groups": qjax.Format("int8", group_size=128, activation="int8"),
+    "fp8": qjax.Format("e4m3", activation="e4m3"),
+    "fp8 static": qjax.Format("e4m3", activation="e4m3", activation_scale="static"),
+    "fp8 blocks": qjax.Format("e4m3", group_size=128, group_columns=128, activation="e4m3"),
+    "fp8 shorter": qjax.Format("e4m3", group_size=128, remainder="ragged", activation="e4m3"),
+    "llm-int8": qjax.Format(
+        "int8", activation="int8", outliers=2.5, outlier_capacity=16, rule="absmax"
+    ),
 }
 
 
@@ -86,6 +102,46 @@ def test_products_on_a_cpu_are_those_of_the_canonical_weight(name):
         np.testing.assert_allclose(run(prepared), wanted, rtol=0, atol=atol)
 
 
+def _quantized_weight(name):
+    shape = (200, 100) if name == "fp8 shorter" else (256, 128)
+    step = jnp.float32(0.02) if "static" in name else None
+    w = jax.random.normal(jax.random.key(0), shape)
+    return quantize_array(w, QUANTIZED[name], act_scale=step)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_rounded_activations_on_a_cpu_are_those_of_the_canonical_weight(name):
+    qt = _quantized_weight(name)
+    prepared = qjax.prepare(qt, "h100")
+    assert isinstance(prepared, Prepared)
+    _same(qjax.restore(prepared), qt)
+    x = jax.random.normal(jax.random.key(1), (3, qt.shape[0]), jnp.bfloat16)
+    np.testing.assert_array_equal(packed_dot(x, prepared), packed_dot(x, qt))
+
+
+@pytest.mark.parametrize("name", [n for n in QUANTIZED if n != "llm-int8"])
+def test_the_kernel_multiplies_the_codes_that_xla_does(name):
+    qt = _quantized_weight(name)
+    x = jax.random.normal(jax.random.key(1), (3, qt.shape[0]), jnp.bfloat16)
+    step = activation.step_of(x, qt)
+    x = x if step is None else activation.in_steps(x, step)
+    prepared = qjax.prepare(qt, "h100")
+    scale, _ = read_scales(qt)
+    spec = Spec(qt.format, qt.pad, False, "float32", "mosaic", extra=prepared.extra)
+    wanted = _local(x, qt.data, scale, spec=dataclasses.replace(spec, extra=None), platform=None)
+    with interpreter.interpreting(), interpreter.everywhere():
+        y = np.asarray(_local(x, prepared.data, scale, spec=spec, platform="cuda"))
+    assert np.linalg.norm(y - wanted) <= 2e-6 * np.linalg.norm(wanted)
+
+
+def test_rows_of_a_prepared_weight_are_its_rows():
+    rows = jnp.array([3, 0, 255, 18])
+    for name in ("int4", "zero point", "channels", "uint8", "fp8 blocks"):
+        qt = _weight(name)
+        got = dequantize_rows(qjax.prepare(qt, "h100"), rows)
+        np.testing.assert_array_equal(got, dequantize_rows(qt, rows))
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_kernel_agrees_with_float64(name):
     qt = _weight(name)
@@ -93,10 +149,12 @@ def test_the_kernel_agrees_with_float64(name):
     x = jax.random.normal(jax.random.key(1), (3, K), jnp.bfloat16)
     prepared = qjax.prepare(qt, "h100")
     scale, zero = read_scales(qt)
+    zeros = [] if zero is None else [zero]
     spec = Spec(qt.format, qt.pad, False, "float32", "mosaic", extra=prepared.extra)
     # Not `packed_dot`: the interpreter calls back into Python, which its lowering cannot.
     with interpreter.interpreting(), interpreter.everywhere():
-        y = np.asarray(_mosaic(x, prepared.data, scale, zero, spec=spec), np.float64)
+        y = _local(x, prepared.data, scale, *zeros, spec=spec, platform="cuda")
+        y = np.asarray(y, np.float64)
     wanted = np.asarray(x, np.float64) @ np.asarray(qjax.dequantize(qt), np.float64)
     assert np.linalg.norm(y - wanted) <= 2e-6 * np.linalg.norm(wanted)
 
@@ -125,6 +183,8 @@ def test_explain_names_the_kernel_and_why_there_is_none():
     x = jnp.ones((3, 256), jnp.bfloat16)
     (use,) = qjax.explain(f)(x, qjax.prepare(qt, "h100"))
     assert use.implementation.startswith("mosaic on CUDA")
+    (use,) = qjax.explain(f)(x, qjax.prepare(_quantized_weight("w8a8"), "h100"))
+    assert use.implementation.startswith("mosaic on CUDA, else xla, int8 activations per token")
     (use,) = qjax.explain(f, implementation="xla")(x, qjax.prepare(qt, "h100"))
     assert use.implementation.startswith("xla")
     back = lambda x, w: x @ w.T
@@ -163,6 +223,24 @@ def test_shards_as_the_float_weight_does(spec):
     np.testing.assert_allclose(
         y.astype(jnp.float32), wanted.astype(jnp.float32), atol=2.0**-7 * float(abs(wanted).max())
     )
+
+
+@pytest.mark.h100
+@pytest.mark.parametrize("name", [*(n for n in QUANTIZED if n != "fp8 shorter"), "fp8 blocks bf16"])
+def test_programs_for_an_h100_multiply_on_its_kernel_and_form_no_float_weight(name):
+    fmt = FORMATS["fp8 blocks"] if name == "fp8 blocks bf16" else QUANTIZED[name]
+    x = jax.ShapeDtypeStruct((16, 4096), jnp.bfloat16)
+
+    def prepared(w):
+        step = jnp.float32(0.02) if "static" in name else None
+        return qjax.prepare(quantize_array(w, fmt, act_scale=step), "h100")
+
+    w = jax.eval_shape(prepared, jax.ShapeDtypeStruct((4096, 4096), jnp.float32))
+    program = h100.compile(jax.jit(packed_dot), x, w)
+    (kernel,) = program.kernels
+    assert kernel.loop["HGMMA"] + kernel.loop["QGMMA"] + kernel.loop["IGMMA"] > 0
+    # What there is: codes of x, the sums of parts of K, and wide scales of blocks.
+    assert program.temporaries <= 4096 * 4096 // 4
 
 
 def test_checkpoints_hold_the_canonical_layout(tmp_path):

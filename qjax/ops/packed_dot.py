@@ -153,8 +153,8 @@ def _with_outliers(x, qt: QTensor, implementation: str | None) -> Array:
     assert fmt.outliers is not None
     inside, outside, is_outlier = activation.split_outliers(x, fmt.outliers, len(lead))
 
-    def all_rows(x):
-        return _bind(x, plain, jnp.float32, implementation)
+    def all_rows(x):  # in float32, for which there is no kernel
+        return _bind(x, plain, jnp.float32, None if implementation == "mosaic" else implementation)
 
     def few_rows(x):
         rows = lax.top_k(is_outlier.astype(jnp.float32), capacity)[1]  # [*lead, capacity]
@@ -310,10 +310,12 @@ def _prepared(x, data, scale, zero, spec: Spec, is_stacked: bool, platform: str 
 
     def xla(x, data, *scales):
         data = canonical_codes(data, fmt.element, extra)
-        plain = dataclasses.replace(spec, extra=None, summed_over=())
+        plain = dataclasses.replace(spec, extra=None)
         return _one(x, data, *scales, spec=plain, is_stacked=is_stacked)
 
-    has_kernel = x.dtype.name in KERNEL_ACTIVATIONS and not spec.transposed
+    is_quantized = fmt.activation is not None
+    has_kernel = not spec.transposed and (is_quantized or x.dtype.name in KERNEL_ACTIVATIONS)
+    kernel = _mosaic_quantized if is_quantized else _mosaic
     if spec.implementation == "mosaic":
         if spec.transposed:
             raise NotImplementedError(
@@ -330,11 +332,9 @@ def _prepared(x, data, scale, zero, spec: Spec, is_stacked: bool, platform: str 
                 'implementation="mosaic" runs on NVIDIA GPUs only. Leave the choice to None: then'
                 " one program has the kernel for them and plain JAX for the rest."
             )
-        y = _mosaic(*operands, spec=spec)
-    elif spec.implementation is None and has_kernel and platform == "cuda":
-        y = _mosaic(*operands, spec=spec)
-    else:
-        y = xla(*operands)
+    elif spec.implementation is not None or not has_kernel or platform != "cuda":
+        return xla(*operands)
+    y = kernel(*operands, spec=spec)
     return lax.psum(y, spec.summed_over) if spec.summed_over else y
 
 
@@ -353,7 +353,7 @@ def _mosaic(x, data, scale, zero=None, *, spec: Spec):
     G, N = scale.shape[0], N_ - extra[1]
     g = K_ if G == 1 else fmt.group_size
     assert g is not None
-    wide = lambda a: jnp.broadcast_to(a, (G, N))  # one scale may be for all columns
+    wide = lambda a: blocked.per_column(a, N, fmt.group_columns or N)
     scale = wide(scale)
     b = offsets(
         fmt.element, scale, None if zero is None else wide(zero), is_offset=fmt.offset is not None
@@ -372,6 +372,44 @@ def _mosaic(x, data, scale, zero=None, *, spec: Spec):
         sums = jnp.sum(x.reshape(M, K_ // g, g).astype(jnp.float32), axis=-1)[:, :G]
         y = y + jnp.dot(sums, b, precision=lax.Precision.HIGHEST)
     return y.astype(spec.out_dtype)
+
+
+def _mosaic_quantized(x, data, scale, *, spec: Spec):
+    """Returns s_x * (xq @ W) by the Hopper kernel for operands of 8 bits.
+
+    One scale of 128 x 128 weights is read as 128 scales, one for every output feature.
+    """
+    from pallas_kernels import eight_bit
+
+    fmt, extra = spec.format, spec.extra
+    assert extra is not None
+    xq, sx = _quantized_tokens(x, spec)
+    data = kernel_codes(data, fmt.element)
+    (M, K), (N_, K_) = x.shape, data.shape
+    N = N_ - extra[1]
+    groups = K_ // TILE_K if scale.shape[0] > 1 else 1
+    scale = blocked.per_column(scale, N, fmt.group_columns or N)
+    scale = jnp.pad(scale, ((0, groups - scale.shape[0]), (0, N_ - N)))
+    y = eight_bit.matmul(
+        jnp.pad(xq, ((0, 0), (0, K_ - K))),
+        data,
+        jnp.broadcast_to(sx, (M, groups)),
+        scale,
+        out_dtype=spec.out_dtype,
+    )
+    return y[:, :N]
+
+
+def _quantized_tokens(x, spec: Spec) -> tuple[Array, Array]:
+    """Returns the codes of x and the step of each row, [M, 1].
+
+    With a step that all tokens share, x is already in such steps, and the caller multiplies by it.
+    """
+    fmt = spec.format
+    assert fmt.activation is not None
+    is_dynamic = fmt.activation_scale == "token"
+    quantize = activation.quantize_tokens if is_dynamic else activation.round_steps
+    return quantize(x, fmt.activation, spec.summed_over)
 
 
 def _blocked(x, data, scale, zero, spec: Spec, is_stacked: bool):
@@ -409,15 +447,10 @@ def _reference(x, data, scale, zero, spec: Spec):
 
 
 def _activation_quantized(x, data, scale, spec: Spec):
-    """Returns s_x * sum_g (xq @ q)_g * scale_g; the inner product is exact in int32 or of FP8.
-
-    With a step that all tokens share, x is already in such steps, and the caller multiplies by it.
-    """
+    """Returns s_x * sum_g (xq @ q)_g * scale_g; the inner product is exact in int32 or of FP8."""
     fmt = spec.format
     assert fmt.activation is not None
-    is_dynamic = fmt.activation_scale == "token"
-    quantize = activation.quantize_tokens if is_dynamic else activation.round_steps
-    xq, sx = quantize(x, fmt.activation, spec.summed_over)
+    xq, sx = _quantized_tokens(x, spec)
     K, N = spec.sizes(data)
     q, accumulator, precision = data, jnp.float32, lax.Precision.HIGHEST
     is_int = numerics.get_element(fmt.activation).kind == "int"
@@ -666,7 +699,10 @@ def describe(qt: QTensor, form: str, implementation: str | None) -> str:
     if fmt.activation is not None and form == "forward":
         is_int = numerics.get_element(fmt.activation).kind == "int"
         kind = "int32 accumulator" if is_int else "FP8 values"
-        return f"xla, {activation.describe(qt)}, {kind}"
+        where = "xla"
+        if isinstance(qt, Prepared) and implementation in (None, "mosaic"):
+            where = "mosaic (asked for)" if implementation else "mosaic on CUDA, else xla"
+        return f"{where}, {activation.describe(qt)}, {kind}"
     if implementation == "reference":
         text = "reference: dequantizes the whole weight (asked for)"
     elif isinstance(qt, Prepared) and form == "forward" and implementation != "xla":

@@ -26,7 +26,8 @@ WEIGHT_ONLY = {
     "int4 g128 M=1024": (1024, "int4", 128, "bfloat16", 3.6, 1.6),
     "int8 channels M=16": (16, "int8", K, "bfloat16", 4.4, 2.3),
     "int8 channels M=1024": (1024, "int8", K, "bfloat16", 5.1, 2.5),
-    "fp8 weights M=16": (16, "float8_e4m3fn", 128, "float16", 2.3, 1.2),
+    "fp8 weights M=16": (16, "float8_e4m3fn", 128, "bfloat16", 3.7, 1.5),
+    "fp8 weights, float16 M=16": (16, "float8_e4m3fn", 128, "float16", 2.3, 1.2),
 }
 PREFILL = {"int4": 0.5, "int8": 0.64}
 EIGHT_BIT = {

@@ -24,6 +24,7 @@ class TestWeightOnly(Laws):
         "int4 groups of 32": {"w": "int4", "group": 32},
         "int4 groups of 256": {"w": "int4", "group": 256},
         "int8 channels": {"w": "int8", "group": 256},
+        "fp8 weights": {"w": "float8_e4m3fn", "group": 128},
         "fp8 weights, fp16 activations": {"w": "float8_e4m3fn", "group": 128, "x": "float16"},
     }
 
