@@ -29,6 +29,7 @@ __all__ = [
     "enter_auto",
     "explicit_mesh",
     "extended_results",
+    "is_exported",
     "is_partitioned",
     "leave_auto",
     "lower_with_devices",
@@ -201,6 +202,11 @@ def is_partitioned(lowering_context: Any) -> bool:
     if hasattr(axes, "manual_axes"):  # inside shard_map, or in one partition
         return axes.mesh.size > 1 and set(axes.manual_axes) != set(axes.mesh.axis_names)
     return getattr(axes, "num_devices", 1) != 1
+
+
+def is_exported(lowering_context: Any) -> bool:
+    """Whether the program being lowered is for `jax.export`: other processes will run it."""
+    return lowering_context.module_context.lowering_parameters.for_export
 
 
 def unplaced(lowering_context: Any) -> Any:

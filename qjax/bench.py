@@ -1,8 +1,9 @@
 """How fast a product with a packed weight is, beside what it replaces, timed in one run.
 
-Four ways to the same product, x [M, K] times a weight [K, N]:
+Ways to the same product, x [M, K] times a weight [K, N]:
 
   packed      `qjax.apply` of `x @ w` on the QTensor: what a user runs
+  xla         the same in plain JAX, where `packed` runs on a native kernel
   float32     `x @ w` on the float weight
   dequantize  `x @ qjax.dequantize(qw)`: the whole weight in float first
   qwix        `qwix.dot_general` on the same weight quantized by Qwix, where it is installed
@@ -30,7 +31,8 @@ from jaxtyping import Array, Float
 
 from qjax import qtensor
 from qjax.format import Format
-from qjax.transform.apply import apply
+from qjax.ops import packed_dot
+from qjax.transform.apply import apply, explain
 
 FORMATS: Mapping[str, Format] = {
     "int8": Format("int8"),
@@ -60,6 +62,7 @@ class Product(NamedTuple):
       M: tokens.
       K: rows of the weight.
       N: columns of the weight.
+      implementation: of `packed`, as `qjax.explain` names it.
       timings: by way.
     """
 
@@ -67,6 +70,7 @@ class Product(NamedTuple):
     M: int
     K: int
     N: int
+    implementation: str
     timings: Mapping[str, Timing]
 
     @property
@@ -88,6 +92,7 @@ class Product(NamedTuple):
             "M": self.M,
             "K": self.K,
             "N": self.N,
+            "implementation": self.implementation,
             "timings": {name: timing._asdict() for name, timing in self.timings.items()},
             "speedup_of_packed_over": self.ratios,
             "speedup_of_minima": self.ratios_of_minima,
@@ -144,10 +149,14 @@ def products(
         w = 0.02 * jax.random.normal(jax.random.key(0), (K, N))
         for name in formats:
             weights = _weights(w, name)
+            packed = weights["packed"]
+            (use,) = explain(_float32)(jax.ShapeDtypeStruct((1, K), jnp.float32), packed)
+            if use.implementation.startswith("native"):
+                weights["xla"] = packed
             for M in tokens:
                 x = jax.random.normal(jax.random.key(1), (M, K))
                 timings = _time(x, weights, repeats)
-                out.append(Product(name, M, K, N, timings))
+                out.append(Product(name, M, K, N, use.implementation, timings))
                 if on_product is not None:
                     on_product(out[-1])
     return out
@@ -204,6 +213,7 @@ def _qwix(x: Float[Array, "M K"], qw: Any) -> Float[Array, "M N"]:
 
 _WAYS: Mapping[str, Callable[..., Array]] = {
     "packed": apply(_float32),
+    "xla": apply(_float32, implementation="xla"),
     "float32": _float32,
     "dequantize": _dequantize,
     "qwix": _qwix,
@@ -231,10 +241,14 @@ def _qwix_weight(w: Float[Array, "K N"], fmt: Format) -> Any:
 
 
 class Decoding(NamedTuple):
-    """Tokens/s of a model's greedy decode loop, one prompt, compilation left out."""
+    """Tokens/s of a model's greedy decode loop, one prompt, compilation left out.
+
+    `implementation` is that of products with its packed weights, "" if it has none.
+    """
 
     params: str
     nbytes: int
+    implementation: str
     median_tokens_per_s: float
     max_tokens_per_s: float
 
@@ -272,8 +286,15 @@ def decoding(
         Decoding(
             name,
             sum(leaf.nbytes for leaf in jax.tree.leaves(tree)),
+            ", ".join(_implementations(tree)),
             statistics.median(rates[name]),
             max(rates[name]),
         )
         for name, tree in params.items()
     ]
+
+
+def _implementations(params: Any) -> list[str]:
+    leaves = jax.tree.leaves(params, is_leaf=qtensor.is_qtensor)
+    packed = [leaf for leaf in leaves if qtensor.is_qtensor(leaf)]
+    return sorted({packed_dot.describe(leaf, "forward", None) for leaf in packed})

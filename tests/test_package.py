@@ -55,7 +55,7 @@ def test_wheel_holds_both_packages_and_the_presets(wheel):
         str(p.relative_to(ROOT))
         for package in ("qjax", "pallas_kernels")
         for p in (ROOT / package).rglob("*")
-        if p.suffix == ".py" or p.name == "py.typed"
+        if p.suffix in (".py", ".cc") or p.name == "py.typed"
     }
     presets = {f"qjax/{p.relative_to(ROOT)}" for p in (ROOT / "configs").rglob("*.toml")}
     assert {"qjax/__init__.py", "qjax/py.typed"} <= sources

@@ -55,8 +55,9 @@ def bench(
 ):
     """Time packed products against float32, dequantize-then-dot and, if installed, Qwix.
 
-    Times are medians and minima over interleaved rounds; a ratio above 1 means that packed is
-    faster. With --model, greedy decoding of a whole model is timed instead.
+    Where packed products run on a native kernel, plain JAX (xla) is timed beside it. Times are
+    medians and minima over interleaved rounds; a ratio above 1 means that packed is faster. With
+    --model, greedy decoding of a whole model is timed instead.
 
     [bold]Examples[/bold]
 
@@ -133,13 +134,14 @@ def _print_products(products: list[Product]) -> None:
                 for w in others
             ),
             f"{p.timings['packed'].temp_bytes / 1e6:.1f}",
+            p.implementation,
         )
         for p in products
     ]
     columns = ("format", "KxN", "M", *(f"{w} ms" for w in ways), *(f"vs {w}" for w in others))
     print_table(
         "median (min) in ms; how many times faster packed is, by medians (by minima)",
-        (*columns, "temp MB"),
+        (*columns, "temp MB", "packed is"),
         rows,
     )
 
@@ -171,8 +173,9 @@ def _print_decoding(name: str, decoded: list[Decoding]) -> None:
             f"{d.median_tokens_per_s:.1f}",
             f"{d.max_tokens_per_s:.1f}",
             f"{d.median_tokens_per_s / first:.2f}",
+            d.implementation,
         )
         for d in decoded
     ]
-    columns = ("parameters", "bytes", "median tokens/s", "best tokens/s", "vs float")
+    columns = ("parameters", "bytes", "median tokens/s", "best tokens/s", "vs float", "packed is")
     print_table(f"{name}: greedy decoding of one row", columns, rows)

@@ -78,8 +78,8 @@ def matmul(
     """
     (M, K), N = x.shape, data.shape[1]
     data = _as_bytes(data, element)
-    scale = _per_column(scale, N, columns)
-    zero, offset = (_per_column(v, N, columns) if v is not None else None for v in (zero, offset))
+    scale = per_column(scale, N, columns)
+    zero, offset = (per_column(v, N, columns) if v is not None else None for v in (zero, offset))
     n = _unit(element)
     g = _uniform_group(K, group_size, n)
     block = _block(K, g, n, N, _BLOCK_BYTES)
@@ -145,8 +145,8 @@ def matmul_t(
     """
     M, N = x.shape
     x, data = x.astype(jnp.float32), _as_bytes(data, element)
-    scale = _per_column(scale, N, columns)
-    zero, offset = (_per_column(v, N, columns) if v is not None else None for v in (zero, offset))
+    scale = per_column(scale, N, columns)
+    zero, offset = (per_column(v, N, columns) if v is not None else None for v in (zero, offset))
     n = _unit(element)
     g = _uniform_group(K, group_size, n)
     block = _block(K, g, n, N, _BLOCK_BYTES_T)
@@ -379,11 +379,12 @@ def _stored_shift(element: Element) -> float:
 # ---- groups and blocks --------------------------------------------------------------------------
 
 
-def _per_column(v: Array, N: int, columns: int) -> Float[Array, "G N"]:
+def per_column(v: Float[Array, "*b G C"], N: int, columns: int) -> Float[Array, "*b G N"]:
+    """Returns values of blocks of columns as float32 values of every column."""
     v = v.astype(jnp.float32)
-    if v.shape[1] == 1:
-        return jnp.broadcast_to(v, (v.shape[0], N))
-    return v if v.shape[1] == N else jnp.repeat(v, columns, axis=1)[:, :N]
+    if v.shape[-1] == 1:
+        return jnp.broadcast_to(v, (*v.shape[:-1], N))
+    return v if v.shape[-1] == N else jnp.repeat(v, columns, axis=-1)[..., :N]
 
 
 def _uniform_group(K: int, g: int, n: int) -> int:

@@ -24,11 +24,11 @@ from jaxtyping import Array, Float
 from pallas_kernels.tuning import TILE_K, TILE_N
 from qjax import _compat, numerics, packing, qtensor
 from qjax.format import Format
-from qjax.ops import activation, blocked
+from qjax.ops import activation, blocked, native
 from qjax.prepare import Prepared, canonical_codes, kernel_codes, offsets, reason_against
 from qjax.qtensor import QTensor
 
-IMPLEMENTATIONS = ("reference", "xla", "mosaic")
+IMPLEMENTATIONS = ("reference", "xla", "native", "mosaic")
 KERNEL_ACTIVATIONS = ("bfloat16", "float16")  # types of x that the "mosaic" kernel takes
 
 
@@ -42,7 +42,8 @@ class Spec:
       transposed: False: y = x @ W, x ends in K. True: y = x @ Wᵀ, x ends in N.
       out_dtype: of the result; accumulation is in float32.
       implementation: None chooses; "reference" dequantizes the whole weight, "xla" works block by
-        block in plain JAX, "mosaic" is the kernel for Hopper GPUs.
+        block in plain JAX, "native" is the compiled kernel for CPUs (`qjax.ops.native`), "mosaic"
+        the one for Hopper GPUs.
       summed_over: mesh axes that hold the other parts of the contraction, inside one partition.
       extra: None; or that of a weight that is `Prepared`.
     """
@@ -95,13 +96,15 @@ def packed_dot(
       qt: the weight.
       transposed: contract N instead of K.
       out_dtype: default: that of x.
-      implementation: None, "reference", "xla" or, for a weight that `qjax.prepare` has prepared,
-        "mosaic".
+      implementation: None, "reference", "xla", "native" or, for a weight that `qjax.prepare` has
+        prepared, "mosaic".
 
     Raises:
       ValueError: for an unknown implementation or one that does not take this weight or x, or
         static activations without their step.
-      NotImplementedError: for `implementation="mosaic"` and x @ Wᵀ.
+      NotImplementedError: for "mosaic" or "native" and x @ Wᵀ, or "native" for another platform
+        than a CPU or in an export.
+      qjax.ops.native.Unavailable: for "native" where it cannot be had.
     """
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(
@@ -131,6 +134,11 @@ def _bind(x, qt: QTensor, out_dtype, implementation: str | None, transposed: boo
     if implementation == "mosaic" and extra is None:
         why = reason_against(qt) or "it is not prepared: see `qjax.prepare`"
         raise ValueError(f'implementation="mosaic" does not take {qt!r}: {why}.')
+    if implementation == "native" and (why := _against_native(qt, transposed)):
+        raise (NotImplementedError if transposed else ValueError)(
+            f'implementation="native" has no kernel for {qt!r}: {why}. With None, plain JAX'
+            " computes it."
+        )
     spec = Spec(
         qt.format, qt.pad, transposed, jnp.dtype(out_dtype).name, implementation, extra=extra
     )
@@ -268,7 +276,8 @@ def _local(x, data, scale, *zero, spec: Spec, platform: str | None):
     """Computes packed_dot on the arrays at hand; the weight's leading axes become one vmap.
 
     Args:
-      platform: "cuda" in what is lowered for NVIDIA GPUs, None in all else.
+      platform: "cuda" in what is lowered for NVIDIA GPUs, "cpu" in what runs on a CPU of this
+        process, None in all else.
     """
     lead = data.shape[:-2]
     tokens = x.shape[len(lead) : -1]
@@ -280,6 +289,9 @@ def _local(x, data, scale, *zero, spec: Spec, platform: str | None):
 
     x = flat(x, math.prod(tokens), x.shape[-1])
     weight = [flat(a, *a.shape[-2:]) for a in (data, scale, *zero)]
+    if (kernel := _native_kernel(spec, platform)) is not None:
+        y = _native(x, *weight, spec=spec, kernel=kernel)
+        return y.reshape(*lead, *tokens, y.shape[-1])
     one = functools.partial(_one, spec=spec, is_stacked=bool(lead), platform=platform)
     if lead and spec.extra is not None:  # a kernel has no batch axis
         y = lax.map(lambda args: one(*args), (x, *weight))
@@ -410,6 +422,54 @@ def _quantized_tokens(x, spec: Spec) -> tuple[Array, Array]:
     is_dynamic = fmt.activation_scale == "token"
     quantize = activation.quantize_tokens if is_dynamic else activation.round_steps
     return quantize(x, fmt.activation, spec.summed_over)
+
+
+def _against_native(w: QTensor | Spec, transposed: bool) -> str | None:
+    """Returns why the native kernel does not take a product, or None."""
+    if transposed:
+        return "x @ Wᵀ, as in derivatives"
+    if w.format.activation is not None:
+        return "its activations are quantized"
+    prepared = isinstance(w, Prepared) or getattr(w, "extra", None) is not None
+    return "it is prepared for another kernel" if prepared else None
+
+
+def _native_kernel(spec: Spec, platform: str | None) -> native.Kernel | None:
+    """Returns the kernel that is to compute a product, None for plain JAX."""
+    if spec.implementation not in (None, "native") or _against_native(spec, spec.transposed):
+        return None
+    is_forced = spec.implementation == "native"
+    if platform != "cpu":
+        if is_forced:
+            raise NotImplementedError(
+                'implementation="native" runs on CPUs, in the process that compiled it: not on'
+                " other devices, and not in an exported program. Leave the choice to None."
+            )
+        return None
+    try:
+        return native.kernel()
+    except native.Unavailable as e:
+        if is_forced:
+            raise native.Unavailable(f'implementation="native" cannot be had: {e}') from e
+        return None
+
+
+def _native(x, data, scale, zero=None, *, spec: Spec, kernel: native.Kernel):
+    """Returns x @ W by the native kernel, which takes one leading axis."""
+    fmt = spec.format
+    K, N = spec.sizes(data)
+    is_stacked = data.ndim == 3
+    operands = [x, data] + [
+        blocked.per_column(a, N, fmt.group_columns or N) for a in (scale, zero) if a is not None
+    ]
+    x, data, scale, *bias = operands if is_stacked else [a[None] for a in operands]
+    if bias and fmt.offset is None:
+        bias = [-bias[0] * scale]
+    y = native.matmul(
+        x, data, scale, *bias, element=spec.element, group_size=fmt.group_size or K, kernel=kernel
+    )
+    y = (y if is_stacked else y[0]).astype(spec.out_dtype)
+    return lax.psum(y, spec.summed_over) if spec.summed_over else y
 
 
 def _blocked(x, data, scale, zero, spec: Spec, is_stacked: bool):
@@ -663,6 +723,8 @@ def _names(entry: Any) -> tuple[str, ...]:
 
 
 def _lower(ctx, x, data, scale, *zero, spec, platform=None):
+    if platform == "cpu" and _compat.is_exported(ctx):
+        platform = None
     ctx = _compat.unplaced(ctx)
     run = functools.partial(_local, spec=spec, platform=platform)
     if _compat.is_partitioned(ctx):
@@ -674,7 +736,10 @@ def _lower(ctx, x, data, scale, *zero, spec, platform=None):
 
 mlir.register_lowering(packed_dot_p, _lower)
 # A program for several platforms has a branch for each, lowered by its own rule.
-mlir.register_lowering(packed_dot_p, functools.partial(_lower, platform="cuda"), platform="cuda")
+for _platform in ("cuda", "cpu"):
+    mlir.register_lowering(
+        packed_dot_p, functools.partial(_lower, platform=_platform), platform=_platform
+    )
 _compat.lower_with_devices(packed_dot_p)
 
 
@@ -694,7 +759,10 @@ def as_dot_general(x, data, scale, *zero, spec: Spec) -> tuple[Any, tuple, dict]
 
 
 def describe(qt: QTensor, form: str, implementation: str | None) -> str:
-    """Returns which implementation runs and why, for `qjax.explain`."""
+    """Returns which implementation runs and why, for `qjax.explain`.
+
+    Where products run on a CPU by default, this builds the native kernel if it is not there yet.
+    """
     fmt = qt.format
     if fmt.activation is not None and form == "forward":
         is_int = numerics.get_element(fmt.activation).kind == "int"
@@ -710,7 +778,7 @@ def describe(qt: QTensor, form: str, implementation: str | None) -> str:
         if implementation == "mosaic":
             text = "mosaic (asked for)"
     else:
-        text = "xla, blocks of K" + ("" if implementation is None else " (asked for)")
+        text = _describe_cpu(qt, form, implementation)
         if isinstance(qt, Prepared):
             text += ", codes repacked in the op"
             text += "" if form == "forward" else ": no kernel for x @ Wᵀ"
@@ -719,3 +787,14 @@ def describe(qt: QTensor, form: str, implementation: str | None) -> str:
     if qt.perm is not None:
         text += ", channels reordered"
     return text
+
+
+def _describe_cpu(qt: QTensor, form: str, implementation: str | None) -> str:
+    asked = "" if implementation is None else " (asked for)"
+    plain = f"xla, blocks of K{asked}"
+    if implementation == "xla" or jax.default_backend() != "cpu" or isinstance(qt, Prepared):
+        return plain
+    why = _against_native(qt, form != "forward") or native.why_not()
+    if why is None:
+        return f"native, {native.kernel().isa}{asked}"
+    return f"{plain}: no native kernel, {why.rstrip('.')}"

@@ -319,7 +319,7 @@ def test_a_split_weight_gives_the_same(fmt, spec, kind):
 @pytest.mark.parametrize(
     ("fmt", "says"),
     [
-        (Format("int4", 16), "xla, blocks of K, x * pre_scale"),
+        (Format("int4", 16), "xla, blocks of K (asked for), x * pre_scale"),
         (TENSOR, "xla, x * pre_scale, int8 activations per tensor, int32 accumulator"),
         (STATIC, "xla, x * pre_scale, int8 activations in static steps, int32 accumulator"),
         (FP8, "xla, x * pre_scale, e4m3 activations per token, FP8 values"),
@@ -331,7 +331,8 @@ def test_a_split_weight_gives_the_same(fmt, spec, kind):
     ids=str,
 )
 def test_explain_says_what_happens_to_activations(fmt, says):
-    (use,) = qjax.explain(lambda w, x: x @ w)(make(fmt, 64, 24, pre_scale=True), normal(5, 64))
+    explain = qjax.explain(lambda w, x: x @ w, implementation="xla")
+    (use,) = explain(make(fmt, 64, 24, pre_scale=True), normal(5, 64))
     says = says.replace("CHANNELS", "channels from 6 on in float (room for 4)")
     assert use.implementation == says
 

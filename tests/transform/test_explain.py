@@ -6,6 +6,7 @@ import pytest
 
 import qjax
 from qjax import Format
+from qjax.ops import native
 
 
 def model(params, tokens):
@@ -72,9 +73,9 @@ def test_the_implementation_can_be_chosen(quantize, assert_close, normal):
     w, x = quantize({"w": normal(64, 16)})["w"], normal(2, 64)
     fn = lambda w, x: x @ w
     for implementation, says in [
-        (None, "blocks of K"),
+        (None, "native, " if native.why_not() is None else "blocks of K: no native kernel"),
         ("reference", "asked for"),
-        ("xla", "asked"),
+        ("xla", "blocks of K (asked for)"),
     ]:
         (use,) = qjax.explain(fn, implementation=implementation)(w, x)
         assert says in use.implementation
