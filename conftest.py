@@ -32,6 +32,11 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 # A script for an interpreter of its own, the only module that imports torch.
 collect_ignore = ["qjax/ptq/bench_torch.py"]
 
+# Kernels in Triton are defined by its decorators, so their modules need it.
+_TRITON = ("cubin", "decode", "eight_bit", "interpreter", "weight_only")
+if not (find_spec("triton") and find_spec("jax_triton")):
+    collect_ignore += [f"pallas_kernels/triton/{name}.py" for name in _TRITON]
+
 # The interpreter of GPU kernels came with 0.12; without it nothing of them can be tested.
 if jax.__version_info__ < (0, 12):
     collect_ignore_glob = ["pallas_kernels/*", "tests/pallas_kernels/*", "tests/test_prepare.py"]

@@ -1,0 +1,68 @@
+"""The tuning choices of every kernel in Triton, as one table."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from pallas_kernels import tuning as hopper
+
+TILE_N = 128  # N is a multiple of it, as prepared weights are padded
+TILE_K = 128  # inputs of one step of the loop
+# Streaming multiprocessors: of an A100, RTX A6000, RTX 4090 and H100. Kernels query no device.
+SMS = {80: 108, 86: 84, 89: 128, 90: 132}
+# Bytes of shared memory of one program.
+SMEM_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """How one product is laid out on the GPU.
+
+    Attributes:
+      tile_m, tile_n: tokens and output features of one program.
+      warps: of it.
+      stages: steps whose loads may be in flight, one of them being computed.
+      scale_on: "accumulator" multiplies the float32 sum of every group, which is exact and costs in
+        proportion to the tokens; "weight" multiplies the weight in the activation's type, at one
+        more rounding of it.
+      split_k: programs that share one output tile; XLA adds their float32 sums.
+    """
+
+    tile_m: int
+    tile_n: int
+    warps: int
+    stages: int
+    scale_on: str = "accumulator"
+    split_k: int = 1
+
+
+# Most tokens -> tuning. The first row that is large enough is taken; more tokens are tiled by it.
+WEIGHT_ONLY = {
+    16: Tuning(16, 128, 4, 4),
+    32: Tuning(32, 128, 8, 4),
+    64: Tuning(64, 128, 8, 3),
+    math.inf: Tuning(128, 128, 8, 3, "weight"),
+}
+EIGHT_BIT = {
+    16: Tuning(16, 128, 4, 4),
+    32: Tuning(32, 128, 4, 4),
+    64: Tuning(64, 128, 8, 3),
+    math.inf: Tuning(128, 128, 8, 3),
+}
+
+
+def for_shape(table: dict[float, Tuning], M: int, K: int, N: int, capability: int | None) -> Tuning:
+    """Returns the tuning of a product of M tokens with a [K, N] weight.
+
+    Args:
+      capability: of the GPU; None counts the processors of an A100.
+
+    Example:
+      >>> for_shape(WEIGHT_ONLY, 1, 4096, 4096, 80).split_k
+      8
+    """
+    row = next(row for most, row in table.items() if most >= M)
+    tiles = -(-M // row.tile_m) * (N // row.tile_n)
+    parts = hopper.split_k(tiles, K // TILE_K, SMS.get(capability or 80, 108))
+    return dataclasses.replace(row, split_k=parts)
