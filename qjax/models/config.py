@@ -91,8 +91,11 @@ class ModelConfig:
             )
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type is int and (not isinstance(value, int) or value < 1):
+            if field.type is int and (type(value) is not int or value < 1):
                 raise ValueError(f"`{field.name}` must be a positive integer, got {value!r}.")
+            is_number = isinstance(value, float | int) and 0 < value < math.inf
+            if field.type is float and not is_number:
+                raise ValueError(f"`{field.name}` must be a positive number, got {value!r}.")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 "`num_kv_heads` must divide `num_heads`, got"

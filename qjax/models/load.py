@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from qjax.interop.damage import naming
 from qjax.interop.gguf import GGUFFile, open_gguf, to_qtensor
 from qjax.interop.hf.directory import open_hf
 from qjax.models import rope
@@ -135,10 +136,10 @@ def load_hf(
     """
     directory = Path(directory)
     opened = open_hf(directory)
-    try:
+    with naming(directory):
         config = ModelConfig.from_hf(opened.config)
-    except (ValueError, NotImplementedError) as e:
-        raise type(e)(f"{directory}: {e}") from None
+        stored = [t for name in opened.names for t in opened.stored(name)]
+        _check_size(config, len(stored), sum(t.nbytes for t in stored))
     model = _decoder(config, dtype, param_dtype, scan_layers, remat)
     present = {name for name in opened.names if not name.endswith("rotary_emb.inv_freq")}
     if config.tie_embeddings and "lm_head.weight" in present:
@@ -159,11 +160,10 @@ def load_hf(
         return dataclasses.replace(jax.tree.map(jnp.asarray, weight), dtype=stored)
 
     params = assemble(model, lambda path: names_of(path).hf, present, read, str(directory))
-    tokenizer = (
-        Tokenizer.from_directory(directory, config)
-        if (directory / "tokenizer.json").exists()
-        else None
-    )
+    tokenizer = None
+    if (directory / "tokenizer.json").exists():
+        with naming(directory):
+            tokenizer = Tokenizer.from_directory(directory, config)
     return LoadedModel(config, model, params, tokenizer)
 
 
@@ -182,15 +182,13 @@ def load_gguf(
     are stored, for `qjax.apply`, instead of being dequantized.
     """
     file = open_gguf(path)
-    if file.metadata.get("split.count", 1) > 1:
-        raise NotImplementedError(
-            f"{path}: one of {file.metadata['split.count']} parts of a model."
-            " Merge them (llama-gguf-split --merge)."
-        )
-    try:
+    with naming(path):
+        if (parts := file.metadata.get("split.count", 1)) > 1:
+            raise NotImplementedError(
+                f"one of {parts} parts of a model. Merge them (llama-gguf-split --merge)."
+            )
         config = _config_of_tensors(ModelConfig.from_gguf(file.metadata), file)
-    except (ValueError, NotImplementedError) as e:
-        raise type(e)(f"{path}: {e}") from None
+        _check_size(config, len(file.tensors), sum(t.nbytes for t in file.tensors.values()))
     model = _decoder(config, dtype, param_dtype, scan_layers, remat)
 
     def rows(name: str, stored: np.ndarray) -> np.ndarray:
@@ -211,8 +209,10 @@ def load_gguf(
 
     present = set(file.tensors) - {"rope_freqs.weight"}
     params = assemble(model, lambda path: names_of(path).gguf, present, read, str(path))
-    has_tokenizer = file.metadata.get("tokenizer.ggml.model", "none") not in ("none", "no_vocab")
-    tokenizer = Tokenizer.from_gguf(file.metadata) if has_tokenizer else None
+    with naming(path):
+        kind = file.metadata.get("tokenizer.ggml.model", "none")
+        has_tokenizer = kind not in ("none", "no_vocab")
+        tokenizer = Tokenizer.from_gguf(file.metadata) if has_tokenizer else None
     return LoadedModel(config, model, params, tokenizer)
 
 
@@ -228,6 +228,20 @@ def _config_of_tensors(config: ModelConfig, file: GGUFFile) -> ModelConfig:
         divisors = tuple(file.read("rope_freqs.weight").ravel().tolist())
         changes["rope_scaling"] = RopeScaling("divisors", divisors=divisors)
     return dataclasses.replace(config, **changes)
+
+
+def _check_size(config: ModelConfig, tensors: int, nbytes: int) -> None:
+    """Refuses a config of another model than the file's before anything of its size is made."""
+    heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
+    layer = config.hidden_size * (heads + 3 * config.intermediate_size)
+    count = config.vocab_size * config.hidden_size + config.num_layers * layer
+    # No type stores a value in less than a bit, no layer is without tensors.
+    if count > 8 * nbytes or config.num_layers > tensors:
+        raise ValueError(
+            f"its config is that of a model of {config.num_layers} layers and {count} parameters,"
+            f" but it has {tensors} tensors of {nbytes} bytes altogether. The download is"
+            " incomplete or the config is of another model."
+        )
 
 
 def _decoder(

@@ -60,13 +60,15 @@ class Llama:
         self.vocab_size = self.c.llama_vocab_n_tokens(self.vocab)
         self.c.llama_set_n_threads(_POINTER(self.context), 1, 1)
 
-    def logits(self, tokens: list[int]) -> np.ndarray:
-        """Returns [T, V]."""
-        self.c.llama_memory_clear(_POINTER(self.c.llama_get_memory(_POINTER(self.context))), True)
+    def logits(self, tokens: list[int], after: int = 0) -> np.ndarray:
+        """Returns [T, V], for tokens that follow `after` others, which came in calls before."""
+        if after == 0:
+            memory = self.c.llama_get_memory(_POINTER(self.context))
+            self.c.llama_memory_clear(_POINTER(memory), True)
         batch = self.c.llama_batch_init(len(tokens), 0, 1)
         batch.n_tokens = len(tokens)
         for i, token in enumerate(tokens):
-            batch.token[i], batch.pos[i] = token, i
+            batch.token[i], batch.pos[i] = token, after + i
             batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, 0, 1
         assert self.c.llama_decode(_POINTER(self.context), batch) == 0
         rows = [
@@ -77,6 +79,14 @@ class Llama:
         ]
         self.c.llama_batch_free(batch)
         return np.stack(rows)
+
+    def continued(self, tokens: list[int], count: int) -> list[int]:
+        """Returns the likeliest tokens to follow, one after the other."""
+        out = [int(np.argmax(self.logits(tokens)[-1]))]
+        while len(out) < count:
+            after = len(tokens) + len(out) - 1
+            out.append(int(np.argmax(self.logits(out[-1:], after)[-1])))
+        return out
 
     def tokenize(self, text: str) -> list[int]:
         raw = text.encode()

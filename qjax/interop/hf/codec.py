@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -375,7 +374,6 @@ def common(weights: Mapping[str, QTensor], what: str, of: Callable[[QTensor], An
     return values[first]
 
 
-@functools.cache
 def group_size_of(text: Any) -> int | None:
     """Returns the group size that a config's number means: -1 and null are whole columns.
 

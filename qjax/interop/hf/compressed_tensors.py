@@ -135,6 +135,8 @@ class CompressedTensors(Codec):
 
     def _decode_ints(self, name, parts, scheme: Scheme) -> QTensor:
         bits = scheme.weights.get("num_bits", 8)
+        if bits not in range(2, 9):
+            raise NotImplementedError(f"{name}: {bits!r}-bit integers; only 2 to 8 are read.")
         scale = parts["weight_scale"]
         codec.require_dtype(f"{name}_scale", scale, *_FLOATS)
         if "weight_packed" in parts:

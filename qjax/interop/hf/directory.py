@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from qjax.interop.damage import naming
 from qjax.interop.hf.codec import Codec
 from qjax.interop.hf.methods import reader
 from qjax.interop.hf.safetensors import Directory, TensorInfo
@@ -40,12 +41,10 @@ class HFDirectory:
         self.codec: Codec | None = None
         self.quantized: dict[str, dict[str, str]] = {}
         if quantization := _quantization(path, self.config):
-            try:
+            with naming(path):
                 self.codec = reader(quantization)
                 self.quantized = self.codec.find(tensors)
                 self.codec.survey(self.quantized, self._files.read)
-            except (ValueError, NotImplementedError) as e:
-                raise type(e)(f"{path}: {e}") from None
         parts = {tensor for found in self.quantized.values() for tensor in found.values()}
         odd = sorted(n for n in set(tensors) - parts if n.endswith(_RUNTIME))
         if odd and self.codec is not None:
@@ -75,10 +74,8 @@ class HFDirectory:
             return self._files.read(name)
         parts = {part: self._files.read(t) for part, t in self.quantized[name].items()}
         assert self.codec is not None
-        try:
+        with naming(self.path):
             return self.codec.decode(name, parts)
-        except (ValueError, NotImplementedError) as e:
-            raise type(e)(f"{self.path}: {e}") from None
 
 
 def open_hf(path: str | os.PathLike[str]) -> HFDirectory:
@@ -96,6 +93,8 @@ def open_hf(path: str | os.PathLike[str]) -> HFDirectory:
 
 def _quantization(path: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
     if found := config.get("quantization_config"):
+        if not isinstance(found, dict):
+            raise ValueError(f"{path / 'config.json'}: its quantization_config is no table.")
         return found
     for file, name in _OLD_CONFIGS.items():
         if (path / file).is_file():
@@ -112,13 +111,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if it is no JSON.
+      ValueError: if it is no JSON, or no table.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        table = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{path.parent}: has no {path.name}, so it is no Hugging Face model."
         ) from None
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{path}: not valid JSON ({e}).") from None
+    if not isinstance(table, dict):
+        raise ValueError(f"{path}: holds no table, but {type(table).__name__}.")
+    return table

@@ -104,6 +104,8 @@ class GPTQ(Codec):
                 if "group_size" in fields:
                     group_size = codec.group_size_of(fields["group_size"])
                 break
+        if bits not in _BITS:
+            raise NotImplementedError(f"{name}: {bits!r} bits; only 2, 3, 4 and 8 are read.")
         return bits, group_size
 
     def decode(self, name: str, parts: Mapping[str, np.ndarray]) -> QTensor:

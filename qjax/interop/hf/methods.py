@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from qjax.interop.damage import naming
 from qjax.interop.hf.awq import AWQ
 from qjax.interop.hf.bitsandbytes import BitsAndBytes
 from qjax.interop.hf.codec import Codec, Unfit
@@ -47,12 +48,8 @@ def reader(config: Mapping[str, Any]) -> Codec:
         raise NotImplementedError(
             f"quant_method {name!r} is not supported, only {', '.join(METHODS)}."
         )
-    try:
+    with naming(f"quantization_config ({name})"):
         return METHODS[name].of_config(config)
-    except ValueError as e:
-        raise ValueError(f"quantization_config ({name}): {e}") from None
-    except NotImplementedError as e:
-        raise NotImplementedError(f"quantization_config ({name}): {e}") from None
 
 
 def holders(name: str, qt: QTensor) -> list[str]:

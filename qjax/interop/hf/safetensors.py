@@ -80,7 +80,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise fail(f"its {size} bytes hold no header of {length} bytes")
         try:
             entries = json.loads(f.read(length))
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise fail(f"its header is no JSON: {e}") from None
     if not isinstance(entries, dict):
         raise fail("its header is no table of tensors")
@@ -148,8 +148,9 @@ class Directory:
 def _of_index(path: Path, index: Path) -> dict[str, TensorInfo]:
     try:
         entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(entries.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        files = sorted({*entries.values()})
+        "".join(files)  # all are strings
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"{index}: not a valid index ({e!r}). Copy it again.") from None
     found: dict[str, dict[str, TensorInfo]] = {}
     for file in files:
