@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import typer
 
-from qjax import fp8
+from qjax import Policy, fp8
+from qjax.checkpoint import Resumable
 from qjax.models import Decoder, ModelConfig
 from qjax.texts import TEXTS, load_text
 
@@ -32,7 +32,7 @@ RECIPES = {
     "delayed": fp8.Fp8Recipe.of("delayed"),
     "current": fp8.Fp8Recipe.of("current"),
     "block": fp8.Fp8Recipe.of("block"),
-    "block-e4m3": fp8.Fp8Recipe(fp8.BLOCK, gradient="e4m3"),  # as in DeepSeek-V3
+    "block-e5m2": fp8.Fp8Recipe(Policy.of(fp8.BLOCK), gradient="e5m2"),
 }
 
 
@@ -107,27 +107,18 @@ def train(
     def held_out(state, tokens):
         return evaluated(state["fp8"])(state["params"], tokens)
 
-    order = np.random.default_rng(0).permutation(len(data))
+    order = np.random.default_rng(setting["seed"]).permutation(len(data))
     batches = data[np.resize(order, steps * batch)].reshape(steps, batch, -1)
-    params = jax.jit(model.init)(jax.random.key(0), batches[0][:, :-1])["params"]
+    params = jax.jit(model.init)(jax.random.key(setting["seed"]), batches[0][:, :-1])["params"]
     state: Any = {
         "params": params,
         "opt": optimizer.init(params),
         "fp8": jax.jit(init)(params, batches[0]),
     }
-    record: dict[str, Any] = {"setting": setting, "loss": [], "held_out": {}, "seconds": 0.0}
+    record: dict[str, Any] = {"loss": [], "held_out": {}, "seconds": 0.0}
 
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, save_interval_steps=every)
-    with ocp.CheckpointManager(out / "checkpoints" / name, options=options) as manager:
-        start = manager.latest_step() or 0
-        if start:
-            args = ocp.args.Composite(
-                state=ocp.args.StandardRestore(state), record=ocp.args.JsonRestore()
-            )
-            restored = manager.restore(start, args=args)
-            state, record = restored["state"], restored["record"]
-            if record["setting"] != setting:
-                raise typer.BadParameter(f"{out} is of another run: {record['setting']}.")
+    with Resumable(out / "checkpoints" / name, setting, steps=steps, every=every) as saved:
+        start, state, record = saved.latest(state, record)
         for i in range(start, steps):
             began = time.perf_counter()
             state, loss = step(state, batches[i])
@@ -141,10 +132,7 @@ def train(
                     f"{name:10} step {i + 1}: loss {np.mean(record['loss'][-every:]):.4f},"
                     f" held out {record['held_out'][str(i + 1)]:.4f}, {record['seconds']:.0f} s"
                 )
-            args = ocp.args.Composite(
-                state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
-            )
-            manager.save(i + 1, args=args, force=i + 1 == steps)
+            saved.save(i + 1, state, record)
             if stop_after and i + 1 >= stop_after and i + 1 < steps:
                 typer.echo(f"{name:10} stopped after step {i + 1}; the same command goes on")
                 return None
@@ -188,6 +176,7 @@ def main(
     learning_rate: float = 3e-3,
     judged: Annotated[int, typer.Option(help="Held-out windows.")] = 128,
     every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
+    seed: Annotated[int, typer.Option(help="Of parameters and order of batches.")] = 0,
     plotted: Annotated[bool, typer.Option("--plot/--no-plot", help="Draw the curves.")] = True,
     stop_after: Annotated[int, typer.Option(help="Stop early, to be resumed.")] = 0,
 ):
@@ -206,7 +195,7 @@ def main(
     setting = {
         "model": config.to_dict(), "text": Path(text).name, "steps": steps, "batch": batch,
         "length": length, "learning_rate": learning_rate, "held_out_windows": len(test),
-        "jax": jax.__version__,
+        "seed": seed, "jax": jax.__version__,
     }  # fmt: skip
 
     records = {}

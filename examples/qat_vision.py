@@ -20,12 +20,12 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import typer
 from flax.training.train_state import TrainState
 
 import qjax
 from qjax import Format, Policy, Rule, qat
+from qjax.checkpoint import Resumable
 
 BATCH = 100
 
@@ -105,22 +105,16 @@ def fit(
             logits = state.apply_fn(params, images)
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-        value, grads = jax.value_and_grad(loss)(state.params)
-        return state.apply_gradients(grads=grads), value
+        return state.apply_gradients(grads=jax.grad(loss)(state.params))
 
-    options = ocp.CheckpointManagerOptions(max_to_keep=1)
-    with ocp.CheckpointManager(out.resolve(), options=options) as manager:
-        done = manager.latest_step() or 0
-        if done:
-            like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-            state = manager.restore(done, args=ocp.args.StandardRestore(like))
+    with Resumable(out, steps=epochs) as saved:
+        done, state, _ = saved.latest(state)
         for epoch in range(done, epochs if stop is None else stop):
             order = np.random.default_rng(epoch).permutation(len(data.labels))
             for picked in order[: len(order) // BATCH * BATCH].reshape(-1, BATCH):
-                state, loss = step(state, data.images[picked], data.labels[picked])
-            qat.check_finite(epoch + 1, loss=loss, params=state.params)
-            manager.save(epoch + 1, args=ocp.args.StandardSave(state))
-        manager.wait_until_finished()
+                state = step(state, data.images[picked], data.labels[picked])
+            qat.check_finite(epoch + 1, params=state.params)
+            saved.save(epoch + 1, state)
     return state.params
 
 

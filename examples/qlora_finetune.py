@@ -21,11 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import typer
 
 import qjax
 from qjax import lora
+from qjax.checkpoint import Resumable
 from qjax.evaluate import evaluate, split_windows
 from qjax.models import load
 from qjax.texts import TEXTS, load_text
@@ -113,18 +113,8 @@ def main(
     batches = train[order[: steps * batch] % len(train)].reshape(steps, batch, length)
     compiled = step.lower(frozen, state, batches[0], 0).compile()
 
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, save_interval_steps=every)
-    with ocp.CheckpointManager(out / "checkpoints", options=options) as manager:
-        record = {"setting": setting, "seconds": 0.0}
-        start = manager.latest_step() or 0
-        if start:
-            args = ocp.args.Composite(
-                state=ocp.args.StandardRestore(state), record=ocp.args.JsonRestore()
-            )
-            restored = manager.restore(start, args=args)
-            state, record = restored["state"], restored["record"]
-            if record["setting"] != setting:
-                raise typer.BadParameter(f"{out} is of another run: {record['setting']}.")
+    with Resumable(out / "checkpoints", setting, steps=steps, every=every) as saved:
+        start, state, record = saved.latest(state, {"seconds": 0.0})
         for i in range(start, steps):
             began = time.perf_counter()
             state = compiled(frozen, state, batches[i], i)
@@ -133,10 +123,7 @@ def main(
             record["seconds"] += time.perf_counter() - began
             if (i + 1) % max(every // 5, 1) == 0:
                 typer.echo(f"step {i + 1}: loss {loss:.4f}, {record['seconds']:.0f} s")
-            args = ocp.args.Composite(
-                state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
-            )
-            manager.save(i + 1, args=args, force=i + 1 == steps)
+            saved.save(i + 1, state, record)
             if stop_after and i + 1 >= stop_after:
                 typer.echo(f"stopped after step {i + 1}; the same command goes on")
                 return
@@ -163,20 +150,24 @@ def main(
     }
     memory = compiled.memory_analysis()
     assert memory is not None
-    result = record | {
-        "held_out_nll": nll,
-        "train_loss": [float(x) for x in state["losses"]],
-        "base_unchanged": checksum(frozen) == before,
-        "reloaded_adapters_identical": checksum(reloaded) == checksum(adapters),
-        "bytes": {
-            "float base": sum(x.nbytes for x in jax.tree.leaves(loaded.params)),
-            "base": sum(x.nbytes for x in jax.tree.leaves(frozen)),
-            "adapters": sum(x.nbytes for x in jax.tree.leaves(adapters)),
-            "optimizer": sum(x.nbytes for x in jax.tree.leaves(state["opt"])),
-            "temporaries of a step": memory.temp_size_in_bytes,
-        },
-        "trained_parameters": sum(x.size for x in jax.tree.leaves(adapters)),
-    }
+    result = (
+        {"setting": setting}
+        | record
+        | {
+            "held_out_nll": nll,
+            "train_loss": [float(x) for x in state["losses"]],
+            "base_unchanged": checksum(frozen) == before,
+            "reloaded_adapters_identical": checksum(reloaded) == checksum(adapters),
+            "bytes": {
+                "float base": sum(x.nbytes for x in jax.tree.leaves(loaded.params)),
+                "base": sum(x.nbytes for x in jax.tree.leaves(frozen)),
+                "adapters": sum(x.nbytes for x in jax.tree.leaves(adapters)),
+                "optimizer": sum(x.nbytes for x in jax.tree.leaves(state["opt"])),
+                "temporaries of a step": memory.temp_size_in_bytes,
+            },
+            "trained_parameters": sum(x.size for x in jax.tree.leaves(adapters)),
+        }
+    )
     # The base lies on its 4-bit grid, the merged weights do not: rounding them again may cost more
     # than the adapters brought. In 8 bits it does not.
     formats: dict[str, Any] = {"merged, int8": qjax.Format("int8")}

@@ -14,12 +14,19 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from qjax import _compat
+from qjax.fp8 import emulated
 from qjax.fp8.product import OPERAND, Spec, product
 from qjax.fp8.recipe import Fp8Recipe
 from qjax.layout import Layout
 from qjax.ops import weight
 from qjax.transform import apply
 from qjax.view import Atom, View, view_of
+
+# Arguments of a convolution that are not about precision.
+_CONV = (
+    "window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers",
+    "feature_group_count", "batch_group_count",
+)  # fmt: skip
 
 
 @functools.partial(
@@ -83,28 +90,34 @@ class Fp8(apply.Packed):
             return super().product(view)
 
         def run(x, *, transposed=False, out_dtype=None):
-            payload, recipe = view.payload, self.recipe
-            if payload.probe is not None and _compat.untracked_axes():
-                raise NotImplementedError(
-                    f"{view.name}: delayed scaling inside a shard_map with check_vma=False, where"
-                    " JAX cannot tell which magnitudes are shared. Use check_vma=True, or current"
-                    " scaling."
-                )
+            payload = view.payload
+            self._check_meters(view)
             x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
-            spec = Spec(
-                block=payload.block,
-                transposed=transposed,
-                out_dtype=jnp.dtype(x.dtype if out_dtype is None else out_dtype).name,
-                x_dtype=x.dtype.name,
-                w_dtype=payload.data.dtype.name,
-                gradient=recipe.gradient,
-                margin=recipe.margin,
-                power_of_two=recipe.power_of_two,
-                stacked_over=self.stacked_over.get(view.name, ()),
-            )
+            spec = self._spec(view, x, out_dtype, transposed=transposed)
             return product(x, payload.data, spec, payload.scales, payload.probe)
 
         return run
+
+    def _spec(self, view: View, x: Array, out_dtype: Any, *, transposed: bool = False) -> Spec:
+        recipe = self.recipe
+        return Spec(
+            block=view.payload.block,
+            transposed=transposed,
+            out_dtype=jnp.dtype(x.dtype if out_dtype is None else out_dtype).name,
+            x_dtype=x.dtype.name,
+            w_dtype=view.payload.data.dtype.name,
+            gradient=recipe.gradient,
+            margin=recipe.margin,
+            power_of_two=recipe.power_of_two,
+            stacked_over=self.stacked_over.get(view.name, ()),
+        )
+
+    def _check_meters(self, view: View) -> None:
+        if view.payload.probe is not None and _compat.untracked_axes():
+            raise NotImplementedError(
+                f"{view.name}: delayed scaling inside a shard_map with check_vma=False, where JAX"
+                " cannot tell which magnitudes are shared. Use check_vma=True, or current scaling."
+            )
 
     def describe(self, view, form):
         payload = view.payload
@@ -118,14 +131,36 @@ class Fp8(apply.Packed):
         return f"{OPERAND} x {OPERAND}, gradients {self.recipe.gradient} x {OPERAND}, {scaled}"
 
     def conv(self, view, x, params):
-        if isinstance(view.payload, Fp8Weight):
-            raise _not_yet(view, "a convolution")
-        return super().conv(view, x, params)
+        payload = view.payload
+        if not isinstance(payload, Fp8Weight) or weight.is_pointwise(view, params):
+            return super().conv(view, x, params)
+        static = tuple((name, params[name]) for name in _CONV)
+        op = emulated.Conv(static, payload.data.ndim - 2)
+        return self._emulated(op, view, x, None, params, "conv_general_dilated", "x * W")
 
     def ragged_dot(self, view, x, group_sizes, params):
-        if isinstance(view.payload, Fp8Weight):
-            raise _not_yet(view, "a ragged_dot")
-        return super().ragged_dot(view, x, group_sizes, params)
+        if not isinstance(view.payload, Fp8Weight):
+            return super().ragged_dot(view, x, group_sizes, params)
+        if [[a.kind for a in dim] for dim in view.dims] != [["b"], ["k"], ["n"]]:
+            return None
+        op = emulated.Ragged()
+        return self._emulated(op, view, x, group_sizes, params, "ragged_dot", "x @ W by expert")
+
+    def _emulated(
+        self, op: emulated.Op, view: View, x: Array, sizes: Any, params: dict, name: str, how: str
+    ) -> Array:
+        payload = view.payload
+        if payload.block is not None:
+            raise NotImplementedError(
+                f"{view.name}: {name} has an FP8 form with one scale a tensor (fp8.TENSOR), not in"
+                f" blocks. Give it that format, or leave it out. {_leave(view)}"
+            )
+        self._check_meters(view)
+        self.record(view, name, how, self.describe(view, "forward") + ", emulated in float32")
+        out_dtype = params["preferred_element_type"] or jnp.result_type(x.dtype, view.dtype)
+        w = weight.rearrange_from_stored(payload.data, view)
+        spec = self._spec(view, x, out_dtype)
+        return emulated.product(op, x, w, sizes, spec, payload.scales, payload.probe)
 
     def gather(self, view, axis, indices, params):
         if isinstance(view.payload, Fp8Weight):
@@ -141,6 +176,11 @@ class Fp8(apply.Packed):
         (atom,) = view.dims[axis]
         stored = weight.lead_axis(view, atom)
         if stored is not None:
+            if payload.probe is not None:
+                raise NotImplementedError(
+                    f"{view.name}: delayed scaling of a stack of which layers are picked. Scan over"
+                    " it, or use current scaling."
+                )
             payload = jax.tree.map(lambda a: take(a, stored), payload)
         elif atom.kind == "b":
             return None
@@ -191,8 +231,8 @@ def _dense(view: View) -> Array:
     return weight.rearrange_from_stored(view.payload.data.astype(view.dtype), view)
 
 
-def _not_yet(view: View, what: str) -> NotImplementedError:
-    return NotImplementedError(
-        f"{view.name}: {what} has no FP8 form yet. Leave the parameter in float by a rule without a"
-        f" format before the others, Rule({view.name!r})."
+def _leave(view: View) -> str:
+    return (
+        "To leave the parameter in float, put a rule without a format before the others:"
+        f" Rule({view.name!r})."
     )

@@ -79,14 +79,15 @@ class Fp8Recipe:
 
         Args:
           recipe: an Fp8Recipe; "current", "delayed" or "block", for all weights of products; or
-            what `qjax.Policy.of` takes, with current scaling.
+            what `qjax.Policy.of` takes, with current scaling. "block" has e4m3 gradients, as its
+            paper does: with a scale for every 128 entries they lack digits, not range.
         """
         if isinstance(recipe, Fp8Recipe):
             return recipe
         if recipe in ("current", "delayed"):
             return cls(scaling=recipe)
         if recipe == "block":
-            return cls(Policy.of(BLOCK))
+            return cls(Policy.of(BLOCK), gradient="e4m3")
         return cls(Policy.of(recipe))
 
 

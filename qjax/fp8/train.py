@@ -106,6 +106,8 @@ def apply(
     float parameters run as `qjax.fp8.product` says: e4m3 x e4m3 forward, e5m2 gradients x e4m3
     backward, accumulated in float32. Parameters and their gradients stay as precise as they were.
     What is no product (lookups, norms, softmax, attention scores) stays float; `explain` lists it.
+    Convolutions and `ragged_dot` (experts, each with scales of its own) have the same numbers, but
+    multiply codes as float32: no hardware form of them is used.
 
     Works for Linen, NNX (split and merged) and plain functions, inside `jit`, `grad`, `vmap`,
     `scan` over layers, `jax.checkpoint`, `shard_map`, and on sharded arrays. Derivatives are those
@@ -120,7 +122,7 @@ def apply(
 
     Raises:
       QuantizationError: as `quantize` does, naming the parameter path.
-      NotImplementedError: for a convolution or ragged_dot with a parameter that takes part.
+      NotImplementedError: for a convolution or ragged_dot with a parameter in blocks.
 
     Example:
       >>> import jax, jax.numpy as jnp, qjax

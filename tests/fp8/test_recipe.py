@@ -9,8 +9,8 @@ from qjax.fp8 import BLOCK, TENSOR, Fp8Recipe
 def test_names_mean_recipes():
     assert Fp8Recipe.of("current") == Fp8Recipe()
     assert Fp8Recipe.of("delayed") == Fp8Recipe(scaling="delayed")
-    assert Fp8Recipe.of("block") == Fp8Recipe(Policy.of(BLOCK))
-    assert Fp8Recipe.of(BLOCK) == Fp8Recipe.of("block")
+    assert Fp8Recipe.of("block") == Fp8Recipe(Policy.of(BLOCK), gradient="e4m3")
+    assert Fp8Recipe.of(BLOCK) == Fp8Recipe(Policy.of(BLOCK))
     assert Fp8Recipe.of(Fp8Recipe(margin=1)) == Fp8Recipe(margin=1)
     assert Fp8Recipe.of("fp8-block").policy == Policy.load("fp8-block")
 

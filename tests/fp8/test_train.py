@@ -350,25 +350,6 @@ def test_a_state_that_does_not_fit_is_refused():
         fp8.value_and_grad(loss_of, "current")(state, PARAMS, X)
 
 
-def test_what_cannot_run_in_fp8_says_so():
-    image, kernel = jnp.ones((1, 8, 8, 3)), {"k": jnp.ones((3, 3, 3, 4))}
-
-    def conv(params, x):
-        dims = ("NHWC", "HWIO", "NHWC")
-        return jnp.sum(lax.conv_general_dilated(x, params["k"], (1, 1), "SAME", None, None, dims))
-
-    with pytest.raises(NotImplementedError, match="k: a convolution has no FP8 form"):
-        fp8.apply(conv)(kernel, image)
-    assert fp8.apply(
-        conv, fp8.Fp8Recipe(Policy([Rule("k"), Rule("x", fp8.TENSOR, optional=True)]))
-    )(kernel, image) == conv(kernel, image)
-
-    experts = {"e": jnp.ones((2, 4, 4))}
-    ragged = lambda p, x: jnp.sum(lax.ragged_dot(x, p["e"], jnp.array([1, 2])))
-    with pytest.raises(NotImplementedError, match="e: a ragged_dot has no FP8 form"):
-        fp8.apply(ragged)(experts, jnp.ones((3, 4)))
-
-
 def test_a_weight_that_no_gradient_reaches_has_no_history():
     params = PARAMS | {"side": normal(16, 4)}
     fn = lambda params, x: loss_of(params, x) + jnp.sum(lax.stop_gradient(x @ params["side"]))
