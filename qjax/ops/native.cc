@@ -60,6 +60,8 @@ using Ints = int32_t __attribute__((vector_size(4 * WIDTH)));
 
 constexpr int64_t TILE_COLUMNS = 64;  // one cache line of bytes
 constexpr int64_t TILE_ROWS = 64;
+// Rows of bytes that are read side by side for few tokens, when memory is what takes time.
+constexpr int64_t STREAMS = 32, FEW_TOKENS = 16;
 // A tile begins and ends with whole units of packed codes, of which there are up to 8.
 constexpr int64_t TILE_SIZE = (TILE_ROWS + 2 * 8) * TILE_COLUMNS;
 static_assert(TILE_COLUMNS % (WIDTH * VECTORS) == 0);
@@ -236,11 +238,11 @@ struct Segment {
   int64_t first, last, group;
 };
 
-std::vector<Segment> segments(int64_t K, int64_t group_size) {
+std::vector<Segment> segments(int64_t K, int64_t group_size, int64_t n_rows) {
   std::vector<Segment> out;
   for (int64_t k = 0; k < K;) {
     const int64_t group = k / group_size;
-    const int64_t last = std::min({k + TILE_ROWS, (group + 1) * group_size, K});
+    const int64_t last = std::min({k + n_rows, (group + 1) * group_size, K});
     out.push_back({k, last, group});
     k = last;
   }
@@ -414,7 +416,7 @@ ffi::Error packed_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Any
   }
   p.lowest = static_cast<int32_t>(lowest);
   p.levels = levels.begin();
-  p.segments = segments(p.K, group_size);
+  p.segments = segments(p.K, group_size, bits == 8 && p.M <= FEW_TOKENS ? STREAMS : TILE_ROWS);
   p.data = static_cast<const uint8_t*>(data.untyped_data());
   p.scale = scale.typed_data();
   p.bias = nullptr;
@@ -428,10 +430,11 @@ ffi::Error packed_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Any
   if (!p.arrange(x.typed_data())) {
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory for the activations");
   }
-  // A few parts of the columns for every thread, as threads are not equally fast.
+  // Two parts of the columns for every thread, as threads are not equally fast. More would cut the
+  // runs of memory that a thread reads.
   const int64_t tiles = (p.N + TILE_COLUMNS - 1) / TILE_COLUMNS;
   const int64_t work = p.K * p.N * (p.M + 2);
-  const int64_t wanted = std::min(4 * pool.num_threads(), work / WORK);
+  const int64_t wanted = std::min(2 * pool.num_threads(), work / WORK);
   const int64_t parts = std::max(int64_t{1}, std::min(tiles, wanted));
   parallel(pool, p.L * parts, [&](int64_t i) {
     const int64_t l = i / parts, part = i % parts;

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.tuning import TILE_K, TILE_N
 from qjax import _compat, numerics, packing, qtensor
 from qjax.format import Format
-from qjax.ops import activation, blocked, native
+from qjax.ops import activation, blocked, digits, native
 from qjax.prepare import Prepared, canonical_codes, kernel_codes, offsets, reason_against
 from qjax.qtensor import QTensor
 
@@ -289,7 +289,7 @@ def _local(x, data, scale, *zero, spec: Spec, platform: str | None):
 
     x = flat(x, math.prod(tokens), x.shape[-1])
     weight = [flat(a, *a.shape[-2:]) for a in (data, scale, *zero)]
-    if (kernel := _native_kernel(spec, platform)) is not None:
+    if (kernel := _native_kernel(spec, platform, data, math.prod(tokens))) is not None:
         y = _native(x, *weight, spec=spec, kernel=kernel)
         return y.reshape(*lead, *tokens, y.shape[-1])
     one = functools.partial(_one, spec=spec, is_stacked=bool(lead), platform=platform)
@@ -434,8 +434,15 @@ def _against_native(w: QTensor | Spec, transposed: bool) -> str | None:
     return "it is prepared for another kernel" if prepared else None
 
 
-def _native_kernel(spec: Spec, platform: str | None) -> native.Kernel | None:
-    """Returns the kernel that is to compute a product, None for plain JAX."""
+def _in_bytes(fmt: Format, data: Any, K: int) -> range:
+    """Returns the numbers of tokens for which plain JAX beats the native kernel."""
+    if data.ndim > 2:  # batched over leading axes, products of bytes are slow
+        return range(0)
+    return digits.beats_native(K, fmt.group_size or K, numerics.get_element(fmt.element))
+
+
+def _native_kernel(spec: Spec, platform: str | None, data: Any, M: int) -> native.Kernel | None:
+    """Returns the kernel that is to compute a product of M tokens, None for plain JAX."""
     if spec.implementation not in (None, "native") or _against_native(spec, spec.transposed):
         return None
     is_forced = spec.implementation == "native"
@@ -445,6 +452,8 @@ def _native_kernel(spec: Spec, platform: str | None) -> native.Kernel | None:
                 'implementation="native" runs on CPUs, in the process that compiled it: not on'
                 " other devices, and not in an exported program. Leave the choice to None."
             )
+        return None
+    if not is_forced and M in _in_bytes(spec.format, data, spec.sizes(data)[0]):
         return None
     try:
         return native.kernel()
@@ -796,5 +805,7 @@ def _describe_cpu(qt: QTensor, form: str, implementation: str | None) -> str:
         return plain
     why = _against_native(qt, form != "forward") or native.why_not()
     if why is None:
-        return f"native, {native.kernel().isa}{asked}"
+        tokens = range(0) if asked else _in_bytes(qt.format, qt.data, qt.canonical_shape[-2])
+        text = f"native, {native.kernel().isa}{asked}"
+        return text + (f", xla in bytes for {tokens[0]} to {tokens[-1]} tokens" if tokens else "")
     return f"{plain}: no native kernel, {why.rstrip('.')}"

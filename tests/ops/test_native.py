@@ -259,6 +259,23 @@ def test_what_it_does_not_take_is_refused():
         )  # fmt: skip
 
 
+@needs_kernel
+@pytest.mark.parametrize("has_matrix_unit", [False, True])
+def test_where_bytes_are_faster_they_are_multiplied(monkeypatch, has_matrix_unit):
+    words = native.cpu.features() - {"amx_int8"} | ({"amx_int8"} if has_matrix_unit else set())
+    monkeypatch.setattr(native.cpu, "features", lambda: words)
+    monkeypatch.setattr(native.cpu, "has_int8_dot", lambda: True)
+    fn = lambda w, x: x @ w
+    int8, int4 = (quantize_array(normal(64, 48), Format(e)) for e in ("int8", "int4"))
+    for M in (1, 15, 16, 128, 129):
+        x = normal(M, 64)
+        assert holds_kernel(qjax.apply(fn), int8, x) == (not has_matrix_unit or not 16 <= M <= 128)
+        assert holds_kernel(qjax.apply(fn), int4, x)
+    (use,) = qjax.explain(fn)(int8, normal(1, 64))
+    assert use.implementation.endswith("xla in bytes for 16 to 128 tokens") == has_matrix_unit
+    assert holds_kernel(qjax.apply(fn, implementation="native"), int8, normal(16, 64))
+
+
 # ---- building -----------------------------------------------------------------------------------
 
 
