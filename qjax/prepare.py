@@ -121,6 +121,11 @@ def prepare(qparams: Any, device: Any = None) -> Any:
       int8 weights with int8 activations, and e4m3 with e4m3, per channel, per tensor or in groups
       of 128. Their products run on `pallas_kernels.eight_bit`.
 
+    On one of capability 8.x (A100, RTX 3090, RTX 4090) they are int4, uint4, int8 and uint8
+    weights, nf4 and other tables of 16 levels, in groups of 32, 64 or multiples of 128 or per
+    channel, and int8 weights with int8 activations. Their products run on `pallas_kernels.triton`,
+    which needs Triton and jax-triton.
+
     `qjax.explain` tells which products do. On any other device the tree is returned as it is.
 
     A pure function that moves codes and loses nothing: `restore` is its inverse. Stacked weights
@@ -129,8 +134,8 @@ def prepare(qparams: Any, device: Any = None) -> Any:
 
     Args:
       qparams: a pytree with QTensors; arrays, tracers or ShapeDtypeStructs under `eval_shape`.
-      device: a `jax.Device`; or the name "h100", for programs that are compiled elsewhere. Default:
-        the first device of the default platform.
+      device: a `jax.Device`; or "h100", "a100", "rtx3090" or "rtx4090", for programs that are
+        compiled elsewhere. Default: the first device of the default platform.
 
     Raises:
       ValueError: for a name that is not known.
@@ -141,24 +146,36 @@ def prepare(qparams: Any, device: Any = None) -> Any:
       >>> prepare(w, "h100")["w"].data.shape
       (128, 256)
     """
-    if isinstance(device, str):
-        if device != "h100":
-            raise ValueError(f'`device` must be a jax.Device or "h100", got {device!r}.')
-        has_kernels = True
-    else:
-        device = jax.devices()[0] if device is None else device
-        has_kernels = (
-            device.platform == "gpu" and getattr(device, "compute_capability", "") == "9.0"
-        )
-    if not has_kernels:
+    from qjax import ampere  # whose weights are a subclass of those here
+
+    capability = _capability(device, ampere.DEVICES)
+    if capability is None:
         return qparams
 
     def one(leaf):
-        if not is_qtensor(leaf) or isinstance(leaf, Prepared) or reason_against(leaf):
+        if not is_qtensor(leaf) or isinstance(leaf, Prepared):
             return leaf
-        return _prepared(leaf)
+        if capability == 90:
+            return leaf if reason_against(leaf) else _prepared(leaf)
+        return leaf if ampere.reason_against(leaf) else ampere.prepared(leaf, capability)
 
     return jax.tree.map(one, qparams, is_leaf=is_qtensor)
+
+
+def _capability(device: Any, names: dict[str, int]) -> int | None:
+    """Returns the compute capability of a GPU that there are kernels for, such as 90, or None."""
+    if isinstance(device, str):
+        known = {"h100": 90} | names
+        if device not in known:
+            raise ValueError(
+                f"`device` must be a jax.Device or one of {', '.join(known)}, got {device!r}."
+            )
+        return known[device]
+    device = jax.devices()[0] if device is None else device
+    if device.platform != "gpu":
+        return None
+    capability = int(str(getattr(device, "compute_capability", "0")).replace(".", ""))
+    return capability if capability == 90 or 80 <= capability < 90 else None
 
 
 def restore(qparams: Any) -> Any:

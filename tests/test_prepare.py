@@ -83,7 +83,7 @@ def test_other_devices_and_formats_are_left_alone():
     assert qjax.prepare(nf4, "h100") is nf4
     assert "nf4" in reason_against(nf4)
     with pytest.raises(ValueError, match="h100"):
-        qjax.prepare(tree, "a100")
+        qjax.prepare(tree, "v100")
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -10,7 +10,6 @@ contiguous columns of x, and nothing is shuffled.
 # `triton` is optional, and the type checker takes it for this folder.
 # pyright: reportAttributeAccessIssue=false, reportMissingImports=false, reportPossiblyUnboundVariable=false
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -183,7 +182,7 @@ def matmul(
 
     Args:
       x: [M, K] bfloat16 or float16.
-      w: bytes [N, K * b / 8], int8. Codes of 4 bits as `pack` lays them out.
+      w: bytes [N, K * b / 8], int8. Codes of 4 bits as `packing.pack` lays them out.
       scale: [G, N] bfloat16, float16 or float32; K / G is 32, 64 or a multiple of 128.
       zero: [G, N], integers that 8 bits can hold, or one number; 0 with levels.
       codes: "uint4", "int8" or the 16 levels of a code of 4 bits.
@@ -228,16 +227,3 @@ def matmul(
         **constants(K, G, x.dtype, codes, None if has_zeros else float(zero), tuning),
     )
     return jnp.sum(parts, axis=0, dtype=jnp.float32).astype(out_dtype)
-
-
-@functools.partial(jax.jit, static_argnames="bits")
-def pack(codes: Array, bits: int = 4) -> Array:
-    """Returns codes [*lead, N, K] as the bytes that the kernel reads.
-
-    Byte 16 i + j of a row holds codes 32 i + j and, in its upper half, 32 i + 16 + j.
-    """
-    if bits == 8:
-        return codes.astype(jnp.int8)
-    *lead, K = codes.shape
-    low, high = jnp.moveaxis(codes.astype(jnp.uint8).reshape(*lead, K // 32, 2, 16), -2, 0)
-    return (low | high << 4).reshape(*lead, K // 2)

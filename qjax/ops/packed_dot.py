@@ -22,14 +22,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from pallas_kernels.tuning import TILE_K, TILE_N
-from qjax import _compat, numerics, packing, qtensor
+from qjax import _compat, ampere, numerics, packing, qtensor
 from qjax.format import Format
-from qjax.ops import activation, blocked, digits, native
+from qjax.ops import activation, blocked, digits, native, triton_dot
 from qjax.prepare import Prepared, canonical_codes, kernel_codes, offsets, reason_against
 from qjax.qtensor import QTensor
 
-IMPLEMENTATIONS = ("reference", "xla", "native", "mosaic")
-KERNEL_ACTIVATIONS = ("bfloat16", "float16")  # types of x that the "mosaic" kernel takes
+IMPLEMENTATIONS = ("reference", "xla", "native", "mosaic", "triton")
+_LAYOUTS = ("mosaic", "triton")  # those that take weights of a layout of their own
+KERNEL_ACTIVATIONS = ("bfloat16", "float16")  # types of x that the GPU kernels take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Spec:
         the one for Hopper GPUs.
       summed_over: mesh axes that hold the other parts of the contraction, inside one partition.
       extra: None; or that of a weight that is `Prepared`.
+      capability: None; or that of a weight that is prepared for a GPU before Hopper.
     """
 
     format: Format
@@ -55,6 +57,7 @@ class Spec:
     implementation: str | None
     summed_over: tuple[str, ...] = ()
     extra: tuple[int, int] | None = None
+    capability: int | None = None
 
     @property
     def element(self) -> numerics.Element:
@@ -97,7 +100,7 @@ def packed_dot(
       transposed: contract N instead of K.
       out_dtype: default: that of x.
       implementation: None, "reference", "xla", "native" or, for a weight that `qjax.prepare` has
-        prepared, "mosaic".
+        prepared, "mosaic" (for an H100) or "triton" (for a GPU before it).
 
     Raises:
       ValueError: for an unknown implementation or one that does not take this weight or x, or
@@ -131,19 +134,28 @@ def _bind(x, qt: QTensor, out_dtype, implementation: str | None, transposed: boo
     """Binds the primitive: the product with the codes and scales of `qt`, without its factors."""
     scale, zero = qtensor.read_scales(qt)
     extra = qt.extra if isinstance(qt, Prepared) else None
-    if implementation == "mosaic" and extra is None:
-        why = reason_against(qt) or "it is not prepared: see `qjax.prepare`"
-        raise ValueError(f'implementation="mosaic" does not take {qt!r}: {why}.')
+    capability = qt.capability if isinstance(qt, ampere.PreparedTriton) else None
+    if implementation in _LAYOUTS and implementation != _layout_of(extra, capability):
+        against = ampere.reason_against if implementation == "triton" else reason_against
+        why = against(qt) or "it is not prepared for it: see `qjax.prepare`"
+        raise ValueError(f'implementation="{implementation}" does not take {qt!r}: {why}.')
     if implementation == "native" and (why := _against_native(qt, transposed)):
         raise (NotImplementedError if transposed else ValueError)(
             f'implementation="native" has no kernel for {qt!r}: {why}. With None, plain JAX'
             " computes it."
         )
     spec = Spec(
-        qt.format, qt.pad, transposed, jnp.dtype(out_dtype).name, implementation, extra=extra
-    )
+        qt.format, qt.pad, transposed, jnp.dtype(out_dtype).name, implementation,
+        extra=extra, capability=capability,
+    )  # fmt: skip
     operands = [x, qt.data, scale] + ([] if zero is None else [zero])
     return packed_dot_p.bind(*_compat.align_varying(*operands), spec=spec)
+
+
+def _layout_of(extra: tuple[int, int] | None, capability: int | None) -> str | None:
+    if extra is None:
+        return None
+    return "mosaic" if capability is None else "triton"
 
 
 def _with_outliers(x, qt: QTensor, implementation: str | None) -> Array:
@@ -162,7 +174,7 @@ def _with_outliers(x, qt: QTensor, implementation: str | None) -> Array:
     inside, outside, is_outlier = activation.split_outliers(x, fmt.outliers, len(lead))
 
     def all_rows(x):  # in float32, for which there is no kernel
-        return _bind(x, plain, jnp.float32, None if implementation == "mosaic" else implementation)
+        return _bind(x, plain, jnp.float32, None if implementation in _LAYOUTS else implementation)
 
     def few_rows(x):
         rows = lax.top_k(is_outlier.astype(jnp.float32), capacity)[1]  # [*lead, capacity]
@@ -321,27 +333,31 @@ def _prepared(x, data, scale, zero, spec: Spec, is_stacked: bool, platform: str 
     operands = [x, data, scale] + ([] if zero is None else [zero])
 
     def xla(x, data, *scales):
-        data = canonical_codes(data, fmt.element, extra)
-        plain = dataclasses.replace(spec, extra=None)
+        canonical = canonical_codes if spec.capability is None else ampere.canonical_codes
+        data = canonical(data, fmt.element, extra)
+        plain = dataclasses.replace(spec, extra=None, capability=None)
         return _one(x, data, *scales, spec=plain, is_stacked=is_stacked)
 
     is_quantized = fmt.activation is not None
     has_kernel = not spec.transposed and (is_quantized or x.dtype.name in KERNEL_ACTIVATIONS)
     kernel = _mosaic_quantized if is_quantized else _mosaic
-    if spec.implementation == "mosaic":
+    if spec.capability is not None:
+        kernel = _triton
+    if spec.implementation in _LAYOUTS:
+        asked = f'implementation="{spec.implementation}"'
         if spec.transposed:
             raise NotImplementedError(
-                'implementation="mosaic" has no kernel for x @ Wᵀ, as in derivatives. With None,'
+                f"{asked} has no kernel for x @ Wᵀ, as in derivatives. With None,"
                 " plain JAX computes it."
             )
         if not has_kernel:
             raise ValueError(
-                f'implementation="mosaic" takes x in {" or ".join(KERNEL_ACTIVATIONS)}, got'
+                f"{asked} takes x in {' or '.join(KERNEL_ACTIVATIONS)}, got"
                 f" {x.dtype.name}. Cast the activation, or leave the choice to None."
             )
         if platform != "cuda":
             raise NotImplementedError(
-                'implementation="mosaic" runs on NVIDIA GPUs only. Leave the choice to None: then'
+                f"{asked} runs on NVIDIA GPUs only. Leave the choice to None: then"
                 " one program has the kernel for them and plain JAX for the rest."
             )
     elif spec.implementation is not None or not has_kernel or platform != "cuda":
@@ -410,6 +426,17 @@ def _mosaic_quantized(x, data, scale, *, spec: Spec):
         out_dtype=spec.out_dtype,
     )
     return y[:, :N]
+
+
+def _triton(x, data, scale, zero=None, *, spec: Spec):
+    """Returns x @ W by the kernels in Triton, for GPUs before Hopper."""
+    options = {
+        "format": spec.format, "extra": spec.extra, "capability": spec.capability,
+        "out_dtype": jnp.dtype(spec.out_dtype),
+    }  # fmt: skip
+    if spec.format.activation is not None:
+        return triton_dot.int8(*_quantized_tokens(x, spec), data, scale, **options)
+    return triton_dot.weight_only(x, data, scale, zero, **options)
 
 
 def _quantized_tokens(x, spec: Spec) -> tuple[Array, Array]:
@@ -777,15 +804,16 @@ def describe(qt: QTensor, form: str, implementation: str | None) -> str:
         is_int = numerics.get_element(fmt.activation).kind == "int"
         kind = "int32 accumulator" if is_int else "FP8 values"
         where = "xla"
-        if isinstance(qt, Prepared) and implementation in (None, "mosaic"):
-            where = "mosaic (asked for)" if implementation else "mosaic on CUDA, else xla"
+        if isinstance(qt, Prepared) and implementation in (None, *_LAYOUTS):
+            name = _kernel_name(qt)
+            where = f"{name} (asked for)" if implementation else f"{name} on CUDA, else xla"
         return f"{where}, {activation.describe(qt)}, {kind}"
     if implementation == "reference":
         text = "reference: dequantizes the whole weight (asked for)"
     elif isinstance(qt, Prepared) and form == "forward" and implementation != "xla":
-        text = "mosaic on CUDA, x in bfloat16 or float16; else xla"
-        if implementation == "mosaic":
-            text = "mosaic (asked for)"
+        text = f"{_kernel_name(qt)} on CUDA, x in bfloat16 or float16; else xla"
+        if implementation in _LAYOUTS:
+            text = f"{implementation} (asked for)"
     else:
         text = _describe_cpu(qt, form, implementation)
         if isinstance(qt, Prepared):
@@ -796,6 +824,10 @@ def describe(qt: QTensor, form: str, implementation: str | None) -> str:
     if qt.perm is not None:
         text += ", channels reordered"
     return text
+
+
+def _kernel_name(qt: Prepared) -> str:
+    return "triton" if isinstance(qt, ampere.PreparedTriton) else "mosaic"
 
 
 def _describe_cpu(qt: QTensor, form: str, implementation: str | None) -> str:

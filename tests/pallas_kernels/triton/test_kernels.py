@@ -15,6 +15,7 @@ from qjax import numerics
 pytest.importorskip("triton", reason="needs the wheels of `--extra h100`")
 
 from pallas_kernels.triton import interpreter
+from pallas_kernels.triton.packing import pack, unpack, unpack_columns
 from pallas_kernels.triton.tuning import Tuning
 
 NF4 = numerics.get_element("nf4").levels
@@ -51,8 +52,8 @@ def arrays(codes, group, zero, M, seed=0):
     x = rng.standard_normal((M, K)).astype(np.float16)
     scale = rng.uniform(0.5, 1.5, (K // group, N)).astype(np.float16)
     zeros = rng.integers(0, 16, scale.shape).astype(np.float16) if zero is None else scale
-    bits = 8 if codes == "int8" else 4
-    return x, q, np.asarray(module("weight_only").pack(jnp.asarray(q), bits)), scale, zeros
+    w = q.astype(np.int8) if codes == "int8" else np.asarray(pack(jnp.asarray(q, jnp.uint8)))
+    return x, q, w, scale, zeros
 
 
 def weight_only(codes, group, zero, tile, M=3, mutate=None, seed=0):
@@ -144,11 +145,12 @@ def test_int8_products_are_exact(split):
 
 
 def test_codes_are_packed_as_the_kernel_reads_them():
-    from pallas_kernels.triton.weight_only import pack
-
     codes = np.random.default_rng(0).integers(0, 16, (2, 5, 64), np.uint8)
     packed = np.asarray(pack(jnp.asarray(codes)))
     for byte in range(32):
         first = byte // 16 * 32 + byte % 16
         np.testing.assert_array_equal(packed[..., byte] & 15, codes[..., first])
         np.testing.assert_array_equal(packed[..., byte] >> 4, codes[..., first + 16])
+    np.testing.assert_array_equal(unpack(jnp.asarray(packed)), codes)
+    some = jnp.array([0, 15, 16, 31, 32, 63])
+    np.testing.assert_array_equal(unpack_columns(jnp.asarray(packed), some), codes[..., some])
