@@ -12,7 +12,7 @@ from flax.training.train_state import TrainState
 from jax import lax
 
 import qjax
-from qjax import Format, Policy, Rule, fp8
+from qjax import Format, Policy, Rule, fp8, qat
 from qjax.fp8 import scaling
 
 SMALL = Format("e4m3", group_size=8, group_columns=8)
@@ -319,6 +319,19 @@ def test_fake_quantized_weights_multiply_in_fp8(recipe):
     packed = qjax.dequantize(qjax.quantize(PARAMS, policy))
     (want, _), want_grads = step(loss_of, recipe, state, packed, X)
     assert_close((value, grads), (want, want_grads))
+
+
+def test_learned_steps_learn_in_fp8_and_pack():
+    policy = Policy([Rule("*", Format("int4", group_size=8))])
+    transform = lambda f: qjax.fake_quant(f, policy)
+    tree = qat.init(PARAMS, policy)
+    state = start(loss_of, "delayed", tree, X, transform=transform)
+    (value, _), grads = step(loss_of, "delayed", state, tree, X, transform=transform)
+    packed = qjax.dequantize(qjax.quantize(tree, policy))
+    (want, _), want_grads = step(loss_of, "delayed", state, packed, X)
+    assert_close((value, qat.values(grads)), (want, want_grads))
+    assert (grads["up"].scale != 0).any()
+    assert grads["up"].scale.shape == tree["up"].scale.shape
 
 
 # ---- errors --------------------------------------------------------------------------------------
