@@ -13,6 +13,7 @@ values are arrays [n, J, N], J groups of each column, and sums run over the firs
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -61,8 +62,11 @@ FORMATS: Mapping[str, Format] = {
 _TINY = 1e-15
 # Least importance of an input, as a part of the mean.
 _LEAST = 1e-7
-# Rows of a weight that are searched together: what is live then fits in a core's cache.
+# Rows and columns that are searched together, at most: what is live then fits in a core's cache.
 _TILE = 256
+_COLUMNS = 512
+# Fewer columns than these are not worth a turn of their own.
+_FEWEST = 32
 # Rows that are added up in one expression: more take XLA long to compile.
 _CHUNK = 8
 # Sweeps of coordinate descent over a group's codes.
@@ -150,19 +154,28 @@ def search(
         importance = jnp.where(mean > 0, jnp.maximum(q, _LEAST * mean), 1.0)
 
     n = fmt.group_size or 1
+    # Every B-th column together, C of them: if the columns lie on several devices, C is what is
+    # split, and each device walks over its own.
+    C = math.gcd(N, _COLUMNS)
+    C = C if C >= _FEWEST else N
+    B = N // C
 
     def one(x: Array, variance: Array, q: Array | None) -> Found:
-        rows = x.reshape(-1, n, N).swapaxes(0, 1)
+        rows = x.reshape(-1, n, C).swapaxes(0, 1)
         return _tile(name, rows, variance, None if q is None else q.reshape(-1, n).T[..., None])
 
-    def tiles(a: Array) -> Array:
-        return a.reshape(-1, tile, *a.shape[len(lead) + 1 :])
+    def split(a: Float[Array, "T *rows N"]) -> Array:
+        blocks = jnp.moveaxis(a.reshape(*a.shape[:-1], C, B), -1, 1)
+        return blocks.reshape(-1, *blocks.shape[2:])
 
-    x = tiles(w)
-    spread = jnp.repeat(variance.reshape(-1, N), K // tile, axis=0)
-    q = None if importance is None else tiles(importance)
-    found = lax.map(lambda a: one(*a), (x, spread, q))
-    return jax.tree.map(lambda a: a.reshape(*lead, -1, N), found)
+    def join(a: Array) -> Array:
+        blocks = jnp.moveaxis(a.reshape(-1, B, *a.shape[1:]), 1, -1)
+        return blocks.reshape(*lead, -1, N)
+
+    x = split(w.reshape(-1, tile, N))
+    spread = split(jnp.repeat(variance.reshape(-1, N), K // tile, axis=0))
+    q = None if importance is None else jnp.repeat(importance.reshape(-1, tile), B, axis=0)
+    return jax.tree.map(join, lax.map(lambda a: one(*a), (x, spread, q)))
 
 
 def _tile(name: str, x: Float[Array, "n J N"], variance: Array, q: Array | None) -> Found:

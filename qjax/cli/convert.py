@@ -157,7 +157,8 @@ def _write_orbax(job: Job) -> None:
         if a.dtype != b.dtype or not np.array_equal(
             np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8)
         ):
-            raise ValueError(f"{job.out}: differs from what was saved. This is a bug.")
+            shutil.rmtree(job.out)
+            raise ValueError(f"{job.out}: differed from what was saved. This is a bug.")
 
 
 TARGETS: Mapping[str, Target] = {

@@ -17,9 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.format import Format
-from qjax.interop.gguf import BY_NAME, GGUFError, TensorType, from_qtensor, open_gguf, type_of
+from qjax.interop.gguf import (
+    BY_NAME,
+    GGUFError,
+    TensorType,
+    from_qtensor,
+    holding,
+    open_gguf,
+    type_of,
+)
 from qjax.interop.gguf.mixes import MIXES, types_of
 from qjax.interop.gguf.writer import Tensor, write_gguf
+from qjax.interop.holders import holders
 from qjax.models import rope
 from qjax.models.config import ModelConfig
 from qjax.models.names import names_of
@@ -185,8 +194,7 @@ def _kind(p: Parameter, types: Mapping[str, str] | None) -> TensorType:
             kind = wanted if type_of(wanted.format) == kind else kind
         if kind is None:
             with _naming(p):
-                from_qtensor(p.value)
-        assert kind is not None
+                return holding(p.value)
         return kind
     if len(p.shape) < 2:  # Readers want vectors in full.
         return BY_NAME["F32"]
@@ -197,11 +205,15 @@ def _kind(p: Parameter, types: Mapping[str, str] | None) -> TensorType:
 
 @contextlib.contextmanager
 def _naming(p: Parameter):
-    """Puts a parameter's path before the message of a GGUFError."""
+    """Puts a parameter's path before the message of a GGUFError, and after it what can hold it."""
     try:
         yield
     except GGUFError as e:
-        raise GGUFError(f"{p.path}: {e}") from None
+        able = ""
+        if is_qtensor(p.leaf):
+            name = "lm_head.weight" if p.name == "output.weight" else p.name
+            able = f" As it is, it can be held by {', '.join(holders(name, p.value))}."
+        raise GGUFError(f"{p.path}: {e}{able}") from None
 
 
 def _encode(p: Parameter, kind: TensorType, config: ModelConfig) -> np.ndarray:

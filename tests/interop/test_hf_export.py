@@ -208,7 +208,7 @@ def with_leaf(**changes):
 REFUSED = {
     "pre_scale": (lambda: with_leaf(pre_scale=jnp.ones(128)), "gptq", "`pre_scale`"),
     "act_scale": (lambda: with_leaf(act_scale=jnp.float32(1)), "awq", "`act_scale`"),
-    "act-order": (lambda: with_leaf(perm=jnp.arange(128)[::-1]), "awq", "act-order.*held by gptq"),
+    "act-order": (lambda: with_leaf(perm=jnp.arange(128)[::-1]), "awq", "act-order.*by hf:gptq"),
     "ragged": (
         lambda: quantized(dataclasses.replace(PLAIN, group_size=96, remainder="ragged")),
         "gptq", "last group is ragged: 128 rows in groups of 96",
@@ -248,7 +248,7 @@ REFUSED = {
         "gptq", "embed/embedding: is quantized.*no linear",
     ),
     "nothing": (float_params, "gptq", "no parameter is quantized"),
-    "a float format": (lambda: quantized(PLAIN), None, "Give a `format`: compressed-tensors, gptq"),
+    "a float format": (lambda: quantized(PLAIN), None, "held by hf:compressed-tensors, hf:gptq"),
     "several formats": (
         lambda: quantized(PLAIN) | {PATH: quantized(Format("int4", 64, scale="float16"))[PATH]},
         "awq", "group_size",
@@ -274,8 +274,9 @@ def test_a_refusal_names_the_parameter_and_only_formats_that_hold_it(tmp_path, w
     assert qjax.is_qtensor(params[path])
     proposed = re.search(r"held by (.*)\.$", rest)
     assert proposed is not None
+    assert "orbax" in proposed[1]
     for name in METHODS:
-        if name in proposed[1].split(", "):
+        if f"hf:{name}" in proposed[1].split(", "):
             METHODS[name].check("m.weight", params[path])
 
 

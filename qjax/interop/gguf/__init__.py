@@ -1,6 +1,6 @@
 """GGUF, the file format of llama.cpp."""
 
-from qjax.interop.gguf.blocks import decode, from_qtensor, to_qtensor, type_of
+from qjax.interop.gguf.blocks import decode, from_qtensor, holding, to_qtensor, type_of
 from qjax.interop.gguf.errors import GGUFError
 from qjax.interop.gguf.mixes import MIXES
 from qjax.interop.gguf.reader import GGUFFile, TensorInfo, open_gguf
@@ -18,6 +18,7 @@ __all__ = [
     "TensorType",
     "decode",
     "from_qtensor",
+    "holding",
     "open_gguf",
     "to_qtensor",
     "type_of",

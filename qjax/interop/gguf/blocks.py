@@ -222,6 +222,16 @@ def from_qtensor(
     Raises:
       GGUFError: if no tensor type can hold it; the message says why, and what can be done.
     """
+    kind = holding(qt, kind)
+    *lead, K, N = qt.canonical_shape
+    count = K // kind.block * N
+    for size in lead:
+        count *= size
+    return pack(_parts(qt, count), kind).reshape(*lead, N, kind.row_bytes(K)), kind
+
+
+def holding(qt: QTensor, kind: TensorType | None = None) -> TensorType:
+    """Returns the type that holds a QTensor bit for bit; args and errors are `from_qtensor`'s."""
     fitting = type_of(qt.format)
     if kind is None or fitting is None:
         kind = fitting
@@ -245,13 +255,10 @@ def from_qtensor(
             f"GGUF cannot say that activations are {qt.format.activation}: use a weight-only"
             " format; readers quantize activations their own way."
         )
-    *lead, K, N = qt.canonical_shape
+    K = qt.canonical_shape[-2]
     if K % kind.block:
         raise GGUFError(f"{kind.name} is made of blocks of {kind.block}, and K={K} is no multiple.")
-    count = K // kind.block * N
-    for size in lead:
-        count *= size
-    return pack(_parts(qt, count), kind).reshape(*lead, N, kind.row_bytes(K)), kind
+    return kind
 
 
 def _parts(qt: QTensor, count: int) -> Parts:

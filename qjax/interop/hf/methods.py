@@ -8,12 +8,11 @@ from typing import Any
 from qjax.interop.damage import naming
 from qjax.interop.hf.awq import AWQ
 from qjax.interop.hf.bitsandbytes import BitsAndBytes
-from qjax.interop.hf.codec import Codec, Unfit
+from qjax.interop.hf.codec import Codec
 from qjax.interop.hf.compressed_tensors import CompressedTensors
 from qjax.interop.hf.fp8 import FP8
 from qjax.interop.hf.gptq import GPTQ
 from qjax.interop.hf.mxfp4 import MXFP4
-from qjax.qtensor import QTensor
 
 # In the order in which one that holds a weight is proposed. The names are those of `quant_method`.
 METHODS: Mapping[str, type[Codec]] = {
@@ -50,15 +49,3 @@ def reader(config: Mapping[str, Any]) -> Codec:
         )
     with naming(f"quantization_config ({name})"):
         return METHODS[name].of_config(config)
-
-
-def holders(name: str, qt: QTensor) -> list[str]:
-    """Returns the methods that hold a weight."""
-    out = []
-    for key, codec in METHODS.items():
-        try:
-            codec.check(name, qt)
-        except Unfit:
-            continue
-        out.append(key)
-    return out

@@ -17,6 +17,7 @@ from qjax.interop.hf import methods
 from qjax.interop.hf.codec import Unfit, module_of
 from qjax.interop.hf.directory import open_hf
 from qjax.interop.hf.safetensors import DTYPES, INDEX, Writer
+from qjax.interop.holders import holders
 from qjax.qtensor import QTensor, dequantize_canonical, is_qtensor
 
 SHARD_BYTES = 5_000_000_000
@@ -150,7 +151,7 @@ def _checked(weights: list[Weight], format: str | None) -> Any:
         for name, qt in quantized.items():
             raise ExportError(
                 f"{quantized.path(name)}: is quantized ({qt.format}); a float model has no place"
-                f" for it. Give a `format`: {_proposal(name, qt)}."
+                f" for it. It can be held by {', '.join(holders(name, qt))}."
             )
         return None
     codec = methods.method(format)
@@ -173,17 +174,12 @@ def _checked(weights: list[Weight], format: str | None) -> Any:
         except Unfit as e:
             raise ExportError(
                 f"{path}: {codec.name} cannot hold {qt.format} of {qt.shape}: {e}. It can be held"
-                f" by {_proposal(name, qt)}."
+                f" by {', '.join(holders(name, qt))}."
             ) from None
     try:
         return codec.of_weights(quantized)
     except ValueError as e:
         raise ExportError(f"{codec.name}: {e}") from None
-
-
-def _proposal(name: str, qt: QTensor) -> str:
-    found = methods.holders(name, qt)
-    return ", ".join([*found, "a qjax checkpoint (`qjax.save`)"])
 
 
 def _host(leaf: Any) -> Any:
