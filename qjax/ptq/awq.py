@@ -88,6 +88,11 @@ def _diagonal(H: Array) -> Array:
     return jnp.diagonal(H, axis1=-2, axis2=-1)
 
 
+def _trial(fmt: Format) -> Format:
+    """Returns the format with the rule that its search for scales starts from."""
+    return dataclasses.replace(fmt, rule=None) if fmt.rule in ("mse", "ggml") else fmt
+
+
 def _rounded(w: Array, H: Array, fmt: Format) -> Array:
     """Returns Q(w) in float32, for canonical w whose input has second moments H."""
     return dequantize_canonical(quantize_array(w, fmt, importance=_diagonal(H)))
@@ -111,7 +116,8 @@ def search(
 
     each divided by sqrt(max s * min s), as the paper's code does, then tied. As s = 1 is among
     them, the result is never worse than rounding to nearest on this data. Leading indices choose
-    for themselves, unless ties span them.
+    for themselves, unless ties span them. Where the rule of a format is itself a search, candidates
+    are compared under the rule that it starts from, and only the best is judged by it.
 
     Args:
       weights: canonical weights of one `fold.Group`, in any float type.
@@ -150,7 +156,7 @@ def search(
         s = jnp.exp(jnp.where(alive, log_s - (high + low) / 2, 0.0))
         return tie(jnp.clip(s, 1 / _LARGEST, _LARGEST), tied)
 
-    def loss(s):
+    def loss(s, formats):
         after = moments_after(H, s)
         total = jnp.zeros(lead, jnp.float32)
         for w, f in zip(weights, formats, strict=True):
@@ -158,24 +164,33 @@ def search(
             total = total + objective(D, H)
         return jnp.broadcast_to(jnp.sum(total), lead) if spans_lead else total
 
-    def step(best, choice):
-        s = candidate(*choice)
-        new = (s, *(jnp.broadcast_to(c, lead) for c in choice), loss(s))
+    def least(new, best):
         better = new[-1] < best[-1]
         return jax.tree.map(
             lambda a, b: jnp.where(better.reshape(*lead, *[1] * (a.ndim - len(lead))), a, b),
             new,
             best,
-        ), None
+        )
+
+    trials = [_trial(f) for f in formats]
+
+    def step(best, choice):
+        s = candidate(*choice)
+        new = (s, *(jnp.broadcast_to(c, lead) for c in choice), loss(s, trials))
+        return least(new, best), None
 
     one = jnp.ones_like(mean_abs)
-    start = (one, jnp.zeros(lead), jnp.zeros(lead, bool), loss(one))
+    start = (one, jnp.zeros(lead), jnp.zeros(lead, bool), loss(one, trials))
     alphas = jnp.linspace(0.0, 1.0, grid + 1)
     choices = (
         jnp.concatenate([alphas[1:], alphas]),
         jnp.arange(2 * grid + 1) >= grid,
     )
-    (s, alpha, by_weight, final), _ = lax.scan(step, start, choices)
+    best, _ = lax.scan(step, start, choices)
+    if trials != formats:
+        start = (*start[:-1], loss(one, formats))
+        best = least((*best[:-1], loss(best[0], formats)), start)
+    s, alpha, by_weight, final = best
     total = functools.reduce(jnp.add, [objective(w, H) for w in weights])
     if spans_lead:
         total = jnp.broadcast_to(jnp.sum(total), lead)
