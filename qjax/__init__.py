@@ -21,6 +21,7 @@ from qjax.transform.usage import usage
 
 if TYPE_CHECKING:
     from qjax import export
+    from qjax.planning import plan
 
 __all__ = [
     "Calibration",
@@ -42,6 +43,7 @@ __all__ = [
     "is_qtensor",
     "load",
     "lora",
+    "plan",
     "prepare",
     "presets",
     "qat",
@@ -56,4 +58,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "export":  # imports Flax and tokenizers, which nothing else here needs
         return importlib.import_module("qjax.export")
+    if name == "plan":  # imports Flax
+        return importlib.import_module("qjax.planning").plan
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name)

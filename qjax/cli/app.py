@@ -12,6 +12,7 @@ from qjax.cli.convert import convert
 from qjax.cli.eval import evaluate
 from qjax.cli.generate import generate
 from qjax.cli.inspect import inspect
+from qjax.cli.plan import plan
 from qjax.cli.presets import presets
 from qjax.cli.quantize import quantize
 from qjax.cli.terminal import guarded
@@ -59,6 +60,7 @@ for _name, _command in {
     "convert": convert,
     "inspect": inspect,
     "bench": bench,
+    "plan": plan,
     "presets": presets,
 }.items():
     app.command(_name)(guarded(_command))
