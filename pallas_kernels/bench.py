@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import eight_bit as eight_bit_kernel
-from pallas_kernels import h100, hopper, tuning, weight_only
+from pallas_kernels import four_bits, h100, hopper, tuning, weight_only
 from pallas_kernels.tuning import SMS, TILE_N, Tuning
 
 BANDWIDTH = 3.35e12  # bytes/s of HBM
@@ -41,6 +41,7 @@ class Form:
       w, x: types.
       group: inputs with one scale; None: all.
       scale: type of the scales.
+      has_table: whether codes are looked up.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Form:
     x: str
     group: int | None
     scale: str = "bfloat16"
+    has_table: bool = False
 
     @property
     def is_weight_only(self) -> bool:
@@ -57,6 +59,9 @@ class Form:
 FORMS = (
     Form("W4A16 g128", "int4", "bfloat16", 128),
     Form("W4A16 g32", "int4", "bfloat16", 32),
+    Form("NF4 g64", "int4", "bfloat16", 64, has_table=True),
+    Form("MXFP4", "int4", "bfloat16", 32, "uint8", has_table=True),
+    Form("NVFP4", "int4", "bfloat16", 16, "float8_e4m3fn", has_table=True),
     Form("W8A16", "int8", "bfloat16", None),
     Form("W8A16 FP8", "float8_e4m3fn", "bfloat16", 128),
     Form("W8A8", "int8", "int8", None, "float32"),
@@ -68,7 +73,11 @@ FORMS = (
 def tuning_of(form: Form, M: int, K: int, N: int) -> Tuning:
     """Returns the tuning that the kernel takes for a product."""
     if form.is_weight_only:
-        return tuning.weight_only(M, K, N, form.group or K, hopper.bits(form.w))
+        return tuning.weight_only(
+            M, K, N, form.group or K, hopper.bits(form.w),
+            table_bytes=four_bits.TABLE_BYTES if form.has_table else 0,
+            scale_bits=8 * jnp.dtype(form.scale).itemsize,
+        )  # fmt: skip
     return tuning.eight_bit(M, K, N)
 
 
@@ -80,7 +89,8 @@ def compiled(form: Form, tile: Tuning) -> h100.Kernel:
     array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
     operands = [array(form.x, M, K), array(form.w, N, K)]
     if form.is_weight_only:
-        f: Any = functools.partial(weight_only.matmul, tuning=tile)
+        levels = tuple(map(float, range(16))) if form.has_table else None
+        f: Any = functools.partial(weight_only.matmul, tuning=tile, codebook=levels)
         operands += [array(form.scale, G, N)]
     else:
         f = functools.partial(eight_bit_kernel.matmul, tuning=tile)

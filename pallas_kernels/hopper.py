@@ -88,6 +88,7 @@ def product(
     finish: Callable[..., Any],
     *,
     whole: Sequence[Array] = (),
+    table: Array | None = None,
     in_tensor_core: Any = None,
     out_dtype: Any,
     sizes: tuple[int, int, int],
@@ -98,10 +99,11 @@ def product(
 
     Args:
       operands: what the loop reads.
-      step: function (*blocks in shared memory, rows, total) -> total that adds the products of one
-        step for `rows` of the tile's features.
+      step: function (*blocks in shared memory, table if there is one, rows, total) -> total that
+        adds the products of one step for `rows` of the tile's features.
       finish: function (sums [64, tile_m], features, tokens, *whole) -> sums to store.
       whole: arrays that `finish` reads from global memory.
+      table: an array that every CTA first copies to shared memory.
       in_tensor_core: None: `total` is a float32 value; or the type of the accumulator that it is.
       sizes: (M, K, N), multiples of the tiles.
     """
@@ -124,8 +126,20 @@ def product(
         )
 
     def kernel(*refs):
-        ins, extra = refs[: len(operands)], refs[len(operands) : -2]
-        out, out_smem = refs[-2:]
+        refs = list(refs)
+        ins, extra = [refs.pop(0) for _ in operands], [refs.pop(0) for _ in whole]
+        tables = ()
+        if table is not None:
+            source, out, out_smem, table_smem, is_there = refs
+            tables = (table_smem,)
+
+            @pl.when(lax.axis_index("wg") == 0)
+            def _():
+                plgpu.copy_gmem_to_smem(source, table_smem, is_there)
+
+            plgpu.barrier_wait(is_there)
+        else:
+            out, out_smem = refs
 
         def ignore(*_, **__):
             pass
@@ -169,7 +183,7 @@ def product(
                         store(total[...])
 
                 def body(_, *blocks):
-                    return step(*blocks[:-1], rows, blocks[-1])
+                    return step(*blocks[:-1], *tables, rows, blocks[-1])
 
                 def cut(operand, ref):
                     at = where[operand.of]
@@ -188,8 +202,9 @@ def product(
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         scratch_types=[
-            plgpu.SMEM((2, tile_m, ROWS), out_dtype, transforms=transforms(ROWS, out_dtype))
+            plgpu.SMEM((2, tile_m, ROWS), out_dtype, transforms=transforms(ROWS, out_dtype)),
+            *([] if table is None else [plgpu.SMEM(table.shape, table.dtype), plgpu.Barrier()]),
         ],
         interpret=interpret,
     )
-    return call(*[o.array for o in operands], *whole)
+    return call(*[o.array for o in operands], *whole, *([] if table is None else [table]))

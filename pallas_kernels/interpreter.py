@@ -9,7 +9,12 @@ from unittest import mock
 
 import jax
 import numpy as np
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, interpret_pallas_call
+from jax._src import state
+from jax._src.pallas.mosaic_gpu.interpret import (
+    gpu_callbacks,
+    interpret_pallas_call,
+    jaxpr_interpret,
+)
 from jax._src.pallas.mosaic_gpu.interpret import shared_memory as memory
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -40,12 +45,38 @@ def interpreting():
             return original(**kwargs)
         return _wgmma_from_registers(**kwargs)
 
+    interpreter = jaxpr_interpret.JaxprInterpreter
     try:
-        with mock.patch.object(gpu_callbacks, "wgmma", wgmma):
+        with (
+            mock.patch.object(gpu_callbacks, "wgmma", wgmma),
+            mock.patch.object(interpreter, "_interpret_inline_mgpu_p", _by_its_reference),
+        ):
             yield races
         races.found = interpret_pallas_call.get_races().races_found
     finally:
         gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
+def _by_its_reference(self, eqn, token, get_invals):
+    """Evaluates inlined GPU code by the jnp function that it has as `reference`."""
+    function, n = eqn.params["mgpu_fn"], eqn.params["pytree_args"].num_leaves
+    operands = get_invals()
+    all_transforms = eqn.params["pytree_ref_transforms"].unflatten(operands[n:])
+    values = []
+    for var, value, transforms in zip(eqn.invars[:n], operands[:n], all_transforms, strict=True):
+        if isinstance(var.aval, state.AbstractRef):
+            assert not transforms
+            token, value = gpu_callbacks.call_get(
+                token=token,
+                result_shape_and_dtype=var.aval.inner_aval,
+                mesh_location=self.mesh_location,
+                thread=self.thread,
+                allocation_key_as_array=value,
+                transforms=(),
+                source_info=eqn.source_info,
+            )
+        values.append(value)
+    return token, [function.reference(*values)]
 
 
 @gpu_callbacks.fail_on_exception

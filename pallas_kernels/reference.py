@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 
-def weight_only(x: Array, w: Array, scale: Array, *, out_dtype: Any = jnp.float32) -> Array:
+def weight_only(
+    x: Array,
+    w: Array,
+    scale: Array,
+    *,
+    codebook: Sequence[float] | None = None,
+    out_dtype: Any = jnp.float32,
+) -> Array:
     """Returns y[m, n] = sum_k x[m, k] * w[n, k] * scale[k // g, n], summed in float32.
 
     Args:
       x: [M, K] activations.
       w: [N, K] stored values of any type.
-      scale: [G, N]; a group has g = K / G inputs.
+      scale: [G, N]; a group has g = K / G inputs. uint8 stands for the power 2^(scale - 127).
+      codebook: None; or the values of codes 0 .. 15, the bits of int4, rounded to x's type.
     """
+    if codebook is not None:
+        w = jnp.asarray(codebook, x.dtype)[w.astype(jnp.int32) & 15]
+    if scale.dtype == jnp.uint8:
+        scale = jnp.exp2(scale.astype(jnp.float32) - 127)
     wide = jnp.repeat(scale.astype(jnp.float32), x.shape[1] // scale.shape[0], axis=0)  # [K, N]
     w = w.astype(jnp.float32).T * wide
     y = jnp.dot(x.astype(jnp.float32), w, precision=lax.Precision.HIGHEST)

@@ -55,23 +55,35 @@ EIGHT_BIT = {
 
 
 def weight_only(
-    M: int, K: int, N: int, group_size: int = 128, bits: int = 4, out_bits: int = 16
+    M: int,
+    K: int,
+    N: int,
+    group_size: int = 128,
+    bits: int = 4,
+    out_bits: int = 16,
+    *,
+    table_bytes: int = 0,
+    scale_bits: int = 16,
 ) -> Tuning:
     """Returns the tuning of a weight-only product of M tokens with a [K, N] weight.
 
     Args:
       bits, out_bits: of a weight and of an output.
+      table_bytes: of shared memory that a table takes.
+      scale_bits: of a scale. One of 8 times a weight of 4 is exact in the activation's type.
 
     Example:
       >>> weight_only(16, 4096, 4096)
       Tuning(tile_m=16, stages=6, tile_k=256, scale_on='accumulator', split_k=8, sms=132)
     """
-    return _for_shape(WEIGHT_ONLY, M, K, N, group_size, bits, 16, out_bits)
+    t = _for_shape(WEIGHT_ONLY, M, K, N, group_size, bits, 16, out_bits, table_bytes)
+    on_weight = group_size == 16 or (scale_bits == 8 and bits == 4)
+    return dataclasses.replace(t, scale_on="weight") if on_weight else t
 
 
 def eight_bit(M: int, K: int, N: int) -> Tuning:
     """Returns the tuning of a product of M tokens with a [K, N] weight, both of 8 bits."""
-    return _for_shape(EIGHT_BIT, M, K, N, TILE_K, 8, 8, 32)
+    return _for_shape(EIGHT_BIT, M, K, N, TILE_K, 8, 8, 32, 0)
 
 
 def _for_shape(
@@ -83,6 +95,7 @@ def _for_shape(
     w_bits: int,
     x_bits: int,
     out_bits: int,
+    table_bytes: int,
 ) -> Tuning:
     row = next(row for most, row in table.items() if most >= M)
     if K % row.tile_k or (group_size % row.tile_k and row.tile_k % group_size):
@@ -93,7 +106,7 @@ def _for_shape(
     m_tiles = -(-M // row.tile_m)
     parts = split_k(m_tiles * (N // TILE_N), K // row.tile_k)
     out = TILE_N * row.tile_m * (out_bits if parts == 1 else 32) // 8
-    fit = (SMEM_BYTES - out - 1024) // stage
+    fit = (SMEM_BYTES - out - table_bytes - 1024) // stage
     return dataclasses.replace(row, stages=min(row.stages, fit), split_k=parts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,19 +10,19 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper
+from pallas_kernels import four_bits, hopper
 from pallas_kernels import tuning as tunings
 from pallas_kernels.hopper import Operand
 from pallas_kernels.tuning import TILE_K, TILE_N, Tuning
 
-# Registers are loaded so that upcasting needs few shuffles between lanes. The layout depends on the
-# bits of the stored type; the wrong one is many narrow loads (int4) or an error.
-_LAYOUTS = {4: plgpu.Layout.WGMMA_UPCAST_4X, 8: plgpu.Layout.WGMMA_UPCAST_2X}
 _ACTIVATIONS = {
     "int4": ("bfloat16", "float16"),
     "int8": ("bfloat16", "float16"),
     "float8_e4m3fn": ("bfloat16", "float16"),
 }
+
+
+_SCALES = ("bfloat16", "float16", "float32", "float8_e4m3fn", "uint8")
 
 
 def supports(w_dtype: Any, x_dtype: Any, K: int, N: int, group_size: int) -> str | None:
@@ -31,8 +32,8 @@ def supports(w_dtype: Any, x_dtype: Any, K: int, N: int, group_size: int) -> str
       >>> supports("int4", "bfloat16", 4096, 4096, 128)
       >>> supports("uint4", "bfloat16", 4096, 4096, 128)
       'weights of uint4: it takes int4, int8, float8_e4m3fn'
-      >>> supports("int4", "bfloat16", 4096, 4096, 16)
-      'groups of 16: it takes 32, 64 and multiples of 128'
+      >>> supports("int4", "bfloat16", 4096, 4096, 8)
+      'groups of 8: it takes 16, 32, 64 and multiples of 128'
     """
     w_name, x_name = jnp.dtype(w_dtype).name, jnp.dtype(x_dtype).name
     if w_name not in _ACTIVATIONS:
@@ -41,8 +42,8 @@ def supports(w_dtype: Any, x_dtype: Any, K: int, N: int, group_size: int) -> str
         return f"activations of {x_name}: with {w_name} it takes {', '.join(_ACTIVATIONS[w_name])}"
     if K % TILE_K or N % TILE_N:
         return f"K={K}, N={N}: both must be multiples of {TILE_K}"
-    if (group_size not in (32, 64) and group_size % TILE_K) or K % group_size:
-        return f"groups of {group_size}: it takes 32, 64 and multiples of {TILE_K}"
+    if (group_size not in (16, 32, 64) and group_size % TILE_K) or K % group_size:
+        return f"groups of {group_size}: it takes 16, 32, 64 and multiples of {TILE_K}"
     return None
 
 
@@ -51,6 +52,7 @@ def matmul(
     w: Array,
     scale: Array,
     *,
+    codebook: Sequence[float] | None = None,
     out_dtype: Any = None,
     tuning: Tuning | None = None,
     interpret: Any = None,
@@ -58,12 +60,17 @@ def matmul(
     """Returns y[m, n] = sum_k x[m, k] * w[n, k] * scale[k // g, n], as `reference.weight_only`.
 
     Sums are float32. With `scale_on="accumulator"` products are exact; with "weight" every weight
-    is first rounded to x's type once more.
+    is first rounded to x's type once more. That too is exact for scales of 8 bits with weights of
+    4, which it is taken for.
 
     Args:
       x: [M, K] bfloat16 or float16.
-      w: [N, K] int4, int8 or float8_e4m3fn.
-      scale: [G, N] bfloat16, float16 or float32; K / G is 32, 64 or a multiple of 128.
+      w: [N, K] int4 in the order of `interleave`, int8 or float8_e4m3fn.
+      scale: [G, N] bfloat16, float16 or float32; float8_e4m3fn; or uint8, which stands for the
+        power of two 2^(scale - 127) (e8m0; needs x in bfloat16, which has all of them). K / G is
+        16, 32, 64 or a multiple of 128.
+      codebook: None, or the 16 values of the codes 0 .. 15, which the bits of int4 are then. They
+        are rounded to x's type.
       out_dtype: of y, bfloat16, float16 or float32; default: x's.
       tuning: default: `tuning.weight_only`.
       interpret: `plgpu.InterpretGPUParams` to run on a CPU.
@@ -78,31 +85,69 @@ def matmul(
         )
     if reason := supports(w.dtype, x.dtype, K, N, K // G):
         raise ValueError(f"pallas_kernels.weight_only: {reason}.")
+    if scale.dtype.name not in _SCALES or (scale.dtype == jnp.uint8 and x.dtype != jnp.bfloat16):
+        raise ValueError(
+            f"pallas_kernels.weight_only: scales of {scale.dtype.name} with activations of"
+            f" {x.dtype.name}: it takes {', '.join(_SCALES)}, the last with bfloat16 alone."
+        )
+    if codebook is not None and (w.dtype != jnp.int4 or len(codebook) != 16):
+        raise ValueError(
+            f"pallas_kernels.weight_only: a codebook of {len(codebook)} values with {w.dtype.name}:"
+            " it takes 16, with int4."
+        )
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     tuning = tuning or tunings.weight_only(
-        M, K, N, K // G, hopper.bits(w.dtype), hopper.bits(out_dtype)
-    )
+        M, K, N, K // G, hopper.bits(w.dtype), hopper.bits(out_dtype),
+        table_bytes=0 if codebook is None else four_bits.TABLE_BYTES,
+        scale_bits=8 * scale.dtype.itemsize,
+    )  # fmt: skip
     x = hopper.padded_tokens(x, tuning.tile_m)
     group = min(K // G, tuning.tile_k)  # inputs of one step with one scale
-    layout = _LAYOUTS[hopper.bits(w.dtype)]
     is_exact = tuning.scale_on == "accumulator"
+    stored_scale = scale
+    if scale.dtype == jnp.float8_e4m3fn:
+        stored_scale = lax.bitcast_convert_type(scale, jnp.int8)
 
-    def step(w_smem, x_smem, s_smem, rows, total):
-        for g in range(tuning.tile_k // group):
-            columns = pl.ds(g * group, group)
-            s = plgpu.load(s_smem.at[g, rows], layout=plgpu.Layout.WGMMA.reduce(1))
-            q = plgpu.load(w_smem.at[rows, columns], layout=layout)
-            q = plgpu.layout_cast(q, plgpu.Layout.WGMMA)
-            if w.dtype == jnp.float8_e4m3fn and x.dtype != jnp.float16:
-                q = q.astype(jnp.float16).astype(jnp.float32)  # Hopper knows no other way
-            q = q.astype(x.dtype)
-            xt = x_smem.at[:, columns].T
-            if is_exact:
-                total += scaled_product(q, xt, s)
-            else:
-                q = q * lax.broadcast_in_dim(s.astype(x.dtype), q.shape, (0,))
-                plgpu.wgmma(total, q, xt)
-                plgpu.wgmma_wait(0)  # before the stage is released
+    def upcast(w_smem, table):
+        if w.dtype == jnp.int4:
+            return four_bits.load(w_smem, x.dtype, *table)
+        q = plgpu.load(w_smem, layout=plgpu.Layout.WGMMA_UPCAST_2X)  # for few shuffles
+        q = plgpu.layout_cast(q, plgpu.Layout.WGMMA)
+        if w.dtype == jnp.float8_e4m3fn and x.dtype != jnp.float16:
+            q = q.astype(jnp.float16).astype(jnp.float32)  # Hopper knows no other way
+        return q.astype(x.dtype)
+
+    def read_scale(s_smem):
+        s = plgpu.load(s_smem, layout=plgpu.Layout.WGMMA.reduce(1))
+        as_float = lambda bits: lax.bitcast_convert_type(bits, jnp.float32)
+        if scale.dtype == jnp.uint8:  # the exponent of a float32; 2^-127 is subnormal
+            s = as_float(jnp.maximum(s.astype(jnp.int32) << 23, 1 << 22))
+            return s + (s - s)  # infinity is NaN here
+        if scale.dtype == jnp.float8_e4m3fn:  # sign, exponent, mantissa, where float32 has them
+            s = as_float((s.astype(jnp.int32) << 20) & -0x78100000) * 2.0**120
+            huge = s * (2.0**128 / 464)  # infinite for 480, which is NaN here, not for 448
+            return s + (huge - huge)
+        return s.astype(jnp.float32)
+
+    def step(w_smem, x_smem, s_smem, *rest):
+        *table, rows, total = rest
+        groups = range(tuning.tile_k // group)
+        scales = (read_scale(s_smem.at[g, rows]) for g in groups)
+        if is_exact:
+            for g, s in zip(groups, scales, strict=True):
+                columns = pl.ds(g * group, group)
+                total += scaled_product(
+                    upcast(w_smem.at[rows, columns], table), x_smem.at[:, columns].T, s
+                )
+            return total
+        q = upcast(w_smem.at[rows], table)
+        parts = [
+            q[:, g * group : (g + 1) * group]
+            * lax.broadcast_in_dim(s.astype(x.dtype), (hopper.ROWS, group), (0,))
+            for g, s in zip(groups, scales, strict=True)
+        ]
+        plgpu.wgmma(total, jnp.concatenate(parts, axis=1), x_smem.T)
+        plgpu.wgmma_wait(0)  # before the stage is released
         return total
 
     def scaled_product(q, xt, s):
@@ -113,17 +158,19 @@ def matmul(
         d = pl.run_scoped(
             product, plgpu.WGMMAAccumulatorRef((hopper.ROWS, tuning.tile_m), jnp.float32)
         )
-        return d * lax.broadcast_in_dim(s.astype(jnp.float32), d.shape, (0,))
+        return d * lax.broadcast_in_dim(s, d.shape, (0,))
 
+    tile_columns = group if is_exact else tuning.tile_k
     parts = hopper.product(
         [
-            Operand(w, "n", columns=group),
-            Operand(x, "m", columns=min(group, 64)),
-            Operand(scale, "n", is_row=True, rows=tuning.tile_k // group,
+            Operand(w, "n", columns=min(tile_columns, 128)),
+            Operand(x, "m", columns=min(tile_columns, 64)),
+            Operand(stored_scale, "n", is_row=True, rows=tuning.tile_k // group,
                     steps_per_row=K // G // group),
         ],
         step,
         lambda total, *_: total,
+        table=None if codebook is None else four_bits.table(codebook, x.dtype),
         in_tensor_core=None if is_exact else jnp.float32,
         out_dtype=jnp.float32 if tuning.split_k > 1 else out_dtype,
         sizes=(x.shape[0], K, N),

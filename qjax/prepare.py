@@ -11,9 +11,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import interleave
 from pallas_kernels.tuning import TILE_K, TILE_N
 from qjax import numerics, packing
-from qjax.qtensor import PARTS, QTensor, is_qtensor
+from qjax.format import Format
+from qjax.qtensor import PARTS, QTensor, is_qtensor, read_scales
 
 # Element -> (bits that turn a stored byte into the kernel's, value - kernel's code). Kernels take
 # signed codes: an unsigned one minus the middle of its range is its bits with the highest flipped.
@@ -23,6 +25,7 @@ _CODES = {
     "int8": (0, 0),
     "uint8": (0x80, 128),
     "e4m3": (0, 0),
+    **dict.fromkeys(("nf4", "fp4", "e2m1", "iq4_nl"), (0, 0)),  # looked up
 }
 # Elements and quantized activations that are multiplied as they are.
 _PRODUCTS = (("int8", "int8"), ("e4m3", "e4m3"))
@@ -35,8 +38,9 @@ class Prepared(QTensor):
 
     Attributes:
       data: bytes [*lead, N', K' * b / 8], K contiguous: q minus the middle of an unsigned type's
-        range, in two's complement, the first of two codes of 4 bits in the lower half; or e4m3. N'
-        and K' are N and K up to multiples of 128, and K' of the group size; what was added is 0.
+        range, in two's complement, or the code of a table; two of 4 bits in a byte, the first in
+        the lower half, and those bytes in the order of `pallas_kernels.interleave`. Or e4m3. N' and
+        K' are N and K up to multiples of 128, and K' of the group size; what was added is 0.
       extra: static. (K' - K, N' - N).
     """
 
@@ -72,10 +76,25 @@ class Prepared(QTensor):
         data = canonical_codes(self.data, self.format.element, self.extra)
         return QTensor(**_fields(self, data=data))
 
+    def stored_scale(self) -> tuple[Array, Float[Array, "*b"] | None] | None:
+        """Returns scales [*b, G, C] that the kernel decodes and the factor of the product, or None.
+
+        They are powers of two (uint8), or e4m3 with or without one scale of their own.
+        """
+        fmt = self.format
+        if fmt.activation is not None or offsets_are_due(fmt):
+            return None
+        if fmt.scale in ("e8m0", "e4m3"):
+            return self.scale, None
+        if fmt.scale == Format("e4m3", group_columns=None):
+            return self.scale.data, read_scales(self.scale)[0][..., 0, 0]
+        return None
+
     def codes_of_rows(self, rows: Int[Array, " i"]) -> Array:
         bits = self.element.bits
         data = self.data[: self.canonical_shape[-1]]
-        data = _flipped(data[:, rows * bits // 8].T, self.format.element)
+        at = rows if bits == 8 else interleave.place(rows // 2)
+        data = _flipped(data[:, at].T, self.format.element)
         if bits == 8:
             return data
         return (data >> (rows * bits % 8).astype(jnp.uint8)[:, None]) & jnp.uint8(2**bits - 1)
@@ -86,9 +105,9 @@ def reason_against(qt: QTensor) -> str | None:
 
     Example:
       >>> import qjax
-      >>> qt = qjax.quantize({"w": jnp.ones((256, 8))}, qjax.Format("nf4", group_size=64))["w"]
+      >>> qt = qjax.quantize({"w": jnp.ones((256, 8))}, qjax.Format("int3", group_size=64))["w"]
       >>> reason_against(qt)
-      'nf4 codes: kernels read int4, uint4, int8, uint8, e4m3'
+      'int3 codes: kernels read int4, uint4, int8, uint8, e4m3, nf4, fp4, e2m1, iq4_nl'
     """
     fmt = qt.format
     *_, K, N = qt.canonical_shape
@@ -104,8 +123,8 @@ def reason_against(qt: QTensor) -> str | None:
             return f"{fmt.element} codes x {fmt.activation} activations: kernels multiply {pairs}"
         if G > 1 and g != TILE_K:
             return f"groups of {g} and quantized activations: kernels take {TILE_K} or one group"
-    elif g is not None and G > 1 and g not in (32, 64) and g % TILE_K:
-        return f"groups of {g}: kernels read 32, 64 and multiples of {TILE_K}"
+    elif g is not None and G > 1 and g not in (16, 32, 64) and g % TILE_K:
+        return f"groups of {g}: kernels read 16, 32, 64 and multiples of {TILE_K}"
     return None
 
 
@@ -114,9 +133,10 @@ def prepare(qparams: Any, device: Any = None) -> Any:
 
     On an NVIDIA GPU of compute capability 9.0 (H100, H200) these are
 
-      int4, uint4, int8, uint8 and e4m3 weights, with or without zero points or offsets, in groups
-      of 32, 64 or multiples of 128, per channel or in blocks of 128 x 128. Products of them with
-      bfloat16 or float16 activations run on `pallas_kernels.weight_only`.
+      int4, uint4, int8, uint8 and e4m3 weights and those of tables of 16 levels (nf4, fp4, e2m1,
+      iq4_nl), with or without zero points or offsets, in groups of 16, 32, 64 or multiples of 128,
+      per channel or in blocks of 128 x 128. Products of them with bfloat16 or float16 activations
+      run on `pallas_kernels.weight_only`, which rounds the levels of a table to that type.
 
       int8 weights with int8 activations, and e4m3 with e4m3, per channel, per tensor or in groups
       of 128. Their products run on `pallas_kernels.eight_bit`.
@@ -192,7 +212,10 @@ def _prepared(qt: QTensor) -> Prepared:
     data = _flipped(qt.data.swapaxes(-1, -2), qt.format.element)
     columns = (K + extra[0]) * qt.element.bits // 8
     padding = [(0, 0)] * len(lead) + [(0, extra[1]), (0, columns - data.shape[-1])]
-    return Prepared(**_fields(qt, data=jnp.pad(data, padding)), extra=extra)
+    data = jnp.pad(data, padding)
+    if qt.element.bits == 4:
+        data = interleave.interleaved(data)
+    return Prepared(**_fields(qt, data=data), extra=extra)
 
 
 def _fields(qt: QTensor, **changed: Any) -> dict[str, Any]:
@@ -209,6 +232,8 @@ def canonical_codes(data: Array, element: str, extra: tuple[int, int]) -> Array:
     """Returns the codes [*lead, N', K' in bytes] of a prepared weight as a QTensor stores them."""
     bits = numerics.get_element(element).bits
     *_, N, columns = data.shape
+    if bits == 4:
+        data = interleave.interleaved(data)
     K = columns * 8 // bits - extra[0]
     data = data[..., : N - extra[1], : packing.packed_rows(K, bits)]
     return _flipped(data.swapaxes(-1, -2), element)
@@ -225,6 +250,11 @@ def kernel_codes(data: Array, element: str) -> Array:
     if numerics.get_element(element).bits == 8:
         return lax.bitcast_convert_type(data, jnp.int8)
     return lax.bitcast_convert_type(data, jnp.int4).reshape(data.shape[0], -1)
+
+
+def offsets_are_due(fmt: Format) -> bool:
+    """Returns whether a weight is not its code times its scale."""
+    return fmt.zero_point or fmt.offset is not None or _CODES[fmt.element][1] != 0
 
 
 def offsets(

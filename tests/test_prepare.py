@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import qjax
 from pallas_kernels import h100, interpreter
-from qjax.ops import activation
-from qjax.ops.packed_dot import Spec, _local, packed_dot
+from qjax.ops.packed_dot import _local, packed_dot, packed_dot_p
 from qjax.prepare import Prepared, reason_against
-from qjax.qtensor import dequantize_rows, quantize_array, read_scales
+from qjax.qtensor import dequantize_rows, quantize_array
 from qjax.sharding import shardings_of
 
 FORMATS = {
@@ -30,6 +29,11 @@ FORMATS = {
     "last group shorter": qjax.Format("int4", group_size=128, remainder="ragged"),
     "fp8": qjax.Format("e4m3"),
     "fp8 blocks": qjax.Format("e4m3", group_size=128, group_columns=128),
+    "nf4": qjax.Format("nf4", group_size=64),
+    "fp4": qjax.Format("fp4", group_size=128, scale="bfloat16"),
+    "mxfp4": qjax.Format("e2m1", group_size=32, scale="e8m0"),
+    "nvfp4": qjax.Format("e2m1", group_size=16, scale=qjax.Format("e4m3", group_columns=None)),
+    "nvfp4, one scale": qjax.Format("e2m1", group_columns=None, scale="e4m3"),
 }
 QUANTIZED = {
     "w8a8": qjax.Format("int8", activation="int8"),
@@ -79,9 +83,9 @@ def test_a_prepared_weight_is_as_large_as_before():
 def test_other_devices_and_formats_are_left_alone():
     tree = {"w": _weight("int4")}
     assert qjax.prepare(tree)["w"] is tree["w"]
-    nf4 = quantize_array(jnp.ones((256, 128)), qjax.Format("nf4", group_size=64))
-    assert qjax.prepare(nf4, "h100") is nf4
-    assert "nf4" in reason_against(nf4)
+    int3 = quantize_array(jnp.ones((256, 128)), qjax.Format("int3", group_size=64))
+    assert qjax.prepare(int3, "h100") is int3
+    assert "int3" in reason_against(int3)
     with pytest.raises(ValueError, match="h100"):
         qjax.prepare(tree, "v100")
 
@@ -123,14 +127,9 @@ def test_rounded_activations_on_a_cpu_are_those_of_the_canonical_weight(name):
 def test_the_kernel_multiplies_the_codes_that_xla_does(name):
     qt = _quantized_weight(name)
     x = jax.random.normal(jax.random.key(1), (3, qt.shape[0]), jnp.bfloat16)
-    step = activation.step_of(x, qt)
-    x = x if step is None else activation.in_steps(x, step)
     prepared = qjax.prepare(qt, "h100")
-    scale, _ = read_scales(qt)
-    spec = Spec(qt.format, qt.pad, False, "float32", "mosaic", extra=prepared.extra)
-    wanted = _local(x, qt.data, scale, spec=dataclasses.replace(spec, extra=None), platform=None)
-    with interpreter.interpreting(), interpreter.everywhere():
-        y = np.asarray(_local(x, prepared.data, scale, spec=spec, platform="cuda"))
+    wanted = packed_dot(x, qt, out_dtype=jnp.float32)
+    y = _by_the_kernel(x, prepared)
     assert np.linalg.norm(y - wanted) <= 2e-6 * np.linalg.norm(wanted)
 
 
@@ -148,15 +147,28 @@ def test_the_kernel_agrees_with_float64(name):
     K, _ = qt.shape
     x = jax.random.normal(jax.random.key(1), (3, K), jnp.bfloat16)
     prepared = qjax.prepare(qt, "h100")
-    scale, zero = read_scales(qt)
-    zeros = [] if zero is None else [zero]
-    spec = Spec(qt.format, qt.pad, False, "float32", "mosaic", extra=prepared.extra)
-    # Not `packed_dot`: the interpreter calls back into Python, which its lowering cannot.
-    with interpreter.interpreting(), interpreter.everywhere():
-        y = _local(x, prepared.data, scale, *zeros, spec=spec, platform="cuda")
-        y = np.asarray(y, np.float64)
+    y = np.asarray(_by_the_kernel(x, prepared), np.float64)
     wanted = np.asarray(x, np.float64) @ np.asarray(qjax.dequantize(qt), np.float64)
-    assert np.linalg.norm(y - wanted) <= 2e-6 * np.linalg.norm(wanted)
+    # Levels of nf4 and fp4 are rounded to bfloat16, of 8 places.
+    budget = 2.0**-9 if qt.format.element in ("nf4", "fp4") else 2e-6
+    assert np.linalg.norm(y - wanted) <= budget * np.linalg.norm(wanted)
+
+
+def _by_the_kernel(x, prepared, **options):
+    """The product as a GPU computes it, interpreted."""
+
+    # Not a lowered program: the interpreter calls back into Python, which that cannot.
+    def bind(*args, spec):
+        return _local(*args, spec=spec, platform="cuda")
+
+    with (
+        mock.patch.object(packed_dot_p, "bind", bind),
+        interpreter.interpreting(),
+        interpreter.everywhere(),
+    ):
+        return np.asarray(
+            packed_dot(x, prepared, out_dtype=jnp.float32, implementation="mosaic", **options)
+        )
 
 
 def _layers(x, params):

@@ -38,7 +38,8 @@ class Spec:
     """What a packed_dot computes, static under `jit`.
 
     Attributes:
-      format: of the weight; its scale is given as float32 [*lead, G, C] whatever the format says.
+      format: of the weight; its scale is given as float32 [*lead, G, C] whatever the format says,
+        or as `Prepared.stored_scale` gives it.
       pad: padding codes of each packed column.
       transposed: False: y = x @ W, x ends in K. True: y = x @ Wᵀ, x ends in N.
       out_dtype: of the result; accumulation is in float32.
@@ -133,6 +134,9 @@ def packed_dot(
 def _bind(x, qt: QTensor, out_dtype, implementation: str | None, transposed: bool = False) -> Array:
     """Binds the primitive: the product with the codes and scales of `qt`, without its factors."""
     scale, zero = qtensor.read_scales(qt)
+    factor = None
+    if type(qt) is Prepared and (stored := qt.stored_scale()) is not None:
+        scale, factor = stored
     extra = qt.extra if isinstance(qt, Prepared) else None
     capability = qt.capability if isinstance(qt, ampere.PreparedTriton) else None
     if implementation in _LAYOUTS and implementation != _layout_of(extra, capability):
@@ -149,7 +153,11 @@ def _bind(x, qt: QTensor, out_dtype, implementation: str | None, transposed: boo
         extra=extra, capability=capability,
     )  # fmt: skip
     operands = [x, qt.data, scale] + ([] if zero is None else [zero])
-    return packed_dot_p.bind(*_compat.align_varying(*operands), spec=spec)
+    if factor is None:
+        return packed_dot_p.bind(*_compat.align_varying(*operands), spec=spec)
+    wide = dataclasses.replace(spec, out_dtype="float32")
+    y = packed_dot_p.bind(*_compat.align_varying(*operands), spec=wide)
+    return (y * activation.over_tokens(factor, y.ndim, y.ndim)).astype(out_dtype)
 
 
 def _layout_of(extra: tuple[int, int] | None, capability: int | None) -> str | None:
@@ -315,6 +323,7 @@ def _local(x, data, scale, *zero, spec: Spec, platform: str | None):
 def _one(x, data, scale, zero=None, *, spec: Spec, is_stacked: bool, platform: str | None = None):
     if spec.extra is not None:
         return _prepared(x, data, scale, zero, spec, is_stacked, platform)
+    scale = _read(scale)
     if spec.format.activation is not None and not spec.transposed:
         return _activation_quantized(x, data, scale, spec)
     if spec.implementation == "reference":
@@ -324,6 +333,11 @@ def _one(x, data, scale, zero=None, *, spec: Spec, is_stacked: bool, platform: s
     y = y.astype(spec.out_dtype)
     # Each shard's sum is rounded to the output type, as XLA does for a sharded float dot.
     return lax.psum(y, spec.summed_over) if spec.summed_over else y
+
+
+def _read(scale: Array) -> Float[Array, "G C"]:
+    """Returns scales in float32, those of 8 bits as `Prepared.stored_scale` gives them."""
+    return numerics.read_scale(scale, "e8m0" if scale.dtype == jnp.uint8 else "float32")
 
 
 def _prepared(x, data, scale, zero, spec: Spec, is_stacked: bool, platform: str | None):
@@ -374,28 +388,37 @@ def _mosaic(x, data, scale, zero=None, *, spec: Spec):
     """
     from pallas_kernels import weight_only  # brings in Mosaic GPU, which few programs need
 
-    fmt, extra = spec.format, spec.extra
+    fmt, extra, element = spec.format, spec.extra, spec.element
     assert extra is not None
     data = kernel_codes(data, fmt.element)
     (M, K), (N_, K_) = x.shape, data.shape
     G, N = scale.shape[0], N_ - extra[1]
     g = K_ if G == 1 else fmt.group_size
     assert g is not None
-    wide = lambda a: blocked.per_column(a, N, fmt.group_columns or N)
+    # As it is stored: XLA takes this cast and the one that made it float32 for none.
+    stored = scale.dtype
+    if scale.dtype == jnp.uint8 and x.dtype != jnp.bfloat16:  # not all are float16
+        scale, stored = _read(scale), jnp.float32
+    if isinstance(fmt.scale, str) and fmt.scale in ("bfloat16", "float16"):
+        stored = fmt.scale
+
+    def wide(a):  # a scale of many columns, for each of them
+        return jnp.repeat(a, fmt.group_columns or N, axis=-1)[:, :N] if a.shape[-1] != N else a
+
     scale = wide(scale)
     b = offsets(
         fmt.element, scale, None if zero is None else wide(zero), is_offset=fmt.offset is not None
     )
     x = jnp.pad(x, ((0, 0), (0, K_ - K)))
-    # As it is stored: XLA takes this cast and the one that made it float32 for none.
-    stored = "float32"
-    if isinstance(fmt.scale, str) and fmt.scale in ("bfloat16", "float16"):
-        stored = fmt.scale
     padded = jnp.pad(scale, ((0, K_ // g - G), (0, N_ - N))).astype(stored)
     narrow = b is None and spec.out_dtype in ("bfloat16", "float16")
-    y = weight_only.matmul(x, data, padded, out_dtype=spec.out_dtype if narrow else jnp.float32)[
-        :, :N
-    ]
+    y = weight_only.matmul(
+        x,
+        data,
+        padded,
+        codebook=element.levels if element.kind == "table" else None,
+        out_dtype=spec.out_dtype if narrow else jnp.float32,
+    )[:, :N]
     if b is not None:
         sums = jnp.sum(x.reshape(M, K_ // g, g).astype(jnp.float32), axis=-1)[:, :G]
         y = y + jnp.dot(sums, b, precision=lax.Precision.HIGHEST)

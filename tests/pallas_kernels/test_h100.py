@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import eight_bit, h100, tuning, weight_only
+from pallas_kernels import eight_bit, four_bits, h100, tuning, weight_only
 
 pytestmark = pytest.mark.h100
 
@@ -16,14 +16,22 @@ K = N = 4096
 # Budgets: instructions of the hot loop for each weight, all of them and those of the integer pipe.
 # HBM brings 27.7 4-bit or 13.9 8-bit weights per clock and SM; an SM issues 128 and has 64 integer
 # lanes. So 4.6 and 2.3, or 9.2 and 4.6, are where a kernel stops being bound by memory.
+LEVELS = tuple(range(16))
 WEIGHT_ONLY = {
-    "int4 g128 M=1": (1, "int4", 128, "bfloat16", 3.3, 1.6),
-    "int4 g128 M=16": (16, "int4", 128, "bfloat16", 3.3, 1.6),
-    "int4 g128 M=64": (64, "int4", 128, "bfloat16", 3.4, 1.6),
-    "int4 g64 M=16": (16, "int4", 64, "bfloat16", 3.3, 1.6),
-    "int4 g32 M=16": (16, "int4", 32, "bfloat16", 4.0, 1.8),
-    "int4 channels M=16": (16, "int4", K, "bfloat16", 3.3, 1.6),
-    "int4 g128 M=1024": (1024, "int4", 128, "bfloat16", 3.6, 1.6),
+    "nf4 g64 M=1": (1, "int4", 64, "bfloat16", 3.4, 1.6, "bfloat16", LEVELS),
+    "nf4 g64 M=16": (16, "int4", 64, "bfloat16", 3.4, 1.6, "bfloat16", LEVELS),
+    "nf4 g64 M=64": (64, "int4", 64, "bfloat16", 4.6, 1.6, "bfloat16", LEVELS),
+    "nf4 g64 M=1024": (1024, "int4", 64, "bfloat16", 4.6, 1.8, "bfloat16", LEVELS),
+    "mxfp4 M=16": (16, "int4", 32, "bfloat16", 3.9, 1.8, "uint8", LEVELS),
+    # 4.5 bits a weight, so that HBM gives time for 5.2 instructions and 2.6 of integers.
+    "nvfp4 M=16": (16, "int4", 16, "bfloat16", 5.0, 2.0, "float8_e4m3fn", LEVELS),
+    "int4 g128 M=1": (1, "int4", 128, "bfloat16", 2.6, 1.3),
+    "int4 g128 M=16": (16, "int4", 128, "bfloat16", 2.6, 1.3),
+    "int4 g128 M=64": (64, "int4", 128, "bfloat16", 3.0, 1.3),
+    "int4 g64 M=16": (16, "int4", 64, "bfloat16", 2.8, 1.3),
+    "int4 g32 M=16": (16, "int4", 32, "bfloat16", 3.6, 1.4),
+    "int4 channels M=16": (16, "int4", K, "bfloat16", 2.6, 1.3),
+    "int4 g128 M=1024": (1024, "int4", 128, "bfloat16", 3.3, 1.5),
     "int8 channels M=16": (16, "int8", K, "bfloat16", 4.4, 2.3),
     "int8 channels M=1024": (1024, "int8", K, "bfloat16", 5.1, 2.5),
     "fp8 weights M=16": (16, "float8_e4m3fn", 128, "bfloat16", 3.7, 1.5),
@@ -45,10 +53,9 @@ def _array(dtype, *shape):
 
 
 @functools.cache
-def compiled_weight_only(M, dtype, group, x):
-    return h100.compile(
-        weight_only.matmul, _array(x, M, K), _array(dtype, N, K), _array("bfloat16", K // group, N)
-    )
+def compiled_weight_only(M, dtype, group, x, scale="bfloat16", codebook=None):
+    f = functools.partial(weight_only.matmul, codebook=codebook)
+    return h100.compile(f, _array(x, M, K), _array(dtype, N, K), _array(scale, K // group, N))
 
 
 @functools.cache
@@ -81,14 +88,18 @@ def _workspace(t, M, out_bytes):
 
 @pytest.mark.parametrize("name", WEIGHT_ONLY)
 def test_weight_only(name):
-    M, dtype, group, x, total, integer = WEIGHT_ONLY[name]
-    program = compiled_weight_only(M, dtype, group, x)
+    M, dtype, group, x, total, integer, *stored = WEIGHT_ONLY[name]
+    program = compiled_weight_only(M, dtype, group, x, *stored)
     kernel = _check(program, "HGMMA")
-    t = tuning.weight_only(M, K, N, group, 4 if dtype == "int4" else 8)
+    t = tuning.weight_only(
+        M, K, N, group, 4 if dtype == "int4" else 8,
+        table_bytes=four_bits.TABLE_BYTES if stored else 0,
+        scale_bits=8 * jnp.dtype(stored[0]).itemsize if stored else 16,
+    )  # fmt: skip
     weights = 64 * t.tile_k
     assert kernel.per_weight(weights) <= total
     assert kernel.per_weight(weights, integer=True) <= integer
-    narrow = sum(n for op, n in kernel.loop.items() if op.startswith("LDS.U"))
+    narrow = sum(n for op, n in kernel.loop.items() if op.startswith(("LDS.U", "LDS.S")))
     assert narrow <= 2 * max(1, t.tile_k // group)  # those are the scales
     x_bytes = 2 * K * (-M % t.tile_m + M) if M % t.tile_m else 0
     assert program.temporaries <= _workspace(t, M, 2) + x_bytes + 1024

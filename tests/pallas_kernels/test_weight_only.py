@@ -9,12 +9,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
-from pallas_kernels import hopper, reference, weight_only
+from pallas_kernels import four_bits, hopper, interpreter, reference, weight_only
+from pallas_kernels.interleave import interleaved
 from pallas_kernels.testing import ONE_ITEM, Laws
 from pallas_kernels.tuning import Tuning
 
 _ON_WEIGHT = Tuning(8, 2, scale_on="weight", sms=2)
+# No order, no symmetry, values that bfloat16 rounds.
+LEVELS = tuple(float(v) for v in np.random.default_rng(0).standard_normal(16))
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+def _scales(key, shape, dtype):
+    if dtype == "uint8":
+        return jax.random.randint(key, shape, 120, 134).astype(jnp.uint8)
+    return jax.random.uniform(key, shape, jnp.float32, 0.5, 1.5).astype(dtype)
+
+
+def _in_order(w):
+    """Returns int4 [N, K] as the kernel reads it."""
+    if w.dtype != jnp.int4:
+        return w
+    codes = (w.astype(jnp.int8) & 15).astype(jnp.uint8)
+    bytes = interleaved(codes[:, ::2] | (codes[:, 1::2] << 4))
+    return lax.bitcast_convert_type(bytes, jnp.int4).reshape(w.shape)
 
 
 class TestWeightOnly(Laws):
@@ -23,31 +43,46 @@ class TestWeightOnly(Laws):
         "int4 groups of 64": {"w": "int4", "group": 64},
         "int4 groups of 32": {"w": "int4", "group": 32},
         "int4 groups of 256": {"w": "int4", "group": 256},
+        "int4, float16": {"w": "int4", "group": 128, "x": "float16"},
+        "a codebook": {"w": "int4", "group": 64, "codebook": LEVELS},
+        "a codebook, float16": {"w": "int4", "group": 64, "codebook": LEVELS, "x": "float16"},
+        "powers of two": {"w": "int4", "group": 32, "codebook": E2M1, "scale": "uint8"},
+        "scales of e4m3": {"w": "int4", "group": 16, "codebook": E2M1, "scale": "float8_e4m3fn"},
         "int8 channels": {"w": "int8", "group": 256},
         "fp8 weights": {"w": "float8_e4m3fn", "group": 128},
         "fp8 weights, fp16 activations": {"w": "float8_e4m3fn", "group": 128, "x": "float16"},
     }
 
-    def make(self, M, K, N, seed=0, *, w, group, x="bfloat16"):
+    def make(self, M, K, N, seed=0, *, w, group, x="bfloat16", codebook=None, scale="bfloat16"):
         keys = jax.random.split(jax.random.key(seed), 3)
         low, high = (-8, 8) if w == "int4" else (-128, 128)
         return {
             "x": jax.random.normal(keys[0], (M, K), x),
             "w": jax.random.randint(keys[1], (N, K), low, high).astype(w),
-            "scale": jax.random.uniform(keys[2], (K // group, N), jnp.bfloat16, 0.5, 1.5),
+            "scale": _scales(keys[2], (K // group, N), scale),
+            "codebook": codebook,
         }
 
     def run(self, arrays, *, tuning, interpret):
+        if arrays["scale"].dtype.itemsize == 1:  # exact on the weight, as it is chosen
+            tuning = dataclasses.replace(tuning, scale_on="weight")
+        arrays = arrays | {"w": _in_order(arrays["w"])}
         return weight_only.matmul(
             **arrays, out_dtype=jnp.float32, tuning=tuning, interpret=interpret
         )
 
     def exact(self, arrays):
         x, w, scale = (np.asarray(arrays[n]).astype(np.float64) for n in ("x", "w", "scale"))
+        if arrays["scale"].dtype == jnp.uint8:
+            scale = 2.0 ** (scale - 127)
+        if arrays["codebook"] is not None:
+            levels = np.asarray(jnp.asarray(arrays["codebook"], arrays["x"].dtype), np.float64)
+            w = levels[w.astype(int) & 15]
         return x @ (w.T * np.repeat(scale, x.shape[1] // scale.shape[0], axis=0))
 
-    def test_the_reference_agrees_with_float64(self):
-        arrays = self.make(3, 64, 5, w="int4", group=32)
+    @pytest.mark.parametrize("name", ["int4 groups of 32", "powers of two"])
+    def test_the_reference_agrees_with_float64(self, name):
+        arrays = self.make(3, 64, 5, **self.formats[name])
         np.testing.assert_allclose(reference.weight_only(**arrays), self.exact(arrays), rtol=1e-5)
 
     @pytest.mark.parametrize("group", [128, 32])
@@ -65,7 +100,32 @@ class TestWeightOnly(Laws):
         error, _ = self.error(arrays, dataclasses.replace(ONE_ITEM["decode"], sms=1))
         assert error <= self.budget
 
+    def test_scales_that_are_no_numbers_poison_their_outputs_alone(self):
+        for name, bad in (("powers of two", 255), ("scales of e4m3", jnp.nan)):
+            arrays = self.make(8, 128, 128, **self.formats[name])
+            smallest = 9 if name == "powers of two" else 2.0**-9
+            arrays["scale"] = arrays["scale"].at[1, 5].set(bad).at[0, 7].set(smallest)
+            with interpreter.interpreting():
+                y = self.run(arrays, tuning=_ON_WEIGHT, interpret=interpreter.PARAMS)
+                y = np.asarray(y, np.float64)
+            wanted = self.exact(arrays | {"scale": arrays["scale"].at[:, 5].set(0)})
+            assert np.isnan(y[:, 5]).all()
+            np.testing.assert_allclose(
+                np.delete(y, 5, 1), np.delete(wanted, 5, 1), rtol=1e-4, atol=1e-4
+            )
+
     # ---- mutants ----
+
+    def test_a_word_of_the_table_in_another_place_is_an_error(self, monkeypatch):
+        original = four_bits.table
+        monkeypatch.setattr(four_bits, "table", lambda *a: jnp.roll(original(*a), 1, axis=0))
+        arrays = self.make(8, 256, 256, **self.formats["a codebook"])
+        assert not self.error(arrays, ONE_ITEM["decode"])[0] <= 0.01
+
+    def test_a_table_that_is_not_waited_for_is_a_race(self, monkeypatch):
+        monkeypatch.setattr(hopper.plgpu, "barrier_wait", lambda *_: None)
+        arrays = self.make(8, 256, 256, **self.formats["a codebook"])
+        assert self.error(arrays, ONE_ITEM["decode"])[1]
 
     def _mutant(self):
         return self.error(self.make(8, 256, 256, w="int4", group=128), ONE_ITEM["decode"])
@@ -93,6 +153,10 @@ class TestWeightOnly(Laws):
 
     def test_refuses_what_it_cannot_compute(self):
         arrays = self.make(8, 256, 256, w="int4", group=128)
+        with pytest.raises(ValueError, match="a codebook of 3 values"):
+            weight_only.matmul(**(arrays | {"codebook": (1.0, 2.0, 3.0)}))
+        with pytest.raises(ValueError, match="scales of int32"):
+            weight_only.matmul(**(arrays | {"scale": arrays["scale"].astype(jnp.int32)}))
         with pytest.raises(ValueError, match="activations of float32"):
             weight_only.matmul(**(arrays | {"x": arrays["x"].astype(jnp.float32)}))
         with pytest.raises(ValueError, match="must be"):

@@ -1,0 +1,122 @@
+"""How a kernel makes 16-bit floats of weights of 4 bits, in the order of `interleave`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, gpu, llvm
+
+from pallas_kernels.interleave import interleaved
+
+BANKS = 32  # of shared memory, 4 bytes wide; lane i of a warp reads its own, the i-th
+TABLE_BYTES = 256 * BANKS * 4
+
+
+def table(levels: Sequence[float], dtype: Any) -> Array:
+    """Returns uint32 [256, 32]: in row b, for every bank, the values of a byte of two codes.
+
+    The value of the lower half is in the lower half of the word. A table for each bank, so that no
+    two lanes wait for the same one (FLUTE has fewer: Guo et al., 2024, section 3.2).
+
+    Args:
+      levels: 16 values by code, rounded to `dtype`.
+      dtype: bfloat16 or float16.
+    """
+    values = np.asarray(levels, np.float32).astype(jnp.dtype(dtype)).view(np.uint16)
+    byte = np.arange(256)
+    words = values[byte & 15].astype(np.uint32) | (values[byte >> 4].astype(np.uint32) << 16)
+    return jnp.asarray(np.repeat(words[:, None], BANKS, axis=1))
+
+
+def load(ref: Any, dtype: Any, words: Any = None) -> Array:
+    """Returns the values of codes in shared memory, inside a kernel, in the layout of wgmma.
+
+    Args:
+      ref: int4 [R, C], interleaved.
+      dtype: of the values: bfloat16 or float16.
+      words: None, for integers; or `table` in shared memory.
+    """
+    dtype = jnp.dtype(dtype)
+    q = plgpu.load(ref, layout=plgpu.Layout.WGMMA_UPCAST_4X)
+    tables = () if words is None else (words,)
+
+    def values(_, q, *tables):
+        i32 = ir.IntegerType.get_signless(32)
+        constant = lambda n: arith.constant(i32, n)
+        pair = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(dtype))
+        layout = plgpu.Layout.WGMMA.to_mgpu()
+        out = np.empty(layout.registers_shape(q.shape), object)
+        by_block = out.reshape(-1, 4, 2)  # 32 columns, 8 of them, rows i and i + 8
+        thread = arith.index_cast(i32, gpu.thread_id(gpu.Dimension.x))
+        lane = arith.shli(arith.andi(thread, constant(BANKS - 1)), constant(2))
+        for (block, row), eight in np.ndenumerate(q.registers.reshape(-1, 2)):
+            word = mgpu.utils.bitcast(eight, i32)
+            upper = arith.shrui(word, constant(4))
+            for byte in range(4):
+                if tables:
+                    value = _looked_up(word, byte, lane, *tables)
+                else:
+                    value = _converted(word, upper, byte, dtype)
+                by_block[block, byte, row] = mgpu.utils.bitcast(value, pair)
+        return mgpu.FragmentedArray(
+            _registers=by_block.reshape(out.shape), _layout=layout, _is_signed=None
+        )
+
+    def reference(q, *tables):  # read by the interpreter
+        codes = lax.bitcast_convert_type(q.astype(jnp.int8), jnp.uint8) & jnp.uint8(15)
+        bytes = interleaved(codes[:, ::2] | (codes[:, 1::2] << 4))
+        if tables:
+            return lax.bitcast_convert_type(tables[0][bytes, 0], dtype).reshape(q.shape)
+        pairs = jnp.stack([bytes << 4, bytes & jnp.uint8(0xF0)], axis=-1).reshape(q.shape)
+        return (lax.bitcast_convert_type(pairs, jnp.int8) >> 4).astype(dtype)
+
+    values.reference = reference  # pyright: ignore[reportFunctionMemberAccess]
+    return plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WGMMA_UPCAST_4X, *(plgpu.RefType() for _ in tables)),
+        return_type=plgpu.ShapeDtypeStruct(q.shape, dtype, plgpu.Layout.WGMMA),
+    )(values)(q, *tables)
+
+
+def _looked_up(word: Any, byte: int, lane: Any, table: Any) -> Any:
+    """Returns the word of the table for a byte of `word`; its row has 128 bytes."""
+    i8, i32 = (ir.IntegerType.get_signless(n) for n in (8, 32))
+    constant = lambda n: arith.constant(i32, n)
+    by = 8 * byte - 7
+    shift = arith.shrui if by >= 0 else arith.shli
+    row = arith.andi(shift(word, constant(abs(by))), constant(0xFF << 7))
+    first = mgpu.utils.memref_ptr(table)
+    place = llvm.getelementptr(
+        first.type, first, [arith.ori(row, lane)], [-(2**31)], i8, llvm.GEPNoWrapFlags.inbounds
+    )
+    return llvm.load(i32, place)
+
+
+def _converted(word: Any, upper: Any, byte: int, dtype: Any) -> Any:
+    """Returns two integers as floats.
+
+    A code with its sign flipped, q + 8, is put below the bits of 2^7 (bfloat16) or 2^10 (float16),
+    where the last place is 1; then 2^7 + 8 or 2^10 + 8 is subtracted.
+    """
+    i32 = ir.IntegerType.get_signless(32)
+    name, magic = {"bfloat16": ("bf16x2", 0x43084308), "float16": ("f16x2", 0x64086408)}[dtype.name]
+    return llvm.inline_asm(
+        i32,
+        [word, upper],
+        f"""
+        {{
+        .reg .b32 codes, magic;
+        prmt.b32 codes, $1, $2, 0xF{byte + 4}F{byte};
+        lop3.b32 codes, codes, 0x000F000F, {magic:#x}, 0x6a;
+        mov.b32 magic, {magic:#x};
+        sub.{name} $0, codes, magic;
+        }}
+        """,
+        "=r,r,r",
+    )
