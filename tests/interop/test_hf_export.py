@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import struct
+import tracemalloc
 
 import flax.traverse_util
 import jax
@@ -19,7 +20,7 @@ from qjax import Format, export
 from qjax.interop.hf import METHODS, ExportError, Weight, open_hf, write_hf
 from qjax.interop.hf import safetensors as st_files
 from qjax.models import ModelConfig, load
-from qjax.qtensor import PARTS, dequantize_array
+from qjax.qtensor import PARTS, dequantize_array, quantize_array
 from tests.interop.hf_models import CASES, CONFIG, case, float_params, quantized, stacked, tree
 
 # They store the scale's reciprocal, or its multiple.
@@ -337,6 +338,27 @@ def test_verification_finds_a_wrong_byte(tmp_path, monkeypatch):
     with pytest.raises(ExportError, match=r"layers_1/mlp/up_proj/kernel: .* decodes to other"):
         export.hf(tmp_path / "m", tree(quantized(PLAIN)), CONFIG, format="gptq", verify=True)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", [None, "gptq"])
+def test_memory_does_not_grow_with_the_number_of_weights(tmp_path, method):
+    fmt = Format("int4", 32, scale="float16")
+    one = jax.tree.map(np.asarray, quantize_array(jnp.ones((512, 512)), fmt))
+
+    def peak(n):
+        make = (lambda: jax.tree.map(np.copy, one)) if method else lambda: np.ones((512, 512), "f4")
+        weights = [
+            Weight(f"m{i}", f"m{i}.weight", make, method is not None, True) for i in range(n)
+        ]
+        write_hf(tmp_path / f"{n}", weights, {}, format=method)
+        tracemalloc.start()
+        write_hf(tmp_path / f"{n}", weights, {}, format=method, overwrite=True)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    few, many = peak(2), peak(16)
+    assert many < few + 2**18  # 14 weights more are 1.8 MB, or 14
 
 
 def test_shards_hold_what_one_file_does(tmp_path):
