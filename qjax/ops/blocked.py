@@ -1,4 +1,7 @@
-"""Packed matmuls in plain JAX that never hold the dequantized weight: what runs on a CPU.
+"""Packed matmuls in plain JAX that never hold the dequantized weight.
+
+They run where there is no kernel: on a CPU without a C++ compiler (`qjax.ops.native`), in exported
+programs, and as the transposed products of derivatives.
 
 Every function takes raw arrays in canonical order: `data` uint8 [B, N], codes packed along K as
 `qjax.packing` does, or the native 8-bit type [K, N]; scales, zero points and offsets [G, C]; and

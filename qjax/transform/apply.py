@@ -306,7 +306,9 @@ def apply(fn: Callable, *, implementation: str | None = None) -> Callable:
 
     Args:
       fn: any function of arrays and pytrees, such as a Flax `model.apply`.
-      implementation: of the packed matmuls; None: the best one for the platform.
+      implementation: of the packed matmuls, "reference", "xla", "native", "mosaic" or "triton" (see
+        `qjax.ops.packed_dot`); None: the best one for the platform. On a CPU that is the native
+        kernel, which the system's C++ compiler builds once, or else plain JAX ("xla").
 
     Example:
       >>> import jax.numpy as jnp, qjax
@@ -328,7 +330,8 @@ def apply(fn: Callable, *, implementation: str | None = None) -> Callable:
 def explain(fn: Callable, *, implementation: str | None = None) -> Callable[..., Explanation]:
     """Returns a function of fn's arguments that lists every use of every QTensor in a call.
 
-    Nothing is computed: arguments may be ShapeDtypeStructs.
+    Nothing is computed: arguments may be ShapeDtypeStructs. On a CPU, the native kernel is built if
+    that has not been done, as only then it is known whether it can be had.
     """
 
     @functools.wraps(fn)
