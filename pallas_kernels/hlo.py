@@ -53,12 +53,13 @@ def executed(hlo: str) -> collections.Counter[str]:
             op, rest = found[1], found[2]
             if op.endswith("-done"):
                 continue
-            total[_label(op.removesuffix("-start"), rest)] += times
-            if op == "fusion":  # what is fused is no step of its own, but for a kernel on slices
+            kind = op.removesuffix("-start")
+            total[_label(kind, rest)] += times
+            if kind == "fusion":  # no steps of their own, but for kernels and collectives
                 for other in _CALLED.findall(rest):
-                    for inner in _INSTRUCTION.finditer(bodies.get(other, "")):
-                        if inner[1] == "custom-call":
-                            total[_label("custom-call", inner[2])] += times
+                    for inside in _INSTRUCTION.finditer(bodies.get(other, "")):
+                        if inside[1] in ("custom-call", *COLLECTIVES):
+                            total[_label(inside[1], inside[2])] += times
                 continue
             if op not in ("while", "conditional", "call", "async-start"):
                 continue  # what reduces two numbers is no program
