@@ -188,11 +188,19 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Prints the table, or all rows as JSON."""
-    parser = argparse.ArgumentParser(description="Predicted costs on an H100.")
-    parser.add_argument("--static", action="store_true", required=True, help="predict, do not time")
+    """Prints the table, or all rows as JSON; with `--time`, runs `pallas_kernels.timing`."""
+    parser = argparse.ArgumentParser(description="Predicted costs on an H100, or measured ones.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--static", action="store_true", help="predict, do not time")
+    what.add_argument("--time", action="store_true", help="time on the GPU at hand")
     parser.add_argument("--json", action="store_true", help="every product, as JSON")
-    args = parser.parse_args()
+    args, rest = parser.parse_known_args()
+    if args.time:
+        from pallas_kernels import timing
+
+        return timing.main(rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     rows = static()
     print(json.dumps(rows, indent=1) if args.json else table(rows))
 

@@ -1,0 +1,314 @@
+"""Times products on the GPU at hand: `python -m pallas_kernels.timing`.
+
+Every product reads other weights than the one before, more of them than the L2 cache holds. A round
+runs each contender once, in an order that changes, so that a clock that drifts hits all alike.
+Results are written as they come, a line of JSON each; a contender that fails leaves a line that
+says how, and the others go on. Each result is compared with a float32 product first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from pallas_kernels import reference
+from pallas_kernels.bench import SHAPES, Form
+
+FORMS = (
+    Form("W4A16 g128", "int4", "bfloat16", 128),
+    Form("W8A16", "int8", "bfloat16", None),
+    Form("W8A8", "int8", "int8", None, "float32"),
+    Form("FP8", "float8_e4m3fn", "float8_e4m3fn", None, "float32"),
+    Form("FP8 1x128", "float8_e4m3fn", "float8_e4m3fn", 128, "float32"),
+)
+TOKENS = (1, 16, 64, 1024)
+L2_BYTES = 50e6  # of an H100; an A100 has 40, an RTX 4090 72
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """A way to compute a product.
+
+    Attributes:
+      name: of the row.
+      prepare: function (weight, scale) -> the arrays that are kept for a weight.
+      run: function (x, x_scale, *kept) -> y; x_scale is None for 16-bit activations.
+    """
+
+    name: str
+    prepare: Callable[[Array, Array], tuple[Array, ...]]
+    run: Callable[..., Array]
+
+
+def contenders(form: Form, capability: int | None) -> list[Contender]:
+    """Returns the kernel of a form, if the GPU has one, bfloat16 and the best forms for XLA.
+
+    Args:
+      capability: of the GPU, such as 90; None if there is none.
+    """
+    found = _kernels(form, capability)
+    found.append(Contender("bfloat16 dot", _in_bfloat16, _bfloat16_dot))
+    keep = lambda w, s: (w, s)
+    if form.is_weight_only:
+        found.append(Contender("XLA, dequantize then dot", keep, _dequantize_then_dot))
+        name = "XLA, dot then scale" if form.group is None else "XLA, dot per group then scale"
+        found.append(Contender(name, keep, _dot_then_scale))
+    else:
+        name = "XLA, cuBLASLt where it can" if form.x.startswith("float8") else "XLA, int8 dot"
+        found.append(Contender(name, keep, _quantized_dot))
+    return found
+
+
+def _kernels(form: Form, capability: int | None) -> list[Contender]:
+    keep = lambda w, s: (w, s)
+    if capability == 90:
+        from pallas_kernels import eight_bit, weight_only
+
+        def run(x, x_scale, w, s):
+            if x_scale is None:
+                return weight_only.matmul(x, w, s)
+            return eight_bit.matmul(x, w, x_scale, s, out_dtype=jnp.bfloat16)
+
+        return [Contender("Mosaic kernel", keep, run)]
+    if capability is not None and 80 <= capability < 90 and form.w in ("int4", "int8"):
+        from pallas_kernels.triton import eight_bit, packing, weight_only
+
+        def prepare(w, s):
+            if form.w == "int4":
+                w = packing.pack((w.astype(jnp.int8) + 8).astype(jnp.uint8))
+            return w, s
+
+        def run(x, x_scale, w, s):
+            if x_scale is not None:
+                return eight_bit.matmul(x, w, x_scale[:, 0], s[0], out_dtype=jnp.bfloat16)
+            codes, zero = ("uint4", 8.0) if form.w == "int4" else ("int8", 0.0)
+            return weight_only.matmul(x, w, s, zero, codes=codes)
+
+        return [Contender("Triton kernel", prepare, run)]
+    return []
+
+
+def _dequantized(w: Array, s: Array, dtype: Any) -> Array:
+    """Returns W [K, N] of w [N, K] and s [G, N], by a broadcast that XLA can fuse."""
+    N, K = w.shape
+    groups = w.astype(dtype).reshape(N, s.shape[0], -1) * s.astype(dtype).T[..., None]
+    return groups.reshape(N, K).T
+
+
+def _in_bfloat16(w: Array, s: Array) -> tuple[Array, ...]:
+    return (_dequantized(w, s, jnp.float32).astype(jnp.bfloat16),)
+
+
+def _bfloat16_dot(x, x_scale, w):
+    x = x if x_scale is None else x.astype(jnp.bfloat16)  # the product of its size, not its value
+    return jnp.dot(x, w, preferred_element_type=jnp.float32).astype(jnp.bfloat16)
+
+
+def _dequantize_then_dot(x, x_scale, w, s):
+    del x_scale
+    y = jnp.dot(x, _dequantized(w, s, x.dtype), preferred_element_type=jnp.float32)
+    return y.astype(jnp.bfloat16)
+
+
+def _dot_then_scale(x, x_scale, w, s):
+    del x_scale
+    (M, K), G = x.shape, s.shape[0]
+    xs, ws = x.reshape(M, G, K // G), w.astype(x.dtype).reshape(-1, G, K // G)
+    y = jnp.einsum("mgk,ngk->gmn", xs, ws, preferred_element_type=jnp.float32)
+    return jnp.sum(y * s.astype(jnp.float32)[:, None], axis=0).astype(jnp.bfloat16)
+
+
+def _quantized_dot(x, x_scale, w, s):
+    (M, K), G = x.shape, s.shape[0]
+    kind = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+    if G == 1:
+        dims = (((1,), (1,)), ((), ()))
+        y = lax.dot_general(x, w, dims, preferred_element_type=kind).astype(jnp.float32)
+        return (y * x_scale * s).astype(jnp.bfloat16)
+    xs, ws = x.reshape(M, G, K // G), w.reshape(-1, G, K // G)
+    y = jnp.einsum("mgk,ngk->gmn", xs, ws, preferred_element_type=kind).astype(jnp.float32)
+    return jnp.sum(y * x_scale.T[..., None] * s[:, None], axis=0).astype(jnp.bfloat16)
+
+
+def operands(form: Form, M: int, K: int, N: int, seed: int) -> dict[str, Any]:
+    """Returns normal x, weights and scales in a form's types; as `reference` takes them."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    G = 1 if form.group is None else K // form.group
+    integer = lambda key, shape, bits: jax.random.randint(
+        key, shape, -(2 ** (bits - 1)), 2 ** (bits - 1)
+    )
+
+    def values(key, shape, dtype):
+        if dtype in ("int4", "int8"):
+            return integer(key, shape, int(dtype[3:])).astype(dtype)
+        return jax.random.normal(key, shape).astype(dtype)
+
+    scale = lambda key, shape: jax.random.uniform(key, shape, minval=0.5, maxval=1.5)
+    x_scale = None if form.is_weight_only else scale(keys[3], (M, G))
+    return {
+        "x": values(keys[0], (M, K), form.x),
+        "w": values(keys[1], (N, K), form.w),
+        "scale": scale(keys[2], (G, N)).astype(form.scale),
+        "x_scale": x_scale,
+    }
+
+
+def error_of(y: Array, args: dict[str, Any]) -> float:
+    """Returns the relative error of a product against `reference`, in float32."""
+    x, w, scale, x_scale = (args[n] for n in ("x", "w", "scale", "x_scale"))
+    if x_scale is None:
+        wanted = reference.weight_only(x, w, scale)
+    else:
+        wanted = reference.eight_bit(x, w, x_scale, scale)
+    exact, got = np.asarray(wanted, np.float64), np.asarray(y, np.float64)
+    return float(np.linalg.norm(got - exact) / np.linalg.norm(exact))
+
+
+def copies_of(nbytes: int, l2_bytes: float, most: int = 64) -> int:
+    """Returns how many weights are rotated through: twice the cache in all, and two at least.
+
+    Example:
+      >>> copies_of(8_388_608, 50e6), copies_of(469_762_048, 50e6)
+      (12, 2)
+    """
+    return min(most, max(2, math.ceil(2 * l2_bytes / nbytes)))
+
+
+class _Prepared:
+    """A compiled contender and its weights."""
+
+    def __init__(self, contender: Contender, args: dict[str, Any], l2_bytes: float):
+        prepare = jax.jit(contender.prepare)
+        first = prepare(args["w"], args["scale"])
+        self.nbytes = sum(_nbytes(a) for a in first)
+        count = copies_of(self.nbytes, l2_bytes)
+        # Other values too: a compressing memory would like equal ones.
+        roll = jax.jit(lambda w, i: jnp.roll(w, i, axis=0))
+        self.weights = [first] + [
+            prepare(roll(args["w"], i), args["scale"]) for i in range(1, count)
+        ]
+        self.x, self.x_scale = args["x"], args["x_scale"]
+        # One program for all: a launch from Python would take longer than a product.
+        self.run = jax.jit(
+            lambda x, x_scale, weights: [contender.run(x, x_scale, *w) for w in weights]
+        )
+        self.first = jax.block_until_ready(self.run(self.x, self.x_scale, self.weights))[0]
+
+    def seconds(self) -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(self.run(self.x, self.x_scale, self.weights))
+        return (time.perf_counter() - start) / len(self.weights)
+
+
+def _nbytes(a: Array) -> int:
+    return a.size // 2 if a.dtype.name in ("int4", "uint4") else a.nbytes
+
+
+def measure(
+    form: Form,
+    M: int,
+    K: int,
+    N: int,
+    *,
+    entries: Sequence[Contender],
+    rounds: int = 21,
+    l2_bytes: float = L2_BYTES,
+) -> Iterator[dict[str, Any]]:
+    """Yields a row for every contender: its error, and the quartiles of its microseconds.
+
+    The bfloat16 product with quantized activations has no scales of x, so no error either.
+    """
+    args = operands(form, M, K, N, seed=0)
+    shape = {"form": form.name, "M": M, "K": K, "N": N}
+    ready: dict[str, _Prepared] = {}
+    errors: dict[str, float | None] = {}
+    for entry in entries:
+        try:
+            ready[entry.name] = _Prepared(entry, args, l2_bytes)
+            has_value = form.is_weight_only or entry.run is not _bfloat16_dot
+            errors[entry.name] = error_of(ready[entry.name].first, args) if has_value else None
+        except Exception as e:
+            ready.pop(entry.name, None)
+            yield shape | {"contender": entry.name, "failed": f"{type(e).__name__}: {e}"[:500]}
+    seconds: dict[str, list[float]] = {name: [] for name in ready}
+    order = random.Random(0)
+    for _ in range(rounds):
+        for name in order.sample(sorted(ready), len(ready)):
+            seconds[name].append(ready[name].seconds())
+    for name, one in ready.items():
+        low, median, high = np.percentile(np.array(seconds[name]) * 1e6, [25, 50, 75])
+        moved = one.nbytes + M * K * args["x"].dtype.itemsize + 2 * M * N
+        yield shape | {
+            "contender": name, "us": float(median), "us_25": float(low), "us_75": float(high),
+            "gb_per_s": moved / median / 1e3, "tflop_per_s": 2 * M * K * N / median / 1e6,
+            "error": errors[name], "weights": len(one.weights), "rounds": rounds,
+        }  # fmt: skip
+
+
+def capability_of(device: Any) -> int | None:
+    """Returns the compute capability of a GPU, such as 90, or None."""
+    if device.platform != "gpu":
+        return None
+    return int(str(getattr(device, "compute_capability", "0")).replace(".", ""))
+
+
+def _line(row: dict[str, Any]) -> str:
+    label = f"{row['form']} M={row['M']} {row['K']}x{row['N']}"
+    text = row.get("failed") or f"{row['us']:9.1f} µs  {row['gb_per_s']:7.0f} GB/s"
+    return f"{label:32} {row['contender']:30} {text}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Times every form, model shape and number of tokens, and writes a line of JSON for each."""
+    parser = argparse.ArgumentParser(description="Times products on the GPU at hand.")
+    parser.add_argument("--out", type=Path, default=Path("timing.jsonl"), help="lines of JSON")
+    parser.add_argument("--forms", nargs="*", default=[f.name for f in FORMS])
+    parser.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS))
+    parser.add_argument(
+        "--shapes", nargs="*", help="such as 4096x6144; default: Llama-3 8B and 70B"
+    )
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--l2-bytes", type=float, default=L2_BYTES, help="of the GPU's L2 cache")
+    parser.add_argument("--any-device", action="store_true", help="also where there is no GPU")
+    args = parser.parse_args(argv)
+    device = jax.devices()[0]
+    capability = capability_of(device)
+    if capability is None and not args.any_device:
+        parser.error(f"no GPU, only {device.device_kind}: --any-device times XLA's forms there.")
+    known = {f.name: f for f in FORMS}
+    if unknown := set(args.forms) - set(known):
+        parser.error(f"no form is called {', '.join(sorted(unknown))}; there are {list(known)}.")
+    shapes = [tuple(map(int, s.split("x"))) for s in args.shapes or ()]
+    shapes = shapes or [shape for model in SHAPES.values() for shape in model]
+    about = {"device": device.device_kind, "capability": capability, "jax": jax.__version__}
+    timed = functools.partial(measure, rounds=args.rounds, l2_bytes=args.l2_bytes)
+    with args.out.open("a", encoding="utf-8") as out:
+        for name in args.forms:
+            form = known[name]
+            for K, N in shapes:
+                for M in args.tokens:
+                    for row in timed(form, M, K, N, entries=contenders(form, capability)):
+                        print(json.dumps(about | row), file=out, flush=True)
+                        text = (
+                            row.get("failed") or f"{row['us']:9.1f} µs  {row['gb_per_s']:7.0f} GB/s"
+                        )
+                        label = f"{name} M={M} {K}x{N}"
+                        print(f"{label:32} {row['contender']:30} {text}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
