@@ -29,13 +29,13 @@ import sys
 import tempfile
 import threading
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxlib.version import __version__ as jaxlib_version
 from jaxtyping import Array, Float
 
 from qjax.numerics import Element
@@ -92,6 +92,8 @@ def _found() -> Kernel | str:
         return load(compiler(), native_flags(), cache_directory())
     except Unavailable as e:
         return str(e)
+    except OSError as e:  # a full disk, say
+        return f"its library cannot be written or read: {e}."
 
 
 def why_not() -> str | None:
@@ -174,7 +176,7 @@ def library(command: Sequence[str], flags: Sequence[str], directory: Path) -> Pa
     """
     flags = ["-std=c++17", "-O3", *flags, "-shared", "-fPIC"]
     made_of = (
-        SOURCE.read_bytes(), command, flags, jax.__version__, version("jaxlib"),
+        SOURCE.read_bytes(), command, flags, jax.__version__, jaxlib_version,
         platform.platform(), platform.machine(), sorted(cpu.features()),
     )  # fmt: skip
     key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:24]
