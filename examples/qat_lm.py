@@ -47,8 +47,9 @@ class Setting(NamedTuple):
 
     policy: str = "w3a16-gptq"
     text: str = "wiki"
-    samples: int = 64  # windows of 512 tokens: all that PTQ and QAT see of the text
-    steps: int = 200
+    samples: int = 64  # windows of 512 tokens that PTQ sees
+    fresh: bool = False  # whether QAT goes on to others of the text, or stays with those
+    steps: int = 100
     batch: int = 1
     length: int = 256
     step_rate: float = 3e-3  # of step sizes, relative to each
@@ -179,6 +180,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Checkpoints and results; a second run goes on.")],
     text: Annotated[str, typer.Option(help="To learn from: wiki, pydoc or a file.")] = "wiki",
     samples: Annotated[int, typer.Option(help="Windows of 512 tokens.")] = Setting().samples,
+    fresh: Annotated[bool, typer.Option(help="Train on windows that PTQ did not see.")] = False,
     steps: int = Setting().steps,
     batch: int = Setting().batch,
     length: int = Setting().length,
@@ -189,20 +191,21 @@ def main(
     every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
 ):
     setting = Setting(
-        text=Path(text).name, samples=samples, steps=steps, batch=batch, length=length,
+        text=Path(text).name, samples=samples, fresh=fresh, steps=steps, batch=batch, length=length,
         step_rate=step_rate, norm_rate=norm_rate, weight_rate=weight_rate,
     )  # fmt: skip
     policy = Policy.load(setting.policy)
     loaded = load("smollm2", scan_layers=True)
     assert loaded.tokenizer is not None
-    seen = split_windows(loaded.tokenizer.encode(load_text(text, "calibration")), WINDOW)
-    seen = seen[np.linspace(0, len(seen) - 1, samples).astype(int)]
-    solved = quantized(loaded, policy, seen, out)
+    pieces = split_windows(loaded.tokenizer.encode(load_text(text, "calibration")), WINDOW)
+    seen = np.linspace(0, len(pieces) - 1, samples).astype(int)
+    solved = quantized(loaded, policy, pieces[seen], out)
+    pieces = np.delete(pieces, seen, 0) if fresh else pieces[seen]
 
     floats = loaded.params if weight_rate else None
     first = qat.in_steps(qat.from_quantized(solved, floats), policy)
     program = trainer(loaded, policy, setting)
-    pieces = seen.reshape(-1, length)
+    pieces = pieces.reshape(-1, length)
     params, losses = train(program, loaded, setting, first, pieces, out, every=every)
     packed = qjax.quantize(qat.from_steps(params, policy), policy)
     qjax.save(out / "qat", packed, overwrite=True)
