@@ -111,7 +111,7 @@ def matmul(
             by_row(sw.at[0, features]), by_column(sx.at[0, tokens])
         )
 
-    operands = [Operand(w, "n"), Operand(x, "m")]
+    operands = [Operand(w, "n", columns=TILE_K), Operand(x, "m", columns=TILE_K)]
     if has_groups:
         operands += [Operand(w_scale, "n", is_row=True), Operand(rows_of_x, "m", is_row=True)]
     in_epilogue = not has_groups and tuning.split_k == 1

@@ -34,13 +34,15 @@ class Operand:
     """An array that the loop reads, a block of it in every step of `tile_k` inputs.
 
     Attributes:
-      array: [N, K] or [M, K]; or, with `is_row`, [R, N] or [R, M] with a row for some inputs.
+      array: [N, K] or [M, K]; or, with `is_row`, [R, N] or [R, M] with a row for some inputs. In a
+        transposed product N are the inputs and K the features.
       of: "n" for output features, "m" for tokens.
       is_row: whether K, or what stands for it, is the first axis.
       rows: with `is_row`, rows in a block.
       steps_per_row: with `is_row`, steps that share one row.
       columns: without `is_row`, inputs that are contiguous in a tile in shared memory; the kernel
-        can cut the tile there.
+        can cut the tile there. With it, the same of features; None: rows lie one after another.
+      shared_by: without `is_row`, features or tokens that share a row.
     """
 
     array: Array
@@ -48,18 +50,22 @@ class Operand:
     is_row: bool = False
     rows: int = 1
     steps_per_row: int = 1
-    columns: int = 128
+    columns: int | None = None
+    shared_by: int = 1
 
     def block_spec(self, size: int, tile_k: int, first: Any) -> Any:
+        shape, index = (self.rows, size), lambda k: ((first + k) // self.steps_per_row, 0)
+        if not self.is_row:
+            shape, index = (max(1, size // self.shared_by), tile_k), lambda k: (0, first + k)
+        tiling = () if self.columns is None else transforms(self.columns, self.array.dtype)
+        return plgpu.BlockSpec(shape, index, transforms=tiling, memory_space=plgpu.SMEM)
+
+    def cut(self, ref: Any, tile: Any, size: int) -> Any:
+        """Returns what belongs to a tile of `size` features or tokens."""
         if self.is_row:
-            index = lambda k: ((first + k) // self.steps_per_row, 0)
-            return plgpu.BlockSpec((self.rows, size), index, memory_space=plgpu.SMEM)
-        return plgpu.BlockSpec(
-            (size, tile_k),
-            lambda k: (0, first + k),
-            transforms=transforms(self.columns, self.array.dtype),
-            memory_space=plgpu.SMEM,
-        )
+            return ref.at[:, pl.ds(tile * size, size)]
+        rows = max(1, size // self.shared_by)
+        return ref.at[pl.ds(tile * size // self.shared_by, rows), :]
 
 
 def bits(dtype: Any) -> int:
@@ -89,6 +95,7 @@ def product(
     *,
     whole: Sequence[Array] = (),
     table: Array | None = None,
+    scratch: Any = None,
     in_tensor_core: Any = None,
     out_dtype: Any,
     sizes: tuple[int, int, int],
@@ -99,11 +106,12 @@ def product(
 
     Args:
       operands: what the loop reads.
-      step: function (*blocks in shared memory, table if there is one, rows, total) -> total that
-        adds the products of one step for `rows` of the tile's features.
+      step: function (*blocks in shared memory, table and scratch if there are, rows, total) ->
+        total that adds the products of one step for `rows` of the tile's features.
       finish: function (sums [64, tile_m], features, tokens, *whole) -> sums to store.
       whole: arrays that `finish` reads from global memory.
       table: an array that every CTA first copies to shared memory.
+      scratch: shared memory of a warpgroup, its first axis of size 2 taken away.
       in_tensor_core: None: `total` is a float32 value; or the type of the accumulator that it is.
       sizes: (M, K, N), multiples of the tiles.
     """
@@ -128,18 +136,20 @@ def product(
     def kernel(*refs):
         refs = list(refs)
         ins, extra = [refs.pop(0) for _ in operands], [refs.pop(0) for _ in whole]
+        source = None if table is None else refs.pop(0)
+        out, out_smem = refs.pop(0), refs.pop(0)
+        own_scratch = () if scratch is None else (refs.pop(0),)
         tables = ()
         if table is not None:
-            source, out, out_smem, table_smem, is_there = refs
+            table_smem, is_there = refs
             tables = (table_smem,)
 
             @pl.when(lax.axis_index("wg") == 0)
             def _():
+                assert source is not None
                 plgpu.copy_gmem_to_smem(source, table_smem, is_there)
 
             plgpu.barrier_wait(is_there)
-        else:
-            out, out_smem = refs
 
         def ignore(*_, **__):
             pass
@@ -157,16 +167,16 @@ def product(
             def _(item):
                 n, part, m = item.index
                 own = pl.ds(n * TILE_N + wg * ROWS, ROWS)
-                where = {"n": pl.ds(n * TILE_N, TILE_N), "m": pl.ds(m * tile_m, tile_m)}
+                tokens = pl.ds(m * tile_m, tile_m)
 
                 def store(total):
-                    tile = finish(total, own, where["m"], *extra)
+                    tile = finish(total, own, tokens, *extra)
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the item before
                     out_smem.at[wg].T[...] = plgpu.layout_cast(
                         tile.astype(out_dtype), plgpu.Layout.WGMMA_TRANSPOSED
                     )
                     plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(out_smem.at[wg], out.at[part, where["m"], own])
+                    plgpu.copy_smem_to_gmem(out_smem.at[wg], out.at[part, tokens, own])
 
                 def context(run):
                     if in_tensor_core is None:
@@ -183,12 +193,11 @@ def product(
                         store(total[...])
 
                 def body(_, *blocks):
-                    return step(*blocks[:-1], *tables, rows, blocks[-1])
+                    work = [ref.at[wg] for ref in own_scratch]
+                    return step(*blocks[:-1], *tables, *work, rows, blocks[-1])
 
-                def cut(operand, ref):
-                    at = where[operand.of]
-                    return ref.at[:, at] if operand.is_row else ref.at[at, :]
-
+                tile = {"n": n, "m": m}
+                cut = lambda o, ref: o.cut(ref, tile[o.of], size[o.of])
                 pipeline(body, context, part)(*map(cut, operands, ins), allocations=buffers)
 
         plgpu.wait_smem_to_gmem(0)
@@ -203,6 +212,7 @@ def product(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         scratch_types=[
             plgpu.SMEM((2, tile_m, ROWS), out_dtype, transforms=transforms(ROWS, out_dtype)),
+            *([] if scratch is None else [scratch]),
             *([] if table is None else [plgpu.SMEM(table.shape, table.dtype), plgpu.Barrier()]),
         ],
         interpret=interpret,

@@ -35,6 +35,26 @@ def weight_only(
     return y.astype(out_dtype)
 
 
+def transposed(
+    dy: Array,
+    w: Array,
+    scale: Array,
+    *,
+    codebook: Sequence[float] | None = None,
+    out_dtype: Any = jnp.float32,
+) -> Array:
+    """Returns dx[m, k] = sum_n dy[m, n] * w[n, k] * scale[k // g, n], summed in float32.
+
+    Args:
+      dy: [M, N] derivatives.
+      w, scale, codebook: as for `weight_only`.
+    """
+    one = jnp.eye(w.shape[1], dtype=dy.dtype)
+    w = weight_only(one, w, scale, codebook=codebook)  # [K, N]
+    dx = jnp.dot(dy.astype(jnp.float32), w.T, precision=lax.Precision.HIGHEST)
+    return dx.astype(out_dtype)
+
+
 def eight_bit(
     x: Array, w: Array, x_scale: Array, w_scale: Array, *, out_dtype: Any = jnp.float32
 ) -> Array:

@@ -32,19 +32,19 @@ class Laws:
     formats: ClassVar[dict[str, dict[str, Any]]]
     budget = 2e-6  # float32 sums of exact products, in another order than NumPy's
 
-    def make(self, M: int, K: int, N: int, seed: int = 0, **format: Any) -> dict[str, Array]:
-        """Returns the kernel's arrays by name."""
+    def make(self, M: int, K: int, N: int, seed: int = 0, **format: Any) -> dict[str, Any]:
+        """Returns the kernel's arrays, and what else it takes, by name."""
         raise NotImplementedError
 
-    def run(self, arrays: dict[str, Array], *, tuning: Tuning, interpret: Any) -> Array:
+    def run(self, arrays: dict[str, Any], *, tuning: Tuning, interpret: Any) -> Array:
         """Runs the kernel with a float32 result."""
         raise NotImplementedError
 
-    def exact(self, arrays: dict[str, Array]) -> np.ndarray:
+    def exact(self, arrays: dict[str, Any]) -> np.ndarray:
         """Returns the result in float64."""
         raise NotImplementedError
 
-    def error(self, arrays: dict[str, Array], tuning: Tuning) -> tuple[float, bool]:
+    def error(self, arrays: dict[str, Any], tuning: Tuning) -> tuple[float, bool]:
         """Returns the relative error of the interpreted kernel and whether there was a race."""
         with interpreter.interpreting() as races:
             y = self.run(arrays, tuning=tuning, interpret=interpreter.PARAMS)

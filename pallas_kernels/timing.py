@@ -74,16 +74,18 @@ def contenders(form: Form, capability: int | None) -> list[Contender]:
 
 
 def _kernels(form: Form, capability: int | None) -> list[Contender]:
-    keep = lambda w, s: (w, s)
     if capability == 90:
-        from pallas_kernels import eight_bit, weight_only
+        from pallas_kernels import eight_bit, interleave, weight_only
+
+        def in_order(w, s):
+            return interleave.of_int4(w) if form.w == "int4" else w, s
 
         def run(x, x_scale, w, s):
             if x_scale is None:
                 return weight_only.matmul(x, w, s)
             return eight_bit.matmul(x, w, x_scale, s, out_dtype=jnp.bfloat16)
 
-        return [Contender("Mosaic kernel", keep, run)]
+        return [Contender("Mosaic kernel", in_order, run)]
     if capability is not None and 80 <= capability < 90 and form.w in ("int4", "int8"):
         from pallas_kernels.triton import eight_bit, packing, weight_only
 

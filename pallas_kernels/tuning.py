@@ -44,6 +44,13 @@ WEIGHT_ONLY = {
     math.inf: Tuning(128, 4, scale_on="weight"),
 }
 
+# The product with a transposed weight: 16-bit weights go through shared memory once more.
+TRANSPOSED = {
+    16: Tuning(16, 6, scale_on="weight"),
+    64: Tuning(64, 4, scale_on="weight"),
+    math.inf: Tuning(128, 3, scale_on="weight"),
+}
+
 # Both operands lie in shared memory: 16 KB of weights and 128 bytes a token for each stage.
 EIGHT_BIT = {
     8: Tuning(8, 8),
@@ -79,6 +86,12 @@ def weight_only(
     t = _for_shape(WEIGHT_ONLY, M, K, N, group_size, bits, 16, out_bits, table_bytes)
     on_weight = group_size == 16 or (scale_bits == 8 and bits == 4)
     return dataclasses.replace(t, scale_on="weight") if on_weight else t
+
+
+def transposed(M: int, N: int, K: int, bits: int = 4, *, table_bytes: int = 0) -> Tuning:
+    """Returns the tuning of a product of M tokens with the transpose of a [K, N] weight."""
+    scratch = 2 * TILE_N * TILE_K  # bytes of one tile in 16 bits
+    return _for_shape(TRANSPOSED, M, N, K, TILE_K, bits, 16, 32, table_bytes + scratch)
 
 
 def eight_bit(M: int, K: int, N: int) -> Tuning:

@@ -25,7 +25,44 @@ _ACTIVATIONS = {
 _SCALES = ("bfloat16", "float16", "float32", "float8_e4m3fn", "uint8")
 
 
-def supports(w_dtype: Any, x_dtype: Any, K: int, N: int, group_size: int) -> str | None:
+def upcast(w_smem: Any, dtype: Any, *table: Any) -> Array:
+    """Returns weights in shared memory as 16-bit floats, in the layout of wgmma, in a kernel."""
+    if w_smem.dtype == jnp.int4:
+        return four_bits.load(w_smem, dtype, *table)
+    q = plgpu.load(w_smem, layout=plgpu.Layout.WGMMA_UPCAST_2X)  # for few shuffles
+    q = plgpu.layout_cast(q, plgpu.Layout.WGMMA)
+    if w_smem.dtype == jnp.float8_e4m3fn and dtype != jnp.float16:
+        q = q.astype(jnp.float16).astype(jnp.float32)  # Hopper knows no other way
+    return q.astype(dtype)
+
+
+def read_scale(s_smem: Any, dtype: Any) -> Array:
+    """Returns scales in shared memory, one for every row of weights, as float32, in a kernel.
+
+    Args:
+      dtype: what they are: as stored; float8_e4m3fn for its bits in int8.
+    """
+    s = plgpu.load(s_smem, layout=plgpu.Layout.WGMMA.reduce(1))
+    as_float = lambda bits: lax.bitcast_convert_type(bits, jnp.float32)
+    if dtype == jnp.uint8:  # the exponent of a float32; 2^-127 is subnormal
+        s = as_float(jnp.maximum(s.astype(jnp.int32) << 23, 1 << 22))
+        return s + (s - s)  # infinity is NaN here
+    if dtype == jnp.float8_e4m3fn:  # sign, exponent, mantissa, where float32 has them
+        s = as_float((s.astype(jnp.int32) << 20) & -0x78100000) * 2.0**120
+        huge = s * (2.0**128 / 464)  # infinite for 480, which is NaN here, not for 448
+        return s + (huge - huge)
+    return s.astype(jnp.float32)
+
+
+def as_bits(scale: Array) -> Array:
+    """Returns scales as a kernel loads them: e4m3 as int8."""
+    is_e4m3 = scale.dtype == jnp.float8_e4m3fn
+    return lax.bitcast_convert_type(scale, jnp.int8) if is_e4m3 else scale
+
+
+def supports(
+    w_dtype: Any, x_dtype: Any, K: int, N: int, group_size: int, scale_dtype: Any = jnp.bfloat16
+) -> str | None:
     """Returns why the kernel cannot compute a product, or None if it can.
 
     Example:
@@ -44,6 +81,12 @@ def supports(w_dtype: Any, x_dtype: Any, K: int, N: int, group_size: int) -> str
         return f"K={K}, N={N}: both must be multiples of {TILE_K}"
     if (group_size not in (16, 32, 64) and group_size % TILE_K) or K % group_size:
         return f"groups of {group_size}: it takes 16, 32, 64 and multiples of {TILE_K}"
+    s_name = jnp.dtype(scale_dtype).name
+    if s_name not in _SCALES or (s_name == "uint8" and x_name != "bfloat16"):
+        return (
+            f"scales of {s_name} with activations of {x_name}: it takes {', '.join(_SCALES)}, the"
+            " last with bfloat16 alone"
+        )
     return None
 
 
@@ -83,13 +126,8 @@ def matmul(
         raise ValueError(
             f"x {x.shape}, w {w.shape} and scale {scale.shape} must be [M, K], [N, K] and [G, N]."
         )
-    if reason := supports(w.dtype, x.dtype, K, N, K // G):
+    if reason := supports(w.dtype, x.dtype, K, N, K // G, scale.dtype):
         raise ValueError(f"pallas_kernels.weight_only: {reason}.")
-    if scale.dtype.name not in _SCALES or (scale.dtype == jnp.uint8 and x.dtype != jnp.bfloat16):
-        raise ValueError(
-            f"pallas_kernels.weight_only: scales of {scale.dtype.name} with activations of"
-            f" {x.dtype.name}: it takes {', '.join(_SCALES)}, the last with bfloat16 alone."
-        )
     if codebook is not None and (w.dtype != jnp.int4 or len(codebook) != 16):
         raise ValueError(
             f"pallas_kernels.weight_only: a codebook of {len(codebook)} values with {w.dtype.name}:"
@@ -104,43 +142,19 @@ def matmul(
     x = hopper.padded_tokens(x, tuning.tile_m)
     group = min(K // G, tuning.tile_k)  # inputs of one step with one scale
     is_exact = tuning.scale_on == "accumulator"
-    stored_scale = scale
-    if scale.dtype == jnp.float8_e4m3fn:
-        stored_scale = lax.bitcast_convert_type(scale, jnp.int8)
-
-    def upcast(w_smem, table):
-        if w.dtype == jnp.int4:
-            return four_bits.load(w_smem, x.dtype, *table)
-        q = plgpu.load(w_smem, layout=plgpu.Layout.WGMMA_UPCAST_2X)  # for few shuffles
-        q = plgpu.layout_cast(q, plgpu.Layout.WGMMA)
-        if w.dtype == jnp.float8_e4m3fn and x.dtype != jnp.float16:
-            q = q.astype(jnp.float16).astype(jnp.float32)  # Hopper knows no other way
-        return q.astype(x.dtype)
-
-    def read_scale(s_smem):
-        s = plgpu.load(s_smem, layout=plgpu.Layout.WGMMA.reduce(1))
-        as_float = lambda bits: lax.bitcast_convert_type(bits, jnp.float32)
-        if scale.dtype == jnp.uint8:  # the exponent of a float32; 2^-127 is subnormal
-            s = as_float(jnp.maximum(s.astype(jnp.int32) << 23, 1 << 22))
-            return s + (s - s)  # infinity is NaN here
-        if scale.dtype == jnp.float8_e4m3fn:  # sign, exponent, mantissa, where float32 has them
-            s = as_float((s.astype(jnp.int32) << 20) & -0x78100000) * 2.0**120
-            huge = s * (2.0**128 / 464)  # infinite for 480, which is NaN here, not for 448
-            return s + (huge - huge)
-        return s.astype(jnp.float32)
 
     def step(w_smem, x_smem, s_smem, *rest):
         *table, rows, total = rest
         groups = range(tuning.tile_k // group)
-        scales = (read_scale(s_smem.at[g, rows]) for g in groups)
+        scales = (read_scale(s_smem.at[g, rows], scale.dtype) for g in groups)
         if is_exact:
             for g, s in zip(groups, scales, strict=True):
                 columns = pl.ds(g * group, group)
                 total += scaled_product(
-                    upcast(w_smem.at[rows, columns], table), x_smem.at[:, columns].T, s
+                    upcast(w_smem.at[rows, columns], x.dtype, *table), x_smem.at[:, columns].T, s
                 )
             return total
-        q = upcast(w_smem.at[rows], table)
+        q = upcast(w_smem.at[rows], x.dtype, *table)
         parts = [
             q[:, g * group : (g + 1) * group]
             * lax.broadcast_in_dim(s.astype(x.dtype), (hopper.ROWS, group), (0,))
@@ -165,7 +179,7 @@ def matmul(
         [
             Operand(w, "n", columns=min(tile_columns, 128)),
             Operand(x, "m", columns=min(tile_columns, 64)),
-            Operand(stored_scale, "n", is_row=True, rows=tuning.tile_k // group,
+            Operand(as_bits(scale), "n", is_row=True, rows=tuning.tile_k // group,
                     steps_per_row=K // G // group),
         ],
         step,

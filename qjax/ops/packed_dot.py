@@ -106,7 +106,7 @@ def packed_dot(
     Raises:
       ValueError: for an unknown implementation or one that does not take this weight or x, or
         static activations without their step.
-      NotImplementedError: for "mosaic" or "native" and x @ Wᵀ, or "native" for another platform
+      NotImplementedError: for "native" and x @ Wᵀ, for "mosaic" and that in groups of 16, or "native" for another platform
         than a CPU or in an export.
       qjax.ops.native.Unavailable: for "native" where it cannot be had.
     """
@@ -352,16 +352,19 @@ def _prepared(x, data, scale, zero, spec: Spec, is_stacked: bool, platform: str 
         plain = dataclasses.replace(spec, extra=None, capability=None)
         return _one(x, data, *scales, spec=plain, is_stacked=is_stacked)
 
-    is_quantized = fmt.activation is not None
-    has_kernel = not spec.transposed and (is_quantized or x.dtype.name in KERNEL_ACTIVATIONS)
+    is_quantized = fmt.activation is not None and not spec.transposed
+    why = _against_transposed(fmt, spec.capability) if spec.transposed else None
+    has_kernel = why is None and (is_quantized or x.dtype.name in KERNEL_ACTIVATIONS)
     kernel = _mosaic_quantized if is_quantized else _mosaic
+    if spec.transposed:
+        kernel = _mosaic_transposed
     if spec.capability is not None:
         kernel = _triton
     if spec.implementation in _LAYOUTS:
         asked = f'implementation="{spec.implementation}"'
-        if spec.transposed:
+        if why is not None:
             raise NotImplementedError(
-                f"{asked} has no kernel for x @ Wᵀ, as in derivatives. With None,"
+                f"{asked} has no kernel for x @ Wᵀ, as in derivatives, {why}. With None,"
                 " plain JAX computes it."
             )
         if not has_kernel:
@@ -388,16 +391,56 @@ def _mosaic(x, data, scale, zero=None, *, spec: Spec):
     """
     from pallas_kernels import weight_only  # brings in Mosaic GPU, which few programs need
 
+    assert spec.extra is not None
+    data, padded, b, codebook = _kernel_weight(data, scale, zero, x.dtype, spec)
+    (M, K), (N_, K_) = x.shape, data.shape
+    x = jnp.pad(x, ((0, 0), (0, K_ - K)))
+    is_last = b is None and spec.out_dtype in KERNEL_ACTIVATIONS
+    out_dtype = spec.out_dtype if is_last else jnp.float32
+    y = weight_only.matmul(x, data, padded, codebook=codebook, out_dtype=out_dtype)
+    y = y[:, : N_ - spec.extra[1]]
+    if b is not None:
+        sums = jnp.sum(x.reshape(M, padded.shape[0], -1).astype(jnp.float32), axis=-1)
+        y = y + jnp.dot(sums[:, : b.shape[0]], b, precision=lax.Precision.HIGHEST)
+    return y.astype(spec.out_dtype)
+
+
+def _mosaic_transposed(dy, data, scale, zero=None, *, spec: Spec):
+    """Returns dy @ Wᵀ by the Hopper kernel; offsets b are a product of their own, as in `_mosaic`.
+
+    sum_n dy[m, n] * (code[k, n] * scale[g, n] + b[g, n]) = kernel + sum_n dy[m, n] * b[g, n]
+    """
+    from pallas_kernels import transposed
+
+    data, padded, b, codebook = _kernel_weight(data, scale, zero, dy.dtype, spec)
+    N_, K_ = data.shape
+    assert spec.extra is not None
+    K, N = K_ - spec.extra[0], dy.shape[1]
+    is_last = b is None and spec.out_dtype in KERNEL_ACTIVATIONS
+    out_dtype = spec.out_dtype if is_last else jnp.float32
+    padded_dy = jnp.pad(dy, ((0, 0), (0, N_ - N)))
+    dx = transposed.matmul(padded_dy, data, padded, codebook=codebook, out_dtype=out_dtype)[:, :K]
+    if b is not None:
+        of_groups = jnp.dot(dy.astype(jnp.float32), b.T, precision=lax.Precision.HIGHEST)
+        dx = dx + jnp.repeat(of_groups, K_ // padded.shape[0], axis=1)[:, :K]
+    return dx.astype(spec.out_dtype)
+
+
+def _kernel_weight(data, scale, zero, x_dtype, spec: Spec) -> tuple[Any, ...]:
+    """Returns what the weight-only kernels take: codes, scales, and their codebook or None.
+
+    And third, offsets b [G, N] of every group, which they do not add, or None.
+    """
     fmt, extra, element = spec.format, spec.extra, spec.element
     assert extra is not None
     data = kernel_codes(data, fmt.element)
-    (M, K), (N_, K_) = x.shape, data.shape
+    N_, K_ = data.shape
     G, N = scale.shape[0], N_ - extra[1]
     g = K_ if G == 1 else fmt.group_size
     assert g is not None
     # As it is stored: XLA takes this cast and the one that made it float32 for none.
     stored = scale.dtype
-    if scale.dtype == jnp.uint8 and x.dtype != jnp.bfloat16:  # not all are float16
+    if scale.dtype == jnp.uint8 and x_dtype != jnp.bfloat16:  # not all are float16
         scale, stored = _read(scale), jnp.float32
     if isinstance(fmt.scale, str) and fmt.scale in ("bfloat16", "float16"):
         stored = fmt.scale
@@ -409,20 +452,15 @@ def _mosaic(x, data, scale, zero=None, *, spec: Spec):
     b = offsets(
         fmt.element, scale, None if zero is None else wide(zero), is_offset=fmt.offset is not None
     )
-    x = jnp.pad(x, ((0, 0), (0, K_ - K)))
     padded = jnp.pad(scale, ((0, K_ // g - G), (0, N_ - N))).astype(stored)
-    narrow = b is None and spec.out_dtype in ("bfloat16", "float16")
-    y = weight_only.matmul(
-        x,
-        data,
-        padded,
-        codebook=element.levels if element.kind == "table" else None,
-        out_dtype=spec.out_dtype if narrow else jnp.float32,
-    )[:, :N]
-    if b is not None:
-        sums = jnp.sum(x.reshape(M, K_ // g, g).astype(jnp.float32), axis=-1)[:, :G]
-        y = y + jnp.dot(sums, b, precision=lax.Precision.HIGHEST)
-    return y.astype(spec.out_dtype)
+    return data, padded, b, element.levels if element.kind == "table" else None
+
+
+def _against_transposed(fmt: Format, capability: int | None) -> str | None:
+    """Returns why no GPU kernel computes x @ Wᵀ with a prepared weight, or None."""
+    if capability is not None:
+        return "on GPUs before Hopper"
+    return "in groups of 16" if fmt.group_size == 16 else None
 
 
 def _mosaic_quantized(x, data, scale, *, spec: Spec):
@@ -831,9 +869,12 @@ def describe(qt: QTensor, form: str, implementation: str | None) -> str:
             name = _kernel_name(qt)
             where = f"{name} (asked for)" if implementation else f"{name} on CUDA, else xla"
         return f"{where}, {activation.describe(qt)}, {kind}"
+    why = None
+    if isinstance(qt, Prepared) and form != "forward":
+        why = _against_transposed(fmt, getattr(qt, "capability", None))
     if implementation == "reference":
         text = "reference: dequantizes the whole weight (asked for)"
-    elif isinstance(qt, Prepared) and form == "forward" and implementation != "xla":
+    elif isinstance(qt, Prepared) and why is None and implementation != "xla":
         text = f"{_kernel_name(qt)} on CUDA, x in bfloat16 or float16; else xla"
         if implementation in _LAYOUTS:
             text = f"{implementation} (asked for)"
@@ -841,7 +882,7 @@ def describe(qt: QTensor, form: str, implementation: str | None) -> str:
         text = _describe_cpu(qt, form, implementation)
         if isinstance(qt, Prepared):
             text += ", codes repacked in the op"
-            text += "" if form == "forward" else ": no kernel for x @ Wᵀ"
+            text += "" if why is None else f": no kernel for x @ Wᵀ {why}"
     if qt.pre_scale is not None:
         text += ", x * pre_scale" if form == "forward" else ", y * pre_scale"
     if qt.perm is not None:

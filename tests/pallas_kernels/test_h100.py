@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import eight_bit, four_bits, h100, tuning, weight_only
+from pallas_kernels import eight_bit, four_bits, h100, transposed, tuning, weight_only
 
 pytestmark = pytest.mark.h100
 
@@ -115,6 +115,33 @@ def test_eight_bit(name):
     t = tuning.eight_bit(M, K, N)
     assert kernel.per_weight(64 * t.tile_k) <= 3.5
     assert program.temporaries <= _workspace(t, M, 2) + 4 * groups * max(M, t.tile_m) + 1024
+
+
+# As `WEIGHT_ONLY`. A derivative has as many tokens as a batch: what counts is the tensor core.
+TRANSPOSED = {
+    "int4 g128 M=64": (64, "int4", 128, "bfloat16", None),
+    "int4 g128 M=1024": (1024, "int4", 128, "bfloat16", None),
+    "nf4 g64 M=1024": (1024, "int4", 64, "bfloat16", LEVELS),
+    "int8 channels M=1024": (1024, "int8", K, "bfloat16", None),
+}
+
+
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_transposed(name):
+    M, dtype, group, scale, codebook = TRANSPOSED[name]
+    f = functools.partial(transposed.matmul, codebook=codebook)
+    program = h100.compile(
+        f, _array("bfloat16", M, N), _array(dtype, N, K), _array(scale, K // group, N)
+    )
+    kernel = _check(program, "HGMMA")
+    t = tuning.transposed(
+        M, N, K, 4 if dtype == "int4" else 8,
+        table_bytes=four_bits.TABLE_BYTES if codebook else 0,
+    )  # fmt: skip
+    assert kernel.per_weight(64 * t.tile_k) <= 6
+    assert program.temporaries <= _workspace(t, M, 2) + 1024
+    if M >= 256:
+        assert kernel.loop.total() / (64 * t.tile_k * t.tile_m / 2048) <= 0.7
 
 
 LLAMA = {  # K, N of the linear layers

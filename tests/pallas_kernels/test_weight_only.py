@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
 
 from pallas_kernels import four_bits, hopper, interpreter, reference, weight_only
-from pallas_kernels.interleave import interleaved
+from pallas_kernels.interleave import of_int4
 from pallas_kernels.testing import ONE_ITEM, Laws
 from pallas_kernels.tuning import Tuning
 
@@ -28,13 +27,9 @@ def _scales(key, shape, dtype):
     return jax.random.uniform(key, shape, jnp.float32, 0.5, 1.5).astype(dtype)
 
 
-def _in_order(w):
-    """Returns int4 [N, K] as the kernel reads it."""
-    if w.dtype != jnp.int4:
-        return w
-    codes = (w.astype(jnp.int8) & 15).astype(jnp.uint8)
-    bytes = interleaved(codes[:, ::2] | (codes[:, 1::2] << 4))
-    return lax.bitcast_convert_type(bytes, jnp.int4).reshape(w.shape)
+def in_order(w):
+    """Returns w [N, K] as the kernel reads it."""
+    return of_int4(w) if w.dtype == jnp.int4 else w
 
 
 class TestWeightOnly(Laws):
@@ -66,7 +61,7 @@ class TestWeightOnly(Laws):
     def run(self, arrays, *, tuning, interpret):
         if arrays["scale"].dtype.itemsize == 1:  # exact on the weight, as it is chosen
             tuning = dataclasses.replace(tuning, scale_on="weight")
-        arrays = arrays | {"w": _in_order(arrays["w"])}
+        arrays = arrays | {"w": in_order(arrays["w"])}
         return weight_only.matmul(
             **arrays, out_dtype=jnp.float32, tuning=tuning, interpret=interpret
         )

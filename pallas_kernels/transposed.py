@@ -1,0 +1,110 @@
+"""Products with transposed weights on Hopper, as in derivatives: dx = dy Wᵀ of y = x W."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import four_bits, hopper, weight_only
+from pallas_kernels import tuning as tunings
+from pallas_kernels.hopper import Operand
+from pallas_kernels.tuning import TILE_K, TILE_N, Tuning
+
+
+def matmul(
+    dy: Array,
+    w: Array,
+    scale: Array,
+    *,
+    codebook: Sequence[float] | None = None,
+    out_dtype: Any = None,
+    tuning: Tuning | None = None,
+    interpret: Any = None,
+) -> Array:
+    """Returns dx[m, k] = sum_n dy[m, n] * w[n, k] * scale[k // g, n], as `reference.transposed`.
+
+    The weight is that of `weight_only.matmul`, which the forward product reads; here its inputs are
+    the features and its features are contracted. A wgmma reads registers along the contraction, but
+    codes lie side by side across it: weights times scales are rounded to dy's type, written to
+    shared memory, and read from there as the transpose. Sums are float32.
+
+    Args:
+      dy: [M, N] bfloat16 or float16.
+      w, scale, codebook: as for `weight_only.matmul`, groups of 32, 64 or a multiple of 128.
+      out_dtype: of dx, bfloat16, float16 or float32; default: dy's.
+      tuning: default: `tuning.transposed`.
+      interpret: `plgpu.InterpretGPUParams` to run on a CPU.
+
+    Raises:
+      ValueError: for shapes or types that it does not take.
+    """
+    (M, N), (_, K), (G, _) = dy.shape, w.shape, scale.shape
+    if w.shape[0] != N or scale.shape[1] != N or K % G:
+        raise ValueError(
+            f"dy {dy.shape}, w {w.shape} and scale {scale.shape} must be [M, N], [N, K] and [G, N]."
+        )
+    if reason := supports(w.dtype, dy.dtype, K, N, K // G, scale.dtype):
+        raise ValueError(f"pallas_kernels.transposed: {reason}.")
+    out_dtype = jnp.dtype(dy.dtype if out_dtype is None else out_dtype)
+    tuning = tuning or tunings.transposed(
+        M, N, K, hopper.bits(w.dtype), table_bytes=0 if codebook is None else four_bits.TABLE_BYTES
+    )
+    dy = hopper.padded_tokens(dy, tuning.tile_m)
+    group = min(K // G, hopper.ROWS)  # features of one warpgroup with one scale
+    rows_of_scales = max(1, TILE_N * G // K)
+
+    def step(w_smem, dy_smem, s_smem, *rest):
+        *table, tile, features, total = rest
+        q = weight_only.upcast(w_smem.at[:, features], dy.dtype, *table)
+        first = lax.axis_index("wg") * hopper.ROWS * rows_of_scales // TILE_N
+        parts = []
+        for i in range(hopper.ROWS // group):
+            s = weight_only.read_scale(s_smem.at[first + i], scale.dtype).astype(dy.dtype)
+            columns = q[:, i * group : (i + 1) * group]
+            parts.append(columns * lax.broadcast_in_dim(s, columns.shape, (0,)))
+        tile[...] = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+        plgpu.commit_smem()
+        plgpu.wgmma(total, tile.T, dy_smem.T)
+        plgpu.wgmma_wait(0)  # before the stage is released and the tile overwritten
+        return total
+
+    parts = hopper.product(
+        [
+            Operand(w, "n", is_row=True, rows=tuning.tile_k, columns=hopper.ROWS),
+            Operand(dy, "m", columns=64),
+            Operand(weight_only.as_bits(scale), "n", shared_by=K // G),
+        ],
+        step,
+        lambda total, *_: total,
+        table=None if codebook is None else four_bits.table(codebook, dy.dtype),
+        scratch=plgpu.SMEM(
+            (2, tuning.tile_k, hopper.ROWS),
+            dy.dtype,
+            transforms=hopper.transforms(hopper.ROWS, dy.dtype),
+        ),
+        in_tensor_core=jnp.float32,
+        out_dtype=jnp.float32 if tuning.split_k > 1 else out_dtype,
+        sizes=(dy.shape[0], N, K),
+        tuning=tuning,
+        interpret=interpret,
+    )
+    return jnp.sum(parts, axis=0, dtype=jnp.float32).astype(out_dtype)[:M]
+
+
+def supports(
+    w_dtype: Any, dy_dtype: Any, K: int, N: int, group_size: int, scale_dtype: Any = jnp.bfloat16
+) -> str | None:
+    """Returns why the kernel cannot compute a product, or None if it can.
+
+    Example:
+      >>> supports("int4", "bfloat16", 4096, 4096, 128)
+      >>> supports("int4", "bfloat16", 4096, 4096, 16)
+      'groups of 16: it takes 32, 64 and multiples of 128'
+    """
+    if group_size == 16:
+        return f"groups of 16: it takes 32, 64 and multiples of {TILE_K}"
+    return weight_only.supports(w_dtype, dy_dtype, K, N, group_size, scale_dtype)

@@ -1,0 +1,74 @@
+"""Products with transposed weights agree with float64, and mutants of the kernel do not."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import hopper, reference, transposed
+from pallas_kernels.testing import ONE_ITEM, Laws
+from tests.pallas_kernels import test_weight_only as forward
+
+
+class TestTransposed(Laws):
+    formats: ClassVar = {
+        "int4 groups of 128": {"w": "int4", "group": 128},
+        "int4 groups of 32": {"w": "int4", "group": 32},
+        "int4 groups of 256": {"w": "int4", "group": 256},
+        "a codebook": {"w": "int4", "group": 64, "codebook": forward.LEVELS},
+        "powers of two": {"w": "int4", "group": 32, "codebook": forward.E2M1, "scale": "uint8"},
+        "int8 channels": {"w": "int8", "group": 256},
+    }
+    budget = 2.0**-9  # weights times scales are rounded to bfloat16, of 8 places
+
+    def make(self, M, K, N, seed=0, **format):
+        # `K` is contracted: the features of the weight.
+        arrays = forward.TestWeightOnly().make(M, N, K, seed, **format)
+        return arrays | {"x": jax.random.normal(jax.random.key(9), (M, K), arrays["x"].dtype)}
+
+    def run(self, arrays, *, tuning, interpret):
+        tuning = dataclasses.replace(tuning, tile_k=128, scale_on="weight")
+        arrays = dict(arrays)
+        return transposed.matmul(
+            arrays.pop("x"),
+            forward.in_order(arrays.pop("w")),
+            **arrays,
+            out_dtype=jnp.float32,
+            tuning=tuning,
+            interpret=interpret,
+        )
+
+    def exact(self, arrays):
+        n_inputs = arrays["w"].shape[1]
+        one = arrays | {"x": jnp.eye(n_inputs, dtype=arrays["x"].dtype)}
+        return np.asarray(arrays["x"], np.float64) @ forward.TestWeightOnly().exact(one).T
+
+    def test_the_reference_agrees_with_float64(self):
+        arrays = self.make(3, 5, 64, **self.formats["int4 groups of 32"])
+        dx = reference.transposed(arrays["x"], arrays["w"], arrays["scale"])
+        np.testing.assert_allclose(dx, self.exact(arrays), rtol=1e-4, atol=1e-4)
+
+    def test_weights_that_are_not_committed_are_a_race(self, monkeypatch):
+        monkeypatch.setattr(transposed.plgpu, "commit_smem", lambda: None)
+        arrays = self.make(8, 256, 256, w="int4", group=128)
+        assert self.error(arrays, ONE_ITEM["decode"])[1]
+
+    def test_the_scales_of_other_features_are_an_error(self, monkeypatch):
+        original = hopper.Operand.cut
+
+        def first(self, ref, tile, size):
+            return original(self, ref, 0 if self.shared_by > 1 else tile, size)
+
+        monkeypatch.setattr(hopper.Operand, "cut", first)
+        arrays = self.make(8, 256, 256, w="int4", group=128)
+        assert not self.error(arrays, ONE_ITEM["decode"])[0] <= 0.01
+
+    def test_refuses_what_it_cannot_compute(self):
+        arrays = self.make(8, 256, 256, w="int4", group=16)
+        with pytest.raises(ValueError, match="groups of 16"):
+            transposed.matmul(arrays["x"], arrays["w"], arrays["scale"])
