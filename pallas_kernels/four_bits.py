@@ -99,24 +99,26 @@ def _looked_up(word: Any, byte: int, lane: Any, table: Any) -> Any:
 
 
 def _converted(word: Any, upper: Any, byte: int, dtype: Any) -> Any:
-    """Returns two integers as floats.
+    """Returns two integers as floats."""
+    i32 = ir.IntegerType.get_signless(32)
+    return llvm.inline_asm(i32, [word, upper], assembly(byte, dtype), "=r,r,r")
+
+
+def assembly(byte: int, dtype: Any) -> str:
+    """Returns PTX that makes two floats, $0, of the two integers in a byte of a word.
 
     A code with its sign flipped, q + 8, is put below the bits of 2^7 (bfloat16) or 2^10 (float16),
     where the last place is 1; then 2^7 + 8 or 2^10 + 8 is subtracted.
+
+    Args:
+      byte: of the word $1; $2 is the same, 4 bits to the right.
     """
-    i32 = ir.IntegerType.get_signless(32)
-    name, magic = {"bfloat16": ("bf16x2", 0x43084308), "float16": ("f16x2", 0x64086408)}[dtype.name]
-    return llvm.inline_asm(
-        i32,
-        [word, upper],
-        f"""
-        {{
-        .reg .b32 codes, magic;
-        prmt.b32 codes, $1, $2, 0xF{byte + 4}F{byte};
-        lop3.b32 codes, codes, 0x000F000F, {magic:#x}, 0x6a;
-        mov.b32 magic, {magic:#x};
-        sub.{name} $0, codes, magic;
-        }}
-        """,
-        "=r,r,r",
-    )
+    magic = {"bfloat16": 0x43084308, "float16": 0x64086408}[jnp.dtype(dtype).name]
+    pair = {"bfloat16": "bf16x2", "float16": "f16x2"}[jnp.dtype(dtype).name]
+    return f"""{{
+.reg .b32 codes, magic;
+prmt.b32 codes, $1, $2, 0xF{byte + 4}F{byte};
+lop3.b32 codes, codes, 0x000F000F, {magic:#x}, 0x6a;
+mov.b32 magic, {magic:#x};
+sub.{pair} $0, codes, magic;
+}}"""

@@ -1,0 +1,78 @@
+"""Codes of 4 bits are decoded as the reference says, down to lanes, registers and PTX."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import four_bits
+from pallas_kernels.interleave import interleaved, of_int4, place
+from tests.pallas_kernels import ptx
+
+BYTES = np.arange(256, dtype=np.uint32)
+SIGNED = lambda codes: (codes.astype(np.int64) ^ 8) - 8
+
+
+@pytest.mark.parametrize("byte", range(4))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_assembly_converts_every_byte_in_every_place(dtype, byte):
+    words = (BYTES << 8 * byte) | (np.uint32(0x5A3C96E1) & ~np.uint32(0xFF << 8 * byte))
+    out = ptx.run(four_bits.assembly(byte, dtype), "$1", words, **{"$2": words >> 4})["$0"]
+    pairs = out.view(jnp.dtype(dtype)).astype(np.float64).reshape(-1, 2)
+    np.testing.assert_array_equal(pairs[:, 0], SIGNED(BYTES & 15))
+    np.testing.assert_array_equal(pairs[:, 1], SIGNED(BYTES >> 4))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_row_of_the_table_is_the_pair_of_a_byte_in_every_bank(dtype):
+    levels = np.random.default_rng(0).standard_normal(16)
+    words = np.asarray(four_bits.table(levels, dtype))
+    assert words.nbytes == four_bits.TABLE_BYTES
+    rounded = levels.astype(np.float32).astype(jnp.dtype(dtype))
+    pairs = np.ascontiguousarray(words.T).view(jnp.dtype(dtype)).reshape(four_bits.BANKS, 256, 2)
+    np.testing.assert_array_equal(pairs[..., 0], np.tile(rounded[BYTES & 15], (32, 1)))
+    np.testing.assert_array_equal(pairs[..., 1], np.tile(rounded[BYTES >> 4], (32, 1)))
+
+
+def _of_threads(a, layout):
+    """Returns [warps, lanes, registers, values of a register] of a fragmented array."""
+    for tile in layout.tiling.tiles:
+        head = a.ndim - len(tile)
+        split = [n for d, t in zip(a.shape[head:], tile, strict=True) for n in (d // t, t)]
+        a = a.reshape(*a.shape[:head], *split)
+        inner = range(head + 1, a.ndim, 2)
+        a = a.transpose(*range(head), *range(head, a.ndim, 2), *inner)
+    axis = lambda d: d % a.ndim
+    warps, lanes = [[axis(d) for d in dims] for dims in (layout.warp_dims, layout.lane_dims)]
+    vector = [axis(layout.vector_dim)]
+    others = [d for d in range(a.ndim) if d not in (*warps, *lanes, *vector)]
+    return a.transpose(*warps, *lanes, *others, *vector).reshape(4, 32, -1, a.shape[vector[0]])
+
+
+def test_every_lane_reads_the_codes_that_its_wgmma_takes():
+    """What `load` does with registers: byte b of a word becomes register [4 block + b, row]."""
+    R, C = 64, 128
+    inputs = np.arange(R * C).reshape(R, C)  # which weight a code is of
+    stored = np.empty_like(inputs)
+    first = np.asarray(interleaved(jnp.arange(C // 2)))  # byte of a row that is stored there
+    for half in (0, 1):
+        stored[:, half::2] = inputs[:, 2 * first + half]
+    read = _of_threads(stored, plgpu.Layout.WGMMA_UPCAST_4X.to_mgpu())  # [4, 32, 2 blocks, 8]
+    taken = _of_threads(inputs, plgpu.Layout.WGMMA.to_mgpu())  # [4, 32, registers, 2]
+    words = read.reshape(4, 32, C // 32, 2, 4, 2)  # block, row, byte, code
+    registers = taken.reshape(4, 32, C // 32, 4, 2, 2)  # block, byte, row, code
+    np.testing.assert_array_equal(words.swapaxes(3, 4), registers)
+
+
+def test_orders_are_one_another_s_inverse():
+    byte = jnp.arange(64)
+    np.testing.assert_array_equal(interleaved(byte)[place(byte)], byte)
+    w = jnp.asarray(np.random.default_rng(0).integers(-8, 8, (3, 64)), jnp.int4)
+    np.testing.assert_array_equal(of_int4(of_int4(w)), w)
+    for n, k in itertools.product(range(3), (0, 1, 2, 33)):
+        at = 2 * int(place(jnp.asarray(k // 2))) + k % 2
+        assert of_int4(w)[n, at] == w[n, k]
