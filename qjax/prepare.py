@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import interleave
+from pallas_kernels.triton import versions
 from pallas_kernels.tuning import TILE_K, TILE_N
 from qjax import numerics, packing
 from qjax.format import Format
@@ -159,6 +160,7 @@ def prepare(qparams: Any, device: Any = None) -> Any:
 
     Raises:
       ValueError: for a name that is not known.
+      RuntimeError: on a GPU of capability 8.x, if Triton or jax-triton are missing or too old.
 
     Example:
       >>> import qjax
@@ -195,7 +197,14 @@ def _capability(device: Any, names: dict[str, int]) -> int | None:
     if device.platform != "gpu":
         return None
     capability = int(str(getattr(device, "compute_capability", "0")).replace(".", ""))
-    return capability if capability == 90 or 80 <= capability < 90 else None
+    if not 80 <= capability <= 90:
+        return None
+    if capability < 90 and (why := versions.missing()):
+        raise RuntimeError(
+            f"the kernels for a GPU of capability {capability / 10} are in Triton: {why}. Without"
+            " `prepare`, plain JAX runs."
+        )
+    return capability
 
 
 def restore(qparams: Any) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from jax import export, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import qjax
+from pallas_kernels import h100
 from pallas_kernels.triton import versions
 from qjax.ampere import PreparedTriton, reason_against
 from qjax.ops import triton_dot
@@ -123,9 +126,6 @@ class _Stand:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_kernel_gets_operands_that_mean_the_weight(name, monkeypatch):
-    import sys
-    import types
-
     import pallas_kernels.triton as package
 
     stand = types.SimpleNamespace(matmul=_Stand.matmul)
@@ -202,3 +202,33 @@ def test_one_exported_program_has_the_kernel_and_runs_on_a_cpu(fmt):
     both = export.export(f, platforms=("cpu", "cuda"), disabled_checks=allowed)(x, *leaves)
     assert "triton_kernel_call_ffi" in both.mlir_module()
     np.testing.assert_array_equal(jax.jit(both.call)(x, *leaves), f(x, *leaves))
+
+
+@needs_triton
+@pytest.mark.h100
+def test_layers_of_a_stack_are_read_where_they_lie():
+    D = 2048
+
+    def layers(x, stack):
+        return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, stack)[0]
+
+    def make():
+        w = jnp.ones((3, D, D), jnp.bfloat16)
+        fmt = qjax.Format("int4", group_size=128, scale="bfloat16")
+        return qjax.prepare(quantize_array(w, fmt), "a100")
+
+    x = jax.ShapeDtypeStruct((4, D), jnp.bfloat16)
+    # For an H100, the one GPU that can be compiled for here: memory is planned alike for all.
+    program = h100.compile(qjax.apply(layers), x, jax.eval_shape(make))
+    assert "triton_kernel_call_ffi" in program.hlo
+    assert program.temporaries < D * D // 2  # less than the codes of one layer
+
+
+def test_a_gpu_without_triton_is_an_error_that_says_what_to_install(monkeypatch):
+    gpu = types.SimpleNamespace(platform="gpu", compute_capability="8.0")
+    tree = {"w": _weight("int4")}
+    monkeypatch.setattr(versions, "missing", lambda: "`pip install 'triton>=3.7'`")
+    with pytest.raises(RuntimeError, match=r"pip install 'triton.*plain JAX"):
+        qjax.prepare(tree, gpu)
+    monkeypatch.setattr(versions, "missing", lambda: None)
+    assert isinstance(qjax.prepare(tree, gpu)["w"], PreparedTriton)
