@@ -71,9 +71,9 @@ def test_a_layer_adds_its_codes_its_adapters_and_its_saved_input():
     assert layer < base / 4
     weights = 4 * (4 * 256 * 256 + 3 * 256 * 1024)  # in float32
     assert base < weights / 7.5
-    # The rest does not depend on the number of layers: it is one layer at work. XLA may have several
-    # of its products under way, so that is the floats of all its matrices once, and what its
-    # derivatives need of its tokens, of which the MLP's are the largest.
+    # The rest does not depend on the number of layers: it is one layer at work. XLA may have
+    # several of its products under way, so that is the floats of all its matrices once, and what
+    # its derivatives need of its tokens, of which the MLP's are the largest.
     hidden = 4 * TOKENS[0] * TOKENS[1] * 1024
     assert temp_few - few * layer < weights + 20 * hidden
 
