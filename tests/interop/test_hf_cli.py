@@ -13,7 +13,7 @@ from qjax.interop.gguf import open_gguf
 from qjax.models import Decoder, store
 from qjax.models.load import LoadedModel
 from qjax.models.store import save_model
-from tests.interop.hf_models import CONFIG, quantized, tree
+from tests.interop.hf_models import CONFIG, EXPERTS, quantized, tree, write_gpt_oss
 
 
 def command(*args, code=0):
@@ -138,3 +138,15 @@ def test_what_a_checkpoint_does_not_hold_is_noticed(checkpoints, tmp_path, monke
     said = command("convert", source, tmp_path / "m", "--to", "orbax", "--verify", code=2)
     assert "differed" in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect_shows_the_experts_of_gpt_oss(tmp_path):
+    write_gpt_oss(tmp_path / "m")
+    contents = json.loads(command("inspect", tmp_path / "m", "--json"))
+    assert contents["kind"] == "Hugging Face model (mxfp4)"
+    rows = {row["path"].rpartition(".")[2]: row for row in contents["tensors"]}
+    for name, shape in EXPERTS.items():
+        row = rows[name]
+        assert (tuple(row["shape"]), row["quantized"]) == (shape, True)
+        assert row["format"].startswith("e2m1 g32")
+        assert row["bits_per_weight"] == 4.25
