@@ -98,7 +98,8 @@ class TestWeightOnly(Laws):
     def test_scales_that_are_no_numbers_poison_their_outputs_alone(self):
         for name, bad in (("powers of two", 255), ("scales of e4m3", jnp.nan)):
             arrays = self.make(8, 128, 128, **self.formats[name])
-            smallest = 9 if name == "powers of two" else 2.0**-9
+            # Small, but normal in float32 as it is decoded: XLA flushes the others on a CPU.
+            smallest = 9 if name == "powers of two" else 2.0**-6
             arrays["scale"] = arrays["scale"].at[1, 5].set(bad).at[0, 7].set(smallest)
             with interpreter.interpreting():
                 y = self.run(arrays, tuning=_ON_WEIGHT, interpret=interpreter.PARAMS)
