@@ -167,7 +167,9 @@ def plan(
     why_not = h100.missing() if device == "h100" else f"only an H100's is here, not for {device}"
     if compiler and why_not:
         raise RuntimeError(f"no compiler: {why_not}.")
-    program = _Program(config, policy, device, devices, batch, context)
+    name = f"{config.num_layers} layers of {config.hidden_size}"
+    name = name if isinstance(model, ModelConfig) else model
+    program = _Program(name, config, policy, device, devices, batch, context)
     use = why_not is None if compiler is None else compiler
     return program.compiled() if use else program.computed()
 
@@ -195,6 +197,7 @@ def read_config(name: str) -> ModelConfig:
 class _Program:
     """One decode step, abstract."""
 
+    name: str
     config: ModelConfig
     policy: str | Policy | None
     device: str
@@ -256,11 +259,9 @@ class _Program:
         memory, bandwidth = DEVICES[self.device]
         # An embedding is looked up, not read.
         read = weights - (0 if self.config.tie_embeddings else _bytes(params["embed"]))
-        name = self.policy if isinstance(self.policy, str) else "bfloat16"
         values: dict[str, Any] = {
-            "model": f"{self.config.architecture} {self.config.num_layers} layers of"
-            f" {self.config.hidden_size}",
-            "policy": "policy" if isinstance(self.policy, Policy) else name,
+            "model": self.name,
+            "policy": "bfloat16" if self.policy is None else Policy.of(self.policy).name,
             "device": self.device, "devices": self.devices, "batch": self.batch,
             "context": self.context, "weights": weights, "cache": keys,
             "arguments": _bytes((params, cache, tokens)), "outputs": None, "temporaries": None,

@@ -24,6 +24,7 @@ def test_known_models_have_their_sizes():
     for name, billions in (("llama-3-8b", 8.03), ("llama-3-70b", 70.55)):
         got = plan(name, None, compiler=False)
         assert got.weights / 2 / 1e9 == pytest.approx(billions, abs=0.01)
+        assert str(got).startswith(f"{name}, bfloat16, 1 x h100, batch 1, context 1024")
 
 
 def test_bytes_are_those_of_the_weights():
