@@ -31,7 +31,7 @@ _DIGITS = 4
 _MAX_ROWS = 1 << 16
 # Tokens up to which bytes are the faster way. Groups make many short dots, which gain less.
 _MAX_TOKENS, _MAX_TOKENS_GROUPED = 128, 16
-_FEWEST_TOKENS_MATRIX = 16
+_FEWEST_TOKENS_MATRIX = 64
 # Shorter groups make shorter dots than that is worth.
 _SHORTEST_GROUP = 64
 
@@ -51,9 +51,10 @@ def is_faster(M: int, K: int, g: int, element: Element) -> bool:
 def beats_native(K: int, g: int, element: Element) -> range:
     """Returns the numbers of tokens for which it also beats the native kernel (`qjax.ops.native`).
 
-    That takes a matrix unit. Measured on an Intel Xeon with AMX, int8 per channel, 4096 x 4096, in
-    ms of both cores, native kernel and bytes: 8 tokens 2.9 and 3.1, 16 tokens 4.8 and 4.0, 128
-    tokens 30 and 18.
+    That takes a matrix unit. Measured on a busy Intel Xeon with AMX, int8 per channel: by time of
+    both cores, 4096 x 4096, from 16 tokens on (8: 2.9 ms native and 3.1, 16: 4.8 and 4.0, 128: 30
+    and 18); by the clock, 4096 x 11008, 16 tokens in bytes took 30 ms, of int4 in the native
+    kernel 19; 128 tokens 72 and 121. Hence from somewhere between.
     """
     is_plain = g >= K and not element.is_packed and "amx_int8" in cpu.features()
     if not is_plain or not is_faster(_FEWEST_TOKENS_MATRIX, K, K, element):

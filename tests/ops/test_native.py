@@ -267,13 +267,13 @@ def test_where_bytes_are_faster_they_are_multiplied(monkeypatch, has_matrix_unit
     monkeypatch.setattr(native.cpu, "has_int8_dot", lambda: True)
     fn = lambda w, x: x @ w
     int8, int4 = (quantize_array(normal(64, 48), Format(e)) for e in ("int8", "int4"))
-    for M in (1, 15, 16, 128, 129):
+    for M in (1, 63, 64, 128, 129):
         x = normal(M, 64)
-        assert holds_kernel(qjax.apply(fn), int8, x) == (not has_matrix_unit or not 16 <= M <= 128)
+        assert holds_kernel(qjax.apply(fn), int8, x) == (not has_matrix_unit or not 64 <= M <= 128)
         assert holds_kernel(qjax.apply(fn), int4, x)
     (use,) = qjax.explain(fn)(int8, normal(1, 64))
-    assert use.implementation.endswith("xla in bytes for 16 to 128 tokens") == has_matrix_unit
-    assert holds_kernel(qjax.apply(fn, implementation="native"), int8, normal(16, 64))
+    assert use.implementation.endswith("xla in bytes for 64 to 128 tokens") == has_matrix_unit
+    assert holds_kernel(qjax.apply(fn, implementation="native"), int8, normal(64, 64))
 
 
 # ---- building -----------------------------------------------------------------------------------
@@ -416,3 +416,13 @@ def test_a_cache_that_others_can_write_to_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     (tmp_path / "file").write_text("")
     assert native.cache_directory() is None
+
+
+def test_a_cache_that_cannot_be_written_is_a_reason(monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(native, "_found", native._found.__wrapped__)  # as in a new process
+    monkeypatch.setattr(native, "load", full)
+    monkeypatch.setattr(native, "compiler", lambda: ["c++"])
+    assert "No space left on device" in (native.why_not() or "")
