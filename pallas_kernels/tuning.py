@@ -77,7 +77,8 @@ def weight_only(
     Args:
       bits, out_bits: of a weight and of an output.
       table_bytes: of shared memory that a table takes.
-      scale_bits: of a scale. One of 8 times a weight of 4 is exact in the activation's type.
+      scale_bits: of a scale. One of 8 times a weight of 4 goes on the weight: exact in bfloat16 for
+        e2m1, one more rounding for other levels.
 
     Example:
       >>> weight_only(16, 4096, 4096)

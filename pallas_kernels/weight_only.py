@@ -103,8 +103,8 @@ def matmul(
     """Returns y[m, n] = sum_k x[m, k] * w[n, k] * scale[k // g, n], as `reference.weight_only`.
 
     Sums are float32. With `scale_on="accumulator"` products are exact; with "weight" every weight
-    is first rounded to x's type once more. That too is exact for scales of 8 bits with weights of
-    4, which it is taken for.
+    is first rounded to x's type once more. That is taken for scales of 8 bits with weights of 4; it
+    is exact for e2m1 in bfloat16.
 
     Args:
       x: [M, K] bfloat16 or float16.
