@@ -164,7 +164,7 @@ def test_a_dry_run_says_what_it_would_take(tiny, text, tmp_path):
     assert planned["weights"] == 14
     assert planned["levels"] == 8
     assert not out.exists()
-    assert "GB at the peak" in run(*args, "--no-eval", "--dry-run").stdout
+    assert "GB of arrays at the peak" in run(*args, "--no-eval", "--dry-run").stdout
 
 
 def test_overwrite_replaces(tiny, quantized, tmp_path):

@@ -56,7 +56,8 @@ class Plan:
         return (
             f"{self.weights} weights in {self.levels} levels, {self.tokens} tokens\n"
             f"about {_duration(self.seconds)} on this machine (Tflop: {flops})\n"
-            f"about {self.peak_bytes / 1e9:.2f} GB at the peak (GB: {sizes})"
+            f"about {self.peak_bytes / 1e9:.2f} GB of arrays at the peak (GB: {sizes}), besides"
+            " Python, XLA and its compiled programs"
         )
 
 
