@@ -163,12 +163,12 @@ def load(command: Sequence[str], flags: Sequence[str], directory: Path | None) -
       Unavailable: if the compiler fails, or what it makes cannot be loaded.
     """
     if directory is not None:
-        return _open(library(command, flags, directory))
+        return _open(built(command, flags, directory))
     with tempfile.TemporaryDirectory(prefix="qjax-") as temporary:
-        return _open(library(command, flags, Path(temporary)))
+        return _open(built(command, flags, Path(temporary)))
 
 
-def library(command: Sequence[str], flags: Sequence[str], directory: Path) -> Path:
+def built(command: Sequence[str], flags: Sequence[str], directory: Path) -> Path:
     """Returns the file that `load` loads, built if it is not there.
 
     A file appears under its final name when it is complete. That name holds the hash of its

@@ -353,17 +353,17 @@ def test_a_library_is_built_once_and_again_if_it_is_damaged(tmp_path, monkeypatc
     compiled = []
     compile_ = native._compile
     monkeypatch.setattr(native, "_compile", lambda *a: compiled.append(a) or compile_(*a))
-    library = functools.partial(native.library, native.compiler(), directory=tmp_path)
-    first = library(["-O0"])
+    build = functools.partial(native.built, native.compiler(), directory=tmp_path)
+    first = build(["-O0"])
     assert [p.name for p in tmp_path.iterdir()] == [first.name]
-    assert library(["-O0"]) == first
+    assert build(["-O0"]) == first
     assert len(compiled) == 1
     content = first.read_bytes()
     first.write_bytes(content[: len(content) // 2])
-    assert library(["-O0"]) == first
+    assert build(["-O0"]) == first
     assert first.read_bytes() == content
     assert len(compiled) == 2
-    assert library(["-O0", "-g0"]) != first  # made of something else
+    assert build(["-O0", "-g0"]) != first  # made of something else
 
 
 _OTHER_PROCESS = """
