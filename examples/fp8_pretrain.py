@@ -24,6 +24,7 @@ import typer
 
 from qjax import Policy, fp8
 from qjax.checkpoint import Resumable
+from qjax.evaluate import spread
 from qjax.models import Decoder, ModelConfig
 from qjax.texts import TEXTS, load_text
 
@@ -185,7 +186,7 @@ def main(
     if unknown := sorted(set(wanted) - set(RECIPES)):
         raise typer.BadParameter(f"no recipe is called {unknown[0]!r}, only {', '.join(RECIPES)}.")
     data, test = windows(text, length)
-    test = test[np.linspace(0, len(test) - 1, min(judged, len(test))).astype(int)]
+    test = spread(test, min(judged, len(test)))
     test = test[: max(1, len(test) // batch) * batch]
     config = ModelConfig(
         "llama", vocab_size=256, hidden_size=hidden, intermediate_size=hidden * 8 // 3 // 16 * 16,

@@ -20,11 +20,10 @@ from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import typer
 
 import qjax
-from qjax.evaluate import evaluate, split_windows
+from qjax.evaluate import evaluate, recorded, split_windows, spread
 from qjax.interop.gguf import open_gguf
 from qjax.models import load, load_gguf
 from qjax.models.gguf import policy, save_gguf
@@ -52,12 +51,11 @@ def main(
     loaded = load(model, scan_layers=False)  # layers differ in their types
     assert loaded.tokenizer is not None
 
-    def fn(params, tokens):
+    def fn(params, tokens) -> Any:
         return loaded.model.apply({"params": params}, tokens)
 
     pieces = split_windows(loaded.tokenizer.encode(load_text(calibration, "calibration")), length)
-    picked = pieces[np.linspace(0, len(pieces) - 1, samples).astype(int)]
-    batches = [jnp.asarray(b) for b in picked.reshape(-1, 4, length)]
+    batches = [jnp.asarray(b) for b in spread(pieces, samples).reshape(-1, 4, length)]
     test = split_windows(loaded.tokenizer.encode(load_text("wiki")), 1024, windows)
 
     setting = {
@@ -74,16 +72,7 @@ def main(
         if record["setting"] != setting:
             raise typer.BadParameter(f"{record_file} is of another setting: {record['setting']}.")
 
-    # The float model runs once over the evaluation text; its logits then serve every row.
-    run = jax.jit(fn)
-    known = {
-        "windows": jnp.asarray(test),
-        "logits": jnp.concatenate([run(loaded.params, t[None]) for t in test]),
-    }
-
-    def reference(known, tokens):
-        return known["logits"][jnp.argmax(jnp.all(known["windows"] == tokens, 1))][None]
-
+    reference = recorded(fn, loaded.params, test)
     for mix in mixes.split(","):
         for method in methods.split(","):
             name = f"{mix}-{method}"
@@ -95,7 +84,7 @@ def main(
             seconds = time.process_time() - start
             packed = load_gguf(path, packed=True)
             apply = qjax.apply(lambda p, t, m=packed.model: m.apply({"params": p}, t))
-            e = evaluate(apply, packed.params, test, reference=(reference, known))
+            e = evaluate(apply, packed.params, test, reference=reference)
             record["rows"][name] = {
                 "mix": mix,
                 "method": METHODS[method][0],

@@ -22,7 +22,7 @@ import typer
 
 import qjax
 from qjax import Format, Policy, Recipe, Rule
-from qjax.evaluate import evaluate, split_windows
+from qjax.evaluate import evaluate, recorded, split_windows, spread
 from qjax.models import load
 from qjax.texts import load_text
 
@@ -95,13 +95,12 @@ def main(
     loaded = load(model, scan_layers=True)
     assert loaded.tokenizer is not None
 
-    def fn(params, tokens):
+    def fn(params, tokens) -> Any:
         return loaded.model.apply({"params": params}, tokens)
 
     ids = loaded.tokenizer.encode(load_text(calibration, "calibration"))
     pieces = split_windows(ids, length)
-    picked = pieces[np.linspace(0, len(pieces) - 1, samples).astype(int)]
-    batches = [jnp.asarray(b) for b in picked.reshape(-1, 4, length)]
+    batches = [jnp.asarray(b) for b in spread(pieces, samples).reshape(-1, 4, length)]
     test = split_windows(loaded.tokenizer.encode(load_text("wiki")), 1024, windows)
 
     setting = {
@@ -116,16 +115,7 @@ def main(
         if record["setting"] != setting:
             raise typer.BadParameter(f"{out} is of another setting: {record['setting']}.")
 
-    # The float model runs once over the evaluation text; its logits then serve every row.
-    run = jax.jit(fn)
-    known = {
-        "windows": jnp.asarray(test),
-        "logits": jnp.concatenate([run(loaded.params, t[None]) for t in test]),
-    }
-
-    def reference(known, tokens):
-        return known["logits"][jnp.argmax(jnp.all(known["windows"] == tokens, 1))][None]
-
+    reference = recorded(fn, loaded.params, test)
     for name in names:
         if name in record["rows"]:
             continue
@@ -133,7 +123,7 @@ def main(
         start = time.process_time()
         qparams, notes = quantized(fn, loaded.params, chosen, batches)
         seconds = time.process_time() - start
-        e = evaluate(qjax.apply(fn), qparams, test, reference=(reference, known))
+        e = evaluate(qjax.apply(fn), qparams, test, reference=reference)
         totals = qjax.summary(qparams).totals
         record["rows"][name] = {
             "title": title,

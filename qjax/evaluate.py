@@ -120,6 +120,39 @@ def split_windows(
     return ids[: n * window].reshape(n, window)
 
 
+def spread(windows: Int[np.ndarray, "W T"], count: int) -> Int[np.ndarray, "n T"]:
+    """Returns `count` of the windows, evenly spread from the first to the last.
+
+    Example:
+      >>> spread(split_windows(range(10), window=2), 3)[:, 0]
+      array([0, 4, 8], dtype=int32)
+    """
+    return windows[np.linspace(0, len(windows) - 1, count).astype(int)]
+
+
+def recorded(fn: Logits, params: Any, windows: Int[np.ndarray, "W T"]) -> tuple[Logits, Any]:
+    """Returns a reference for `evaluate` that answers from logits of these windows, made once.
+
+    For several models that are judged on the same text: the logits of all windows [W, T, V] stay in
+    memory, and the reference does not run again.
+
+    Args:
+      fn, params: as for `evaluate`.
+      windows: those that it will be asked for; logits of others are NaN, which `evaluate` refuses.
+    """
+    run = jax.jit(fn)
+    known = {
+        "windows": jnp.asarray(windows),
+        "logits": jnp.concatenate([run(params, t[None]) for t in windows]),
+    }
+
+    def look_up(known, tokens):
+        found = jnp.all(known["windows"] == tokens, 1)
+        return jnp.where(jnp.any(found), known["logits"][jnp.argmax(found)], jnp.nan)[None]
+
+    return look_up, known
+
+
 def score(
     logits: Float[Array, "*b V"],
     targets: Int[Array, "*b"],

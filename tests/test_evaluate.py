@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qjax.evaluate import EvaluationError, evaluate, score, split_windows
+from qjax.evaluate import EvaluationError, evaluate, recorded, score, split_windows, spread
 
 V, T = 37, 16
 
@@ -52,6 +52,31 @@ def test_streaming_equals_one_batch(windows):
     assert e.delta_nll == pytest.approx(delta.mean(), rel=1e-5)
     assert e.delta_nll_se == pytest.approx(delta.std() / math.sqrt(delta.size), rel=1e-5)
     assert e.delta_nll == pytest.approx(e.nll - e.reference_nll, abs=1e-6)
+
+
+def test_recorded_logits_are_those_of_the_reference(windows):
+    reference = (bigram, table(0))
+    live, again = (
+        evaluate(bigram, table(1), windows, reference=r).to_dict()
+        for r in (reference, recorded(*reference, windows))
+    )
+    for e in (live, again):
+        del e["tokens_per_s"], e["reference_tokens_per_s"]
+    assert live == again
+
+
+def test_logits_that_were_not_recorded_are_refused(windows):
+    reference = recorded(bigram, table(0), windows[1:])
+    with pytest.raises(EvaluationError, match="the reference's logits of window 0 are NaN"):
+        evaluate(bigram, table(1), windows, reference=reference)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_windows_are_spread_over_the_text(windows, count):
+    picked = spread(windows, count)
+    assert picked.shape == (count, T)
+    np.testing.assert_array_equal(picked[0], windows[0])
+    np.testing.assert_array_equal(picked[-1], windows[0 if count == 1 else -1])
 
 
 def test_rows_of_the_vocabulary_are_scored_alike_in_any_number():

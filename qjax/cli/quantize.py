@@ -174,7 +174,8 @@ def calibration_batches(
 ) -> list[Any]:
     """Returns calibration tokens, in batches of four windows spread over the text."""
     import jax.numpy as jnp
-    import numpy as np
+
+    from qjax.evaluate import spread
 
     every = models.text_windows(source, name, text, window, None)
     if len(every) < windows:
@@ -182,9 +183,8 @@ def calibration_batches(
             f"the calibration text fills {len(every)} windows of {window} tokens, not {windows}."
             " Give a longer text, or ask for fewer with --calibration-windows."
         )
-    picked = every[np.linspace(0, len(every) - 1, windows).astype(int)]
     size = next(n for n in (4, 2, 1) if windows % n == 0 and windows // n > 1)
-    return [jnp.asarray(b) for b in picked.reshape(-1, size, window)]
+    return [jnp.asarray(b) for b in spread(every, windows).reshape(-1, size, window)]
 
 
 def _quantize_with_data(
