@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 from pallas_kernels.triton import packing as halves
 from pallas_kernels.triton.tuning import TILE_K, TILE_N
 from qjax import numerics, packing
-from qjax.prepare import Prepared
+from qjax.prepare import Prepared, fields_of
 from qjax.qtensor import QTensor
 
 # Names of devices for programs that are compiled elsewhere, and their compute capabilities.
@@ -51,7 +51,7 @@ class PreparedTriton(Prepared):
 
     def canonical(self) -> QTensor:
         data = canonical_codes(self.data, self.format.element, self.extra)
-        return QTensor(**_fields(self, data=data))
+        return QTensor(**fields_of(self, data=data))
 
     def codes_of_rows(self, rows: Int[Array, " i"]) -> Array:
         data = self.data[: self.canonical_shape[-1]]
@@ -102,12 +102,7 @@ def prepared(qt: QTensor, capability: int) -> PreparedTriton:
     data = jnp.pad(data, [(0, 0)] * len(lead) + [(0, extra[1]), (0, extra[0])])
     if bits == 4:
         data = halves.pack(data)
-    return PreparedTriton(**_fields(qt, data=data), extra=extra, capability=capability)
-
-
-def _fields(qt: QTensor, **changed: Any) -> dict[str, Any]:
-    values: dict[str, Any] = {f.name: getattr(qt, f.name) for f in dataclasses.fields(QTensor)}
-    return values | changed
+    return PreparedTriton(**fields_of(qt, data=data), extra=extra, capability=capability)
 
 
 def canonical_codes(data: Array, element: str, extra: tuple[int, int]) -> Array:

@@ -75,7 +75,7 @@ class Prepared(QTensor):
 
     def canonical(self) -> QTensor:
         data = canonical_codes(self.data, self.format.element, self.extra)
-        return QTensor(**_fields(self, data=data))
+        return QTensor(**fields_of(self, data=data))
 
     def stored_scale(self) -> tuple[Array, Float[Array, "*b"] | None] | None:
         """Returns scales [*b, G, C] that the kernel decodes and the factor of the product, or None.
@@ -224,10 +224,11 @@ def _prepared(qt: QTensor) -> Prepared:
     data = jnp.pad(data, padding)
     if qt.element.bits == 4:
         data = interleave.interleaved(data)
-    return Prepared(**_fields(qt, data=data), extra=extra)
+    return Prepared(**fields_of(qt, data=data), extra=extra)
 
 
-def _fields(qt: QTensor, **changed: Any) -> dict[str, Any]:
+def fields_of(qt: QTensor, **changed: Any) -> dict[str, Any]:
+    """Returns what a QTensor is made of, with changes."""
     values: dict[str, Any] = {f.name: getattr(qt, f.name) for f in dataclasses.fields(QTensor)}
     return values | changed
 
