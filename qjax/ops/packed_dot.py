@@ -24,13 +24,13 @@ from jaxtyping import Array, Float
 from pallas_kernels.tuning import TILE_K, TILE_N
 from qjax import _compat, ampere, numerics, packing, qtensor
 from qjax.format import Format
-from qjax.ops import activation, blocked, digits, native, triton_dot
-from qjax.prepare import Prepared, canonical_codes, kernel_codes, offsets, reason_against
+from qjax.ops import activation, blocked, digits, mosaic_dot, native, triton_dot
+from qjax.ops.mosaic_dot import KERNEL_ACTIVATIONS
+from qjax.prepare import Prepared, canonical_codes, reason_against
 from qjax.qtensor import QTensor
 
 IMPLEMENTATIONS = ("reference", "xla", "native", "mosaic", "triton")
 _LAYOUTS = ("mosaic", "triton")  # those that take weights of a layout of their own
-KERNEL_ACTIVATIONS = ("bfloat16", "float16")  # types of x that the GPU kernels take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,7 +323,7 @@ def _local(x, data, scale, *zero, spec: Spec, platform: str | None):
 def _one(x, data, scale, zero=None, *, spec: Spec, is_stacked: bool, platform: str | None = None):
     if spec.extra is not None:
         return _prepared(x, data, scale, zero, spec, is_stacked, platform)
-    scale = _read(scale)
+    scale = mosaic_dot.read(scale)
     if spec.format.activation is not None and not spec.transposed:
         return _activation_quantized(x, data, scale, spec)
     if spec.implementation == "reference":
@@ -333,11 +333,6 @@ def _one(x, data, scale, zero=None, *, spec: Spec, is_stacked: bool, platform: s
     y = y.astype(spec.out_dtype)
     # Each shard's sum is rounded to the output type, as XLA does for a sharded float dot.
     return lax.psum(y, spec.summed_over) if spec.summed_over else y
-
-
-def _read(scale: Array) -> Float[Array, "G C"]:
-    """Returns scales in float32, those of 8 bits as `Prepared.stored_scale` gives them."""
-    return numerics.read_scale(scale, "e8m0" if scale.dtype == jnp.uint8 else "float32")
 
 
 def _prepared(x, data, scale, zero, spec: Spec, is_stacked: bool, platform: str | None):
@@ -355,11 +350,7 @@ def _prepared(x, data, scale, zero, spec: Spec, is_stacked: bool, platform: str 
     is_quantized = fmt.activation is not None and not spec.transposed
     why = _against_transposed(fmt, spec.capability) if spec.transposed else None
     has_kernel = why is None and (is_quantized or x.dtype.name in KERNEL_ACTIVATIONS)
-    kernel = _mosaic_quantized if is_quantized else _mosaic
-    if spec.transposed:
-        kernel = _mosaic_transposed
-    if spec.capability is not None:
-        kernel = _triton
+    kernel = _mosaic if spec.capability is None else _triton
     if spec.implementation in _LAYOUTS:
         asked = f'implementation="{spec.implementation}"'
         if why is not None:
@@ -383,79 +374,6 @@ def _prepared(x, data, scale, zero, spec: Spec, is_stacked: bool, platform: str 
     return lax.psum(y, spec.summed_over) if spec.summed_over else y
 
 
-def _mosaic(x, data, scale, zero=None, *, spec: Spec):
-    """Returns x @ W by the Hopper kernel, whose weight has neither zero points nor offsets.
-
-    They are a product of their own with the sums of x over groups, xs [M, G]:
-    sum_k x[m, k] * (code[k, n] * scale[g, n] + b[g, n]) = kernel + sum_g xs[m, g] * b[g, n]
-    """
-    from pallas_kernels import weight_only  # brings in Mosaic GPU, which few programs need
-
-    assert spec.extra is not None
-    data, padded, b, codebook = _kernel_weight(data, scale, zero, x.dtype, spec)
-    (M, K), (N_, K_) = x.shape, data.shape
-    x = jnp.pad(x, ((0, 0), (0, K_ - K)))
-    is_last = b is None and spec.out_dtype in KERNEL_ACTIVATIONS
-    out_dtype = spec.out_dtype if is_last else jnp.float32
-    y = weight_only.matmul(x, data, padded, codebook=codebook, out_dtype=out_dtype)
-    y = y[:, : N_ - spec.extra[1]]
-    if b is not None:
-        sums = jnp.sum(x.reshape(M, padded.shape[0], -1).astype(jnp.float32), axis=-1)
-        y = y + jnp.dot(sums[:, : b.shape[0]], b, precision=lax.Precision.HIGHEST)
-    return y.astype(spec.out_dtype)
-
-
-def _mosaic_transposed(dy, data, scale, zero=None, *, spec: Spec):
-    """Returns dy @ Wᵀ by the Hopper kernel; offsets b are a product of their own, as in `_mosaic`.
-
-    sum_n dy[m, n] * (code[k, n] * scale[g, n] + b[g, n]) = kernel + sum_n dy[m, n] * b[g, n]
-    """
-    from pallas_kernels import transposed
-
-    data, padded, b, codebook = _kernel_weight(data, scale, zero, dy.dtype, spec)
-    N_, K_ = data.shape
-    assert spec.extra is not None
-    K, N = K_ - spec.extra[0], dy.shape[1]
-    is_last = b is None and spec.out_dtype in KERNEL_ACTIVATIONS
-    out_dtype = spec.out_dtype if is_last else jnp.float32
-    padded_dy = jnp.pad(dy, ((0, 0), (0, N_ - N)))
-    dx = transposed.matmul(padded_dy, data, padded, codebook=codebook, out_dtype=out_dtype)[:, :K]
-    if b is not None:
-        of_groups = jnp.dot(dy.astype(jnp.float32), b.T, precision=lax.Precision.HIGHEST)
-        dx = dx + jnp.repeat(of_groups, K_ // padded.shape[0], axis=1)[:, :K]
-    return dx.astype(spec.out_dtype)
-
-
-def _kernel_weight(data, scale, zero, x_dtype, spec: Spec) -> tuple[Any, ...]:
-    """Returns what the weight-only kernels take: codes, scales, and their codebook or None.
-
-    And third, offsets b [G, N] of every group, which they do not add, or None.
-    """
-    fmt, extra, element = spec.format, spec.extra, spec.element
-    assert extra is not None
-    data = kernel_codes(data, fmt.element)
-    N_, K_ = data.shape
-    G, N = scale.shape[0], N_ - extra[1]
-    g = K_ if G == 1 else fmt.group_size
-    assert g is not None
-    # As it is stored: XLA takes this cast and the one that made it float32 for none.
-    stored = scale.dtype
-    if scale.dtype == jnp.uint8 and x_dtype != jnp.bfloat16:  # not all are float16
-        scale, stored = _read(scale), jnp.float32
-    if isinstance(fmt.scale, str) and fmt.scale in ("bfloat16", "float16"):
-        stored = fmt.scale
-
-    def wide(a):  # a scale of many columns, for each of them
-        return jnp.repeat(a, fmt.group_columns or N, axis=-1)[:, :N] if a.shape[-1] != N else a
-
-    scale = wide(scale)
-    b = offsets(
-        fmt.element, scale, None if zero is None else wide(zero), is_offset=fmt.offset is not None
-    )
-    padded = jnp.pad(scale, ((0, K_ // g - G), (0, N_ - N))).astype(stored)
-    return data, padded, b, element.levels if element.kind == "table" else None
-
-
 def _against_transposed(fmt: Format, capability: int | None) -> str | None:
     """Returns why no GPU kernel computes x @ Wᵀ with a prepared weight, or None."""
     if capability is not None:
@@ -463,30 +381,16 @@ def _against_transposed(fmt: Format, capability: int | None) -> str | None:
     return "in groups of 16" if fmt.group_size == 16 else None
 
 
-def _mosaic_quantized(x, data, scale, *, spec: Spec):
-    """Returns s_x * (xq @ W) by the Hopper kernel for operands of 8 bits.
-
-    One scale of 128 x 128 weights is read as 128 scales, one for every output feature.
-    """
-    from pallas_kernels import eight_bit
-
-    fmt, extra = spec.format, spec.extra
-    assert extra is not None
-    xq, sx = _quantized_tokens(x, spec)
-    data = kernel_codes(data, fmt.element)
-    (M, K), (N_, K_) = x.shape, data.shape
-    N = N_ - extra[1]
-    groups = K_ // TILE_K if scale.shape[0] > 1 else 1
-    scale = blocked.per_column(scale, N, fmt.group_columns or N)
-    scale = jnp.pad(scale, ((0, groups - scale.shape[0]), (0, N_ - N)))
-    y = eight_bit.matmul(
-        jnp.pad(xq, ((0, 0), (0, K_ - K))),
-        data,
-        jnp.broadcast_to(sx, (M, groups)),
-        scale,
-        out_dtype=spec.out_dtype,
-    )
-    return y[:, :N]
+def _mosaic(x, data, scale, zero=None, *, spec: Spec):
+    """Returns x @ W or x @ Wᵀ by the Hopper kernels."""
+    options: dict[str, Any] = {
+        "format": spec.format, "extra": spec.extra, "out_dtype": spec.out_dtype
+    }  # fmt: skip
+    if spec.transposed:
+        return mosaic_dot.transposed(x, data, scale, zero, **options)
+    if spec.format.activation is not None:
+        return mosaic_dot.quantized(*_quantized_tokens(x, spec), data, scale, **options)
+    return mosaic_dot.weight_only(x, data, scale, zero, **options)
 
 
 def _triton(x, data, scale, zero=None, *, spec: Spec):

@@ -1,0 +1,152 @@
+"""Products of prepared weights by the Hopper kernels: from a format to the kernels' operands.
+
+Weights are the `data` of a `Prepared`, `extra` what was added to its K and N; scales [G, C] are
+float32 or as `Prepared.stored_scale` gives them, zero points (or offsets) [G, C] float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float
+
+from pallas_kernels.tuning import TILE_K
+from qjax import numerics
+from qjax.format import Format
+from qjax.ops import blocked
+from qjax.prepare import kernel_codes, offsets
+
+KERNEL_ACTIVATIONS = ("bfloat16", "float16")  # types of x that the weight-only kernels take
+
+
+def weight_only(
+    x: Array,
+    data: Array,
+    scale: Array,
+    zero: Array | None,
+    *,
+    format: Format,
+    extra: tuple[int, int],
+    out_dtype: Any,
+) -> Array:
+    """Returns x @ W by the Hopper kernel, whose weight has neither zero points nor offsets.
+
+    They are a product of their own with the sums of x over groups, xs [M, G]:
+    sum_k x[m, k] * (code[k, n] * scale[g, n] + b[g, n]) = kernel + sum_g xs[m, g] * b[g, n]
+    """
+    from pallas_kernels import weight_only as kernel  # needs Mosaic GPU, which few programs do
+
+    data, padded, b, codebook = _weight(data, scale, zero, x.dtype, format, extra)
+    (M, K), (N_, K_) = x.shape, data.shape
+    x = jnp.pad(x, ((0, 0), (0, K_ - K)))
+    is_last = b is None and jnp.dtype(out_dtype).name in KERNEL_ACTIVATIONS
+    summed = out_dtype if is_last else jnp.float32
+    y = kernel.matmul(x, data, padded, codebook=codebook, out_dtype=summed)
+    y = y[:, : N_ - extra[1]]
+    if b is not None:
+        sums = jnp.sum(x.reshape(M, padded.shape[0], -1).astype(jnp.float32), axis=-1)
+        y = y + jnp.dot(sums[:, : b.shape[0]], b, precision=lax.Precision.HIGHEST)
+    return y.astype(out_dtype)
+
+
+def transposed(
+    dy: Array,
+    data: Array,
+    scale: Array,
+    zero: Array | None,
+    *,
+    format: Format,
+    extra: tuple[int, int],
+    out_dtype: Any,
+) -> Array:
+    """Returns dy @ Wᵀ by the Hopper kernel. Offsets b, as above, are a product of their own.
+
+    sum_n dy[m, n] * (code[k, n] * scale[g, n] + b[g, n]) = kernel + sum_n dy[m, n] * b[g, n]
+    """
+    from pallas_kernels import transposed as kernel
+
+    data, padded, b, codebook = _weight(data, scale, zero, dy.dtype, format, extra)
+    N_, K_ = data.shape
+    K, N = K_ - extra[0], dy.shape[1]
+    is_last = b is None and jnp.dtype(out_dtype).name in KERNEL_ACTIVATIONS
+    summed = out_dtype if is_last else jnp.float32
+    padded_dy = jnp.pad(dy, ((0, 0), (0, N_ - N)))
+    dx = kernel.matmul(padded_dy, data, padded, codebook=codebook, out_dtype=summed)[:, :K]
+    if b is not None:
+        of_groups = jnp.dot(dy.astype(jnp.float32), b.T, precision=lax.Precision.HIGHEST)
+        dx = dx + jnp.repeat(of_groups, K_ // padded.shape[0], axis=1)[:, :K]
+    return dx.astype(out_dtype)
+
+
+def _weight(
+    data: Array, scale: Array, zero: Array | None, x_dtype: Any, format: Format,
+    extra: tuple[int, int],
+) -> tuple[Any, ...]:  # fmt: skip
+    """Returns what the weight-only kernels take: codes, scales, and their codebook or None.
+
+    And third, offsets b [G, N] of every group, which they do not add, or None.
+    """
+    element = numerics.get_element(format.element)
+    data = kernel_codes(data, format.element)
+    N_, K_ = data.shape
+    G, N = scale.shape[0], N_ - extra[1]
+    g = K_ if G == 1 else format.group_size
+    assert g is not None
+    # As it is stored: XLA takes this cast and the one that made it float32 for none.
+    stored = scale.dtype
+    if scale.dtype == jnp.uint8 and x_dtype != jnp.bfloat16:  # not all are float16
+        scale, stored = read(scale), jnp.float32
+    if isinstance(format.scale, str) and format.scale in ("bfloat16", "float16"):
+        stored = format.scale
+
+    def wide(a):  # a scale of many columns, for each of them
+        return jnp.repeat(a, format.group_columns or N, axis=-1)[:, :N] if a.shape[-1] != N else a
+
+    scale = wide(scale)
+    zero = None if zero is None else wide(zero)
+    b = offsets(format.element, scale, zero, is_offset=format.offset is not None)
+    padded = jnp.pad(scale, ((0, K_ // g - G), (0, N_ - N))).astype(stored)
+    return data, padded, b, element.levels if element.kind == "table" else None
+
+
+def quantized(
+    xq: Array,
+    step: Array,
+    data: Array,
+    scale: Array,
+    *,
+    format: Format,
+    extra: tuple[int, int],
+    out_dtype: Any,
+) -> Array:
+    """Returns step * (xq @ W) by the Hopper kernel for operands of 8 bits.
+
+    One scale of 128 x 128 weights is read as 128 scales, one for every output feature.
+
+    Args:
+      xq: [M, K] int8 or e4m3.
+      step: [M, 1], or anything that broadcasts to it.
+    """
+    from pallas_kernels import eight_bit as kernel
+
+    data = kernel_codes(data, format.element)
+    (M, K), (N_, K_) = xq.shape, data.shape
+    N = N_ - extra[1]
+    groups = K_ // TILE_K if scale.shape[0] > 1 else 1
+    scale = blocked.per_column(scale, N, format.group_columns or N)
+    scale = jnp.pad(scale, ((0, groups - scale.shape[0]), (0, N_ - N)))
+    y = kernel.matmul(
+        jnp.pad(xq, ((0, 0), (0, K_ - K))),
+        data,
+        jnp.broadcast_to(step, (M, groups)),
+        scale,
+        out_dtype=out_dtype,
+    )
+    return y[:, :N]
+
+
+def read(scale: Array) -> Float[Array, "G C"]:
+    """Returns scales in float32, those of 8 bits as `Prepared.stored_scale` gives them."""
+    return numerics.read_scale(scale, "e8m0" if scale.dtype == jnp.uint8 else "float32")
