@@ -18,6 +18,7 @@ from jax.extend.core import Primitive
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 __all__ = [
+    "FUSES_ROWS",
     "ExtendedDType",
     "Primitive",
     "ShapedArray",
@@ -45,6 +46,10 @@ __all__ = [
     "without_mesh",
 ]
 
+
+# Whether XLA for CPUs fuses rows that are dequantized, multiplied and added with one another; before
+# 0.12 it writes the float rows to memory first.
+FUSES_ROWS = jax.__version_info__ >= (0, 12)
 
 ShapedArray = _core.ShapedArray
 ExtendedDType = _dtypes.ExtendedDType

@@ -13,7 +13,8 @@ in float32. What is fast on XLA's CPU backend decides how:
 
 * One token (M = 1) is a sum over rows. XLA fuses neither a dot nor a reduction with the
   dequantization, but it does fuse elementwise code, so a few rows are multiplied and added by hand;
-  the partial sums that remain to be reduced are 1/16 of W.
+  the partial sums that remain to be reduced are 1/16 of W. (From JAX 0.12 on; before, one token
+  takes the general way.)
 * A few more tokens with integer codes are products of bytes, where the CPU has them: see `digits`.
 * Else a block of rows that stays in the cache is dequantized and multiplied, in a `lax.scan`.
 * The codes of a byte are neighbours along K. To interleave them again costs a pass over the block;
@@ -33,6 +34,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from qjax._compat import FUSES_ROWS
 from qjax.numerics import Element
 from qjax.ops import cpu, digits
 from qjax.packing import unit
@@ -94,7 +96,7 @@ def matmul(
     )
     bias = _bias(scale, zero, offset, element)
     chunk = _chunk(g, element)
-    if M == 1 or M / chunk <= _PARTIAL_SUMS:
+    if FUSES_ROWS and (M == 1 or M / chunk <= _PARTIAL_SUMS):
         return _few_rows(x.astype(jnp.float32), data, scale, bias, element, g, chunk)
     if in_bytes and digits.is_faster(M, K, g, element):
         y = digits.matmul(x, data, scale, element=element, g=g)

@@ -10,7 +10,6 @@ from jax import lax
 
 import qjax
 from qjax import Format, Policy, Rule
-from qjax.ops import native
 
 
 def float_arrays(jaxpr, found=None):
@@ -47,8 +46,6 @@ COMMON = [
 @pytest.mark.parametrize("M", [1, 8, 64])
 @pytest.mark.parametrize("fmt", COMMON, ids=str)
 def test_no_float_array_of_the_weight_s_size(M, fmt):
-    if M == 1 and jax.__version_info__ < (0, 12) and native.why_not() is not None:
-        pytest.skip("for one token in plain JAX, XLA of JAX 0.11 makes the float weight")
     K = N = 2048
     w, x = shapes(K, N, fmt), jax.ShapeDtypeStruct((M, K), jnp.float32)
     fn = qjax.apply(lambda w, x: x @ w)
