@@ -47,8 +47,8 @@ __all__ = [
 ]
 
 
-# Whether XLA for CPUs fuses rows that are dequantized, multiplied and added with one another; before
-# 0.12 it writes the float rows to memory first.
+# Whether XLA for CPUs fuses rows that are dequantized, multiplied and added with one another; that
+# of JAX before 0.12 writes the float rows to memory first.
 FUSES_ROWS = jax.__version_info__ >= (0, 12)
 
 ShapedArray = _core.ShapedArray
