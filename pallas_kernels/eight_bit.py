@@ -125,6 +125,7 @@ def matmul(
         scaled if in_epilogue else lambda total, *_: total,
         whole=(w_scale, rows_of_x) if in_epilogue else (),
         in_tensor_core=None if has_groups else total_dtype,
+        loads_blocks=has_groups,
         out_dtype=part_dtype,
         sizes=(x.shape[0], K, N),
         tuning=tuning,

@@ -97,6 +97,7 @@ def product(
     table: Array | None = None,
     scratch: Any = None,
     in_tensor_core: Any = None,
+    loads_blocks: bool = True,
     out_dtype: Any,
     sizes: tuple[int, int, int],
     tuning: Tuning,
@@ -113,6 +114,8 @@ def product(
       table: an array that every CTA first copies to shared memory.
       scratch: shared memory of a warpgroup, its first axis of size 2 taken away.
       in_tensor_core: None: `total` is a float32 value; or the type of the accumulator that it is.
+      loads_blocks: whether `step` loads blocks into registers and does not itself end with
+        `commit_smem`. What only a wgmma reads needs no fence before TMA overwrites it.
       sizes: (M, K, N), multiples of the tiles.
     """
     (M, K, N), tile_m, split = sizes, tuning.tile_m, tuning.split_k
@@ -194,7 +197,12 @@ def product(
 
                 def body(_, *blocks):
                     work = [ref.at[wg] for ref in own_scratch]
-                    return step(*blocks[:-1], *tables, *work, rows, blocks[-1])
+                    total = step(*blocks[:-1], *tables, *work, rows, blocks[-1])
+                    if loads_blocks:
+                        # Loads go through the generic proxy, the TMA that next writes this buffer
+                        # through the async one: a barrier alone does not order them.
+                        plgpu.commit_smem()
+                    return total
 
                 tile = {"n": n, "m": m}
                 cut = lambda o, ref: o.cut(ref, tile[o.of], size[o.of])

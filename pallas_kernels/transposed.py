@@ -87,6 +87,7 @@ def matmul(
             transforms=hopper.transforms(hopper.ROWS, dy.dtype),
         ),
         in_tensor_core=jnp.float32,
+        loads_blocks=False,  # it commits after its loads
         out_dtype=jnp.float32 if tuning.split_k > 1 else out_dtype,
         sizes=(dy.shape[0], N, K),
         tuning=tuning,
