@@ -14,7 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import qjax
 from pallas_kernels import h100, interpreter
-from qjax.ops.packed_dot import _local, packed_dot, packed_dot_p
+from qjax.ops.dispatch import compute
+from qjax.ops.packed_dot import packed_dot, packed_dot_p
 from qjax.prepare import Prepared, reason_against
 from qjax.qtensor import dequantize_rows, quantize_array
 from qjax.sharding import shardings_of
@@ -169,7 +170,7 @@ def _by_the_kernel(x, prepared, **options):
 
     # Not a lowered program: the interpreter calls back into Python, which that cannot.
     def bind(*args, spec):
-        return _local(*args, spec=spec, platform="cuda")
+        return compute(*args, spec=spec, platform="cuda")
 
     with (
         mock.patch.object(packed_dot_p, "bind", bind),

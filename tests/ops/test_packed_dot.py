@@ -10,8 +10,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qjax.format import Format
-from qjax.ops import packed_dot as module
+from qjax.ops import partitioning
 from qjax.ops.packed_dot import packed_dot
+from qjax.ops.spec import Spec
 from qjax.qtensor import dequantize_canonical, quantize_array
 from qjax.sharding import shardings_of
 
@@ -142,9 +143,9 @@ def test_the_sharding_rule_names_shared_factors():
     def rule(fmt, K=64, N=48, transposed=False):
         qt = jax.eval_shape(lambda: quantize_array(jnp.zeros((K, N)), fmt))
         scale = jax.ShapeDtypeStruct(fmt.groups(K, N), jnp.float32)
-        spec = module.Spec(qt.format, qt.pad, transposed, "float32", None)
+        spec = Spec(qt.format, qt.pad, transposed, "float32", None)
         x = jax.ShapeDtypeStruct((5, N if transposed else K), jnp.float32)
-        return module._rule(module._shapes(spec, x, qt.data, scale, False), transposed)
+        return partitioning.rule(partitioning.shapes_of(spec, x, qt.data, scale, False), transposed)
 
     # 4 groups of 16: K = 4 x 16, 32 packed rows = 4 x 8.
     assert rule(Format("int4", 16)) == ("m0 (k p), (k r) n, k n -> m0 n", {"p": 16, "r": 8})
