@@ -35,7 +35,7 @@ class Operand:
 
     Attributes:
       array: [N, K] or [M, K]; or, with `is_row`, [R, N] or [R, M] with a row for some inputs. In a
-        transposed product N are the inputs and K the features.
+        transposed product N are the inputs and K the features. Of experts a stack of such arrays.
       of: "n" for output features, "m" for tokens.
       is_row: whether K, or what stands for it, is the first axis.
       rows: with `is_row`, rows in a block.
@@ -43,6 +43,8 @@ class Operand:
       columns: without `is_row`, inputs that are contiguous in a tile in shared memory; the kernel
         can cut the tile there. With it, the same of features; None: rows lie one after another.
       shared_by: without `is_row`, features or tokens that share a row.
+      packed: None: an input is an element of the array; or its bits, where they are less than a
+        byte of the array has.
     """
 
     array: Array
@@ -52,11 +54,13 @@ class Operand:
     steps_per_row: int = 1
     columns: int | None = None
     shared_by: int = 1
+    packed: int | None = None
 
     def block_spec(self, size: int, tile_k: int, first: Any) -> Any:
         shape, index = (self.rows, size), lambda k: ((first + k) // self.steps_per_row, 0)
         if not self.is_row:
-            shape, index = (max(1, size // self.shared_by), tile_k), lambda k: (0, first + k)
+            width = tile_k if self.packed is None else tile_k * self.packed // 8
+            shape, index = (max(1, size // self.shared_by), width), lambda k: (0, first + k)
         tiling = () if self.columns is None else transforms(self.columns, self.array.dtype)
         return plgpu.BlockSpec(shape, index, transforms=tiling, memory_space=plgpu.SMEM)
 
@@ -98,6 +102,7 @@ def product(
     scratch: Any = None,
     in_tensor_core: Any = None,
     loads_blocks: bool = True,
+    experts: Array | None = None,
     out_dtype: Any,
     sizes: tuple[int, int, int],
     tuning: Tuning,
@@ -116,6 +121,8 @@ def product(
       in_tensor_core: None: `total` is a float32 value; or the type of the accumulator that it is.
       loads_blocks: whether `step` loads blocks into registers and does not itself end with
         `commit_smem`. What only a wgmma reads needs no fence before TMA overwrites it.
+      experts: None; or int32 [M / tile_m + 1]: of each tile of tokens its expert, the index into
+        stacked operands; and last how many tiles there are. What follows them is not computed.
       sizes: (M, K, N), multiples of the tiles.
     """
     (M, K, N), tile_m, split = sizes, tuning.tile_m, tuning.split_k
@@ -139,6 +146,7 @@ def product(
     def kernel(*refs):
         refs = list(refs)
         ins, extra = [refs.pop(0) for _ in operands], [refs.pop(0) for _ in whole]
+        expert_of = None if experts is None else refs.pop(0)
         source = None if table is None else refs.pop(0)
         out, out_smem = refs.pop(0), refs.pop(0)
         own_scratch = () if scratch is None else (refs.pop(0),)
@@ -157,16 +165,28 @@ def product(
         def ignore(*_, **__):
             pass
 
+        def of_expert(tile):
+            if expert_of is None:
+                return ins
+            expert = expert_of[tile]
+            rows = [o.array.shape[1] if o.array.ndim == 3 else None for o in operands]
+            return [
+                ref if n is None else ref.at[pl.ds(expert * n, n)]
+                for ref, n in zip(ins, rows, strict=True)
+            ]
+
+        m_tiles = M // tile_m if expert_of is None else expert_of[M // tile_m]
+
         @functools.partial(
             pl.run_scoped,
-            buffers=pipeline(ignore, ignore).get_allocations(*ins),
+            buffers=pipeline(ignore, ignore).get_allocations(*of_expert(0)),
             collective_axes="wg",
         )
         def _(buffers):
             wg = lax.axis_index("wg")
             rows = pl.ds(wg * ROWS, ROWS)
 
-            @plgpu.nd_loop((N // TILE_N, split, M // tile_m), collective_axes="sm")
+            @plgpu.nd_loop((N // TILE_N, split, m_tiles), collective_axes="sm")
             def _(item):
                 n, part, m = item.index
                 own = pl.ds(n * TILE_N + wg * ROWS, ROWS)
@@ -206,7 +226,9 @@ def product(
 
                 tile = {"n": n, "m": m}
                 cut = lambda o, ref: o.cut(ref, tile[o.of], size[o.of])
-                pipeline(body, context, part)(*map(cut, operands, ins), allocations=buffers)
+                pipeline(body, context, part)(
+                    *map(cut, operands, of_expert(m)), allocations=buffers
+                )
 
         plgpu.wait_smem_to_gmem(0)
 
@@ -225,4 +247,6 @@ def product(
         ],
         interpret=interpret,
     )
-    return call(*[o.array for o in operands], *whole, *([] if table is None else [table]))
+    arrays = [o.array.reshape(-1, o.array.shape[-1]) for o in operands]
+    rest = [a for a in (experts, table) if a is not None]
+    return call(*arrays, *whole, *rest)

@@ -71,3 +71,18 @@ def eight_bit(
     x = x.astype(jnp.float32) * jnp.repeat(x_scale.astype(jnp.float32), g, axis=1)
     y = jnp.dot(x, w.astype(jnp.float32).T * wide, precision=lax.Precision.HIGHEST)
     return y.astype(out_dtype)
+
+
+def experts(x: Array, w: Array, scale: Array, group_sizes: Array, **options: Any) -> Array:
+    """Returns y[m] = x[m] @ W[expert of m] for tokens sorted by expert; 0 for those without one.
+
+    Args:
+      x: [M, K] activations.
+      w: [E, N, K], scale: [E, G, N] and **options: as for `weight_only`.
+      group_sizes: [E], how many tokens each expert has.
+    """
+    y = jnp.stack([weight_only(x, w[e], scale[e], **options) for e in range(w.shape[0])])
+    ends = jnp.cumsum(group_sizes)
+    token = jnp.arange(x.shape[0])
+    own = jnp.minimum(jnp.searchsorted(ends, token, side="right"), w.shape[0] - 1)
+    return jnp.where((token < ends[-1])[:, None], y[own, token], jnp.zeros((), y.dtype))

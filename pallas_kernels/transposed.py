@@ -21,6 +21,7 @@ def matmul(
     scale: Array,
     *,
     codebook: Sequence[float] | None = None,
+    experts: Array | None = None,
     out_dtype: Any = None,
     tuning: Tuning | None = None,
     interpret: Any = None,
@@ -34,7 +35,8 @@ def matmul(
 
     Args:
       dy: [M, N] bfloat16 or float16.
-      w, scale, codebook: as for `weight_only.matmul`, groups of 32, 64 or a multiple of 128.
+      w, scale, codebook, experts: as for `weight_only.matmul`, groups of 32, 64 or a multiple of
+        128.
       out_dtype: of dx, bfloat16, float16 or float32; default: dy's.
       tuning: default: `tuning.transposed`.
       interpret: `plgpu.InterpretGPUParams` to run on a CPU.
@@ -42,10 +44,12 @@ def matmul(
     Raises:
       ValueError: for shapes or types that it does not take.
     """
-    (M, N), (_, K), (G, _) = dy.shape, w.shape, scale.shape
-    if w.shape[0] != N or scale.shape[1] != N or K % G:
+    (M, N), (_, K), (G, _) = dy.shape, w.shape[-2:], scale.shape[-2:]
+    stack = () if experts is None else w.shape[:1]
+    if w.shape != (*stack, N, K) or scale.shape != (*stack, G, N) or K % G:
         raise ValueError(
-            f"dy {dy.shape}, w {w.shape} and scale {scale.shape} must be [M, N], [N, K] and [G, N]."
+            f"dy {dy.shape}, w {w.shape} and scale {scale.shape} must be [M, N], [N, K] and [G, N],"
+            " the latter two stacked for experts."
         )
     if reason := supports(w.dtype, dy.dtype, K, N, K // G, scale.dtype):
         raise ValueError(f"pallas_kernels.transposed: {reason}.")
@@ -87,6 +91,7 @@ def matmul(
             transforms=hopper.transforms(hopper.ROWS, dy.dtype),
         ),
         in_tensor_core=jnp.float32,
+        experts=experts,
         loads_blocks=False,  # it commits after its loads
         out_dtype=jnp.float32 if tuning.split_k > 1 else out_dtype,
         sizes=(dy.shape[0], N, K),

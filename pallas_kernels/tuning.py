@@ -71,6 +71,7 @@ def weight_only(
     *,
     table_bytes: int = 0,
     scale_bits: int = 16,
+    experts: int = 1,
 ) -> Tuning:
     """Returns the tuning of a weight-only product of M tokens with a [K, N] weight.
 
@@ -79,20 +80,24 @@ def weight_only(
       table_bytes: of shared memory that a table takes.
       scale_bits: of a scale. One of 8 times a weight of 4 goes on the weight: exact in bfloat16 for
         e2m1, one more rounding for other levels.
+      experts: as many products side by side, of M tokens each.
 
     Example:
       >>> weight_only(16, 4096, 4096)
       Tuning(tile_m=16, stages=6, tile_k=256, scale_on='accumulator', split_k=8, sms=132)
     """
-    t = _for_shape(WEIGHT_ONLY, M, K, N, group_size, bits, 16, out_bits, table_bytes)
+    t = _for_shape(WEIGHT_ONLY, M, K, N, group_size, bits, 16, out_bits, table_bytes, experts)
     on_weight = group_size == 16 or (scale_bits == 8 and bits == 4)
     return dataclasses.replace(t, scale_on="weight") if on_weight else t
 
 
-def transposed(M: int, N: int, K: int, bits: int = 4, *, table_bytes: int = 0) -> Tuning:
+def transposed(
+    M: int, N: int, K: int, bits: int = 4, *, table_bytes: int = 0, experts: int = 1
+) -> Tuning:
     """Returns the tuning of a product of M tokens with the transpose of a [K, N] weight."""
     scratch = 2 * TILE_N * TILE_K  # bytes of one tile in 16 bits
-    return _for_shape(TRANSPOSED, M, N, K, TILE_K, bits, 16, 32, table_bytes + scratch)
+    table_bytes += scratch
+    return _for_shape(TRANSPOSED, M, N, K, TILE_K, bits, 16, 32, table_bytes, experts)
 
 
 def eight_bit(M: int, K: int, N: int) -> Tuning:
@@ -110,6 +115,7 @@ def _for_shape(
     x_bits: int,
     out_bits: int,
     table_bytes: int,
+    experts: int = 1,
 ) -> Tuning:
     row = next(row for most, row in table.items() if most >= M)
     if K % row.tile_k or (group_size % row.tile_k and row.tile_k % group_size):
@@ -117,7 +123,7 @@ def _for_shape(
     # As many buffers as fit beside the output tile, all scales being float32 at most.
     scales = 4 * (TILE_N * max(1, row.tile_k // group_size) + row.tile_m)
     stage = row.tile_k * (TILE_N * w_bits + row.tile_m * x_bits) // 8 + scales
-    m_tiles = -(-M // row.tile_m)
+    m_tiles = -(-M // row.tile_m) * experts
     parts = split_k(m_tiles * (N // TILE_N), K // row.tile_k)
     out = TILE_N * row.tile_m * (out_bits if parts == 1 else 32) // 8
     fit = (SMEM_BYTES - out - table_bytes - 1024) // stage

@@ -96,6 +96,7 @@ def matmul(
     scale: Array,
     *,
     codebook: Sequence[float] | None = None,
+    experts: Array | None = None,
     out_dtype: Any = None,
     tuning: Tuning | None = None,
     interpret: Any = None,
@@ -114,6 +115,8 @@ def matmul(
         16, 32, 64 or a multiple of 128.
       codebook: None, or the 16 values of the codes 0 .. 15, which the bits of int4 are then. They
         are rounded to x's type.
+      experts: None; or of each tile of `tuning.tile_m` tokens the expert that it is multiplied by,
+        as `experts.Tiles` has them. Then w is [E, N, K] and scale [E, G, N].
       out_dtype: of y, bfloat16, float16 or float32; default: x's.
       tuning: default: `tuning.weight_only`.
       interpret: `plgpu.InterpretGPUParams` to run on a CPU.
@@ -121,10 +124,12 @@ def matmul(
     Raises:
       ValueError: for shapes or types that `supports` refuses.
     """
-    (M, K), (N, _), (G, _) = x.shape, w.shape, scale.shape
-    if w.shape[1] != K or scale.shape[1] != N or K % G:
+    (M, K), (N, _), (G, _) = x.shape, w.shape[-2:], scale.shape[-2:]
+    stack = () if experts is None else w.shape[:1]
+    if w.shape != (*stack, N, K) or scale.shape != (*stack, G, N) or K % G:
         raise ValueError(
-            f"x {x.shape}, w {w.shape} and scale {scale.shape} must be [M, K], [N, K] and [G, N]."
+            f"x {x.shape}, w {w.shape} and scale {scale.shape} must be [M, K], [N, K] and [G, N],"
+            " the latter two stacked for experts."
         )
     if reason := supports(w.dtype, x.dtype, K, N, K // G, scale.dtype):
         raise ValueError(f"pallas_kernels.weight_only: {reason}.")
@@ -186,6 +191,7 @@ def matmul(
         lambda total, *_: total,
         table=None if codebook is None else four_bits.table(codebook, x.dtype),
         in_tensor_core=None if is_exact else jnp.float32,
+        experts=experts,
         out_dtype=jnp.float32 if tuning.split_k > 1 else out_dtype,
         sizes=(x.shape[0], K, N),
         tuning=tuning,

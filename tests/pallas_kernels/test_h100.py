@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import eight_bit, four_bits, h100, transposed, tuning, weight_only
+from pallas_kernels import eight_bit, experts, four_bits, h100, hlo, transposed, tuning, weight_only
 
 pytestmark = pytest.mark.h100
 
@@ -142,6 +142,37 @@ def test_transposed(name):
     assert program.temporaries <= _workspace(t, M, 2) + 1024
     if M >= 256:
         assert kernel.loop.total() / (64 * t.tile_k * t.tile_m / 2048) <= 0.7
+
+
+# Tokens, transposed, instructions and those of integers for each weight: as without experts.
+EXPERTS = {
+    "M=2": (2, False, 2.6, 1.3),
+    "M=32": (32, False, 2.6, 1.3),
+    "M=2048": (2048, False, 3.3, 1.5),
+    "M=2048, transposed": (2048, True, 6, 3),
+}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts(name):
+    M, is_transposed, total, integer = EXPERTS[name]
+    E, width = 8, N if is_transposed else K
+    f = functools.partial(experts.matmul, transposed=is_transposed)
+    program = h100.compile(
+        f, _array("bfloat16", M, width), _array("int4", E, N, K),
+        _array("bfloat16", E, K // 128, N), _array("int32", E),
+    )  # fmt: skip
+    kernel = _check(program, "HGMMA")
+    tune = tuning.transposed if is_transposed else tuning.weight_only
+    t = tune(2 * -(-M // E), K, N, experts=min(E, M))
+    assert kernel.per_weight(64 * t.tile_k) <= total
+    assert kernel.per_weight(64 * t.tile_k, integer=True) <= integer
+    # Tiles of x and y, and the sums of the parts of K, for as many tiles as there can be.
+    places = t.tile_m * experts.most_tiles(M, E, t.tile_m)
+    each = 2 * K + 2 * N + (4 * N * t.split_k if t.split_k > 1 else 0)
+    assert program.temporaries <= places * each + 4096
+    # The table, the tokens in their tiles, the product, and its tokens in their order.
+    assert sum(hlo.executed(program.hlo)[op] for op in ("fusion", "mosaic_gpu_v2")) <= 5
 
 
 LLAMA = {  # K, N of the linear layers
