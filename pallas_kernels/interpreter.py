@@ -146,7 +146,9 @@ class _Wgmma:
             key = memory.HostAllocationKey.from_array(key)
             transforms = jax.tree.map(int, gpu_callbacks._remove_noop_transforms(transforms))
             place = shared.access(key, transforms)
-            return key, place, shared.get_buffer_content(key, place, thread, logging_info=info)[0]
+            value, *_ = shared.get_buffer_content(key, place, thread, logging_info=info)
+            assert value is not None
+            return key, place, value
 
         def read(key, transforms):
             if np.ndim(key) != 1:  # a value in registers

@@ -1,4 +1,4 @@
-"""Products with transposed weights agree with float64, and mutants of the kernel do not."""
+"""Products with transposed weights agree with float64."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import hopper, reference, transposed
-from pallas_kernels.testing import ONE_ITEM, Laws
+from pallas_kernels import reference, transposed
+from pallas_kernels.testing import Laws
 from tests.pallas_kernels import test_weight_only as forward
 
 
@@ -52,21 +52,6 @@ class TestTransposed(Laws):
         arrays = self.make(3, 5, 64, **self.formats["int4 groups of 32"])
         dx = reference.transposed(arrays["x"], arrays["w"], arrays["scale"])
         np.testing.assert_allclose(dx, self.exact(arrays), rtol=1e-4, atol=1e-4)
-
-    def test_weights_that_are_not_committed_are_a_race(self, monkeypatch):
-        monkeypatch.setattr(transposed.plgpu, "commit_smem", lambda: None)
-        arrays = self.make(8, 256, 256, w="int4", group=128)
-        assert self.error(arrays, ONE_ITEM["decode"])[1]
-
-    def test_the_scales_of_other_features_are_an_error(self, monkeypatch):
-        original = hopper.Operand.cut
-
-        def first(self, ref, tile, size):
-            return original(self, ref, 0 if self.shared_by > 1 else tile, size)
-
-        monkeypatch.setattr(hopper.Operand, "cut", first)
-        arrays = self.make(8, 256, 256, w="int4", group=128)
-        assert not self.error(arrays, ONE_ITEM["decode"])[0] <= 0.01
 
     def test_refuses_what_it_cannot_compute(self):
         arrays = self.make(8, 256, 256, w="int4", group=16)
