@@ -1,4 +1,4 @@
-"""Weight-only products on Hopper: 4- or 8-bit weights, dequantized in registers, times 16-bit x."""
+"""Weight-only products on Hopper: 2- to 8-bit weights, dequantized in registers, times 16-bit x."""
 
 from __future__ import annotations
 
@@ -10,18 +10,13 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import four_bits, hopper
+from pallas_kernels import few_bits, four_bits, hopper
 from pallas_kernels import tuning as tunings
 from pallas_kernels.hopper import Operand
 from pallas_kernels.tuning import TILE_K, TILE_N, Tuning
 
-_ACTIVATIONS = {
-    "int4": ("bfloat16", "float16"),
-    "int8": ("bfloat16", "float16"),
-    "float8_e4m3fn": ("bfloat16", "float16"),
-}
-
-
+_WEIGHTS = ("int4", "int8", "float8_e4m3fn", "uint8")
+_ACTIVATIONS = ("bfloat16", "float16")
 _SCALES = ("bfloat16", "float16", "float32", "float8_e4m3fn", "uint8")
 
 
@@ -68,15 +63,15 @@ def supports(
     Example:
       >>> supports("int4", "bfloat16", 4096, 4096, 128)
       >>> supports("uint4", "bfloat16", 4096, 4096, 128)
-      'weights of uint4: it takes int4, int8, float8_e4m3fn'
+      'weights of uint4: it takes int4, int8, float8_e4m3fn, uint8, the last of 2 or 3 bits'
       >>> supports("int4", "bfloat16", 4096, 4096, 8)
       'groups of 8: it takes 16, 32, 64 and multiples of 128'
     """
     w_name, x_name = jnp.dtype(w_dtype).name, jnp.dtype(x_dtype).name
-    if w_name not in _ACTIVATIONS:
-        return f"weights of {w_name}: it takes {', '.join(_ACTIVATIONS)}"
-    if x_name not in _ACTIVATIONS[w_name]:
-        return f"activations of {x_name}: with {w_name} it takes {', '.join(_ACTIVATIONS[w_name])}"
+    if w_name not in _WEIGHTS:
+        return f"weights of {w_name}: it takes {', '.join(_WEIGHTS)}, the last of 2 or 3 bits"
+    if x_name not in _ACTIVATIONS:
+        return f"activations of {x_name}: it takes {', '.join(_ACTIVATIONS)}"
     if K % TILE_K or N % TILE_N:
         return f"K={K}, N={N}: both must be multiples of {TILE_K}"
     if (group_size not in (16, 32, 64) and group_size % TILE_K) or K % group_size:
@@ -96,6 +91,7 @@ def matmul(
     scale: Array,
     *,
     codebook: Sequence[float] | None = None,
+    zero: int | None = None,
     experts: Array | None = None,
     out_dtype: Any = None,
     tuning: Tuning | None = None,
@@ -109,12 +105,14 @@ def matmul(
 
     Args:
       x: [M, K] bfloat16 or float16.
-      w: [N, K] int4 in the order of `interleave`, int8 or float8_e4m3fn.
+      w: [N, K] int4 in the order of `interleave`, int8 or float8_e4m3fn; or uint8 [N, K * b / 8],
+        codes of b = 2 or 3 bits in the order of `planes`, which stand for code - zero.
       scale: [G, N] bfloat16, float16 or float32; float8_e4m3fn; or uint8, which stands for the
         power of two 2^(scale - 127) (e8m0; needs x in bfloat16, which has all of them). K / G is
         16, 32, 64 or a multiple of 128.
       codebook: None, or the 16 values of the codes 0 .. 15, which the bits of int4 are then. They
         are rounded to x's type.
+      zero: of codes of 2 or 3 bits; default: the middle, 2 or 4.
       experts: None; or of each tile of `tuning.tile_m` tokens the expert that it is multiplied by,
         as `experts.Tiles` has them. Then w is [E, N, K] and scale [E, G, N].
       out_dtype: of y, bfloat16, float16 or float32; default: x's.
@@ -126,13 +124,17 @@ def matmul(
     """
     (M, K), (N, _), (G, _) = x.shape, w.shape[-2:], scale.shape[-2:]
     stack = () if experts is None else w.shape[:1]
-    if w.shape != (*stack, N, K) or scale.shape != (*stack, G, N) or K % G:
+    packed = w.shape[-1] * 8 // K if w.dtype == jnp.uint8 else None
+    columns = K if packed is None else K * packed // 8
+    if w.shape != (*stack, N, columns) or scale.shape != (*stack, G, N) or K % G:
         raise ValueError(
             f"x {x.shape}, w {w.shape} and scale {scale.shape} must be [M, K], [N, K] and [G, N],"
             " the latter two stacked for experts."
         )
     if reason := supports(w.dtype, x.dtype, K, N, K // G, scale.dtype):
         raise ValueError(f"pallas_kernels.weight_only: {reason}.")
+    if packed not in (None, 2, 3):
+        raise ValueError(f"pallas_kernels.weight_only: codes of {packed} bits: it takes 2 and 3.")
     if codebook is not None and (w.dtype != jnp.int4 or len(codebook) != 16):
         raise ValueError(
             f"pallas_kernels.weight_only: a codebook of {len(codebook)} values with {w.dtype.name}:"
@@ -140,7 +142,7 @@ def matmul(
         )
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     tuning = tuning or tunings.weight_only(
-        M, K, N, K // G, hopper.bits(w.dtype), hopper.bits(out_dtype),
+        M, K, N, K // G, packed or hopper.bits(w.dtype), hopper.bits(out_dtype),
         table_bytes=0 if codebook is None else four_bits.TABLE_BYTES,
         scale_bits=8 * scale.dtype.itemsize,
     )  # fmt: skip
@@ -152,17 +154,25 @@ def matmul(
         *table, rows, total = rest
         groups = range(tuning.tile_k // group)
         scales = (read_scale(s_smem.at[g, rows], scale.dtype) for g in groups)
+        if packed is not None:
+            q = few_bits.load(w_smem.at[rows], packed, x.dtype, zero)
+        elif not is_exact:
+            q = upcast(w_smem.at[rows], x.dtype, *table)
+        else:
+            q = None
+
+        def of_group(g):
+            if q is None:  # fewer registers than with all groups at once
+                return upcast(w_smem.at[rows, pl.ds(g * group, group)], x.dtype, *table)
+            return q[:, g * group : (g + 1) * group]
+
         if is_exact:
             for g, s in zip(groups, scales, strict=True):
-                columns = pl.ds(g * group, group)
-                total += scaled_product(
-                    upcast(w_smem.at[rows, columns], x.dtype, *table), x_smem.at[:, columns].T, s
-                )
+                xt = x_smem.at[:, pl.ds(g * group, group)].T
+                total += scaled_product(of_group(g), xt, s)
             return total
-        q = upcast(w_smem.at[rows], x.dtype, *table)
         parts = [
-            q[:, g * group : (g + 1) * group]
-            * lax.broadcast_in_dim(s.astype(x.dtype), (hopper.ROWS, group), (0,))
+            of_group(g) * lax.broadcast_in_dim(s.astype(x.dtype), (hopper.ROWS, group), (0,))
             for g, s in zip(groups, scales, strict=True)
         ]
         plgpu.wgmma(total, jnp.concatenate(parts, axis=1), x_smem.T)
@@ -180,9 +190,10 @@ def matmul(
         return d * lax.broadcast_in_dim(s, d.shape, (0,))
 
     tile_columns = group if is_exact else tuning.tile_k
+    w_columns = min(tile_columns, 128) if packed is None else tuning.tile_k * packed // 8
     parts = hopper.product(
         [
-            Operand(w, "n", columns=min(tile_columns, 128)),
+            Operand(w, "n", columns=w_columns, packed=packed),
             Operand(x, "m", columns=min(tile_columns, 64)),
             Operand(as_bits(scale), "n", is_row=True, rows=tuning.tile_k // group,
                     steps_per_row=K // G // group),

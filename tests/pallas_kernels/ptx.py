@@ -38,15 +38,26 @@ def _pack(high, low):
     return half(high) << np.uint32(16) | half(low)
 
 
+def _fma(dtype):
+    def fma(*operands):  # in float64, where products of two are exact, then rounded once
+        a, b, c = (o.view(dtype).astype(np.float64) for o in operands)
+        return (a * b + c).astype(dtype).view(np.uint32)
+
+    return fma
+
+
 _OPERATIONS: dict[str, Callable] = {
     "prmt.b32": _prmt,
     "and.b32": lambda a, b: a & b,
     "xor.b32": lambda a, b: a ^ b,
     "shr.b32": lambda a, b: a >> b,
+    "shl.b32": lambda a, b: a << b,
     "mov.b32": lambda a: a,
     "sub.f32": _sub(np.float32),
     "sub.f16x2": _sub(np.float16),
     "sub.bf16x2": _sub(ml_dtypes.bfloat16),
+    "fma.rn.f16x2": _fma(np.float16),
+    "fma.rn.bf16x2": _fma(ml_dtypes.bfloat16),
     "cvt.rn.bf16x2.f32": _pack,
 }
 

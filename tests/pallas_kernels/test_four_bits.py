@@ -38,7 +38,7 @@ def test_a_row_of_the_table_is_the_pair_of_a_byte_in_every_bank(dtype):
     np.testing.assert_array_equal(pairs[..., 1], np.tile(rounded[BYTES >> 4], (32, 1)))
 
 
-def _of_threads(a, layout):
+def of_threads(a, layout):
     """Returns [warps, lanes, registers, values of a register] of a fragmented array."""
     for tile in layout.tiling.tiles:
         head = a.ndim - len(tile)
@@ -61,8 +61,8 @@ def test_every_lane_reads_the_codes_that_its_wgmma_takes():
     first = np.asarray(interleaved(jnp.arange(C // 2)))  # byte of a row that is stored there
     for half in (0, 1):
         stored[:, half::2] = inputs[:, 2 * first + half]
-    read = _of_threads(stored, plgpu.Layout.WGMMA_UPCAST_4X.to_mgpu())  # [4, 32, 2 blocks, 8]
-    taken = _of_threads(inputs, plgpu.Layout.WGMMA.to_mgpu())  # [4, 32, registers, 2]
+    read = of_threads(stored, plgpu.Layout.WGMMA_UPCAST_4X.to_mgpu())  # [4, 32, 2 blocks, 8]
+    taken = of_threads(inputs, plgpu.Layout.WGMMA.to_mgpu())  # [4, 32, registers, 2]
     words = read.reshape(4, 32, C // 32, 2, 4, 2)  # block, row, byte, code
     registers = taken.reshape(4, 32, C // 32, 4, 2, 2)  # block, byte, row, code
     np.testing.assert_array_equal(words.swapaxes(3, 4), registers)

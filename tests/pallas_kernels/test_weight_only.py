@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import four_bits, hopper, interpreter, reference, weight_only
+from pallas_kernels import four_bits, hopper, interpreter, planes, reference, weight_only
 from pallas_kernels.interleave import of_int4
 from pallas_kernels.testing import TUNINGS, Laws
 from pallas_kernels.tuning import Tuning
@@ -27,8 +27,10 @@ def _scales(key, shape, dtype):
     return jax.random.uniform(key, shape, jnp.float32, 0.5, 1.5).astype(dtype)
 
 
-def in_order(w):
-    """Returns w [N, K] as the kernel reads it."""
+def in_order(w, bits=None):
+    """Returns w [N, K] as the kernel reads it; with `bits` it is integers of so many."""
+    if bits is not None:
+        return planes.packed((w + 2 ** (bits - 1)).astype(jnp.uint8), bits)
     return of_int4(w) if w.dtype == jnp.int4 else w
 
 
@@ -43,25 +45,35 @@ class TestWeightOnly(Laws):
         "a codebook, float16": {"w": "int4", "group": 64, "codebook": LEVELS, "x": "float16"},
         "powers of two": {"w": "int4", "group": 32, "codebook": E2M1, "scale": "uint8"},
         "scales of e4m3": {"w": "int4", "group": 16, "codebook": E2M1, "scale": "float8_e4m3fn"},
+        "int3 groups of 128": {"w": "int8", "group": 128, "bits": 3},
+        "int3 groups of 32, float16": {"w": "int8", "group": 32, "bits": 3, "x": "float16"},
+        "int3 channels": {"w": "int8", "group": 256, "bits": 3},
+        "int2 groups of 64": {"w": "int8", "group": 64, "bits": 2},
+        "int2 groups of 32, float16": {"w": "int8", "group": 32, "bits": 2, "x": "float16"},
         "int8 channels": {"w": "int8", "group": 256},
         "fp8 weights": {"w": "float8_e4m3fn", "group": 128},
         "fp8 weights, fp16 activations": {"w": "float8_e4m3fn", "group": 128, "x": "float16"},
     }
 
-    def make(self, M, K, N, seed=0, *, w, group, x="bfloat16", codebook=None, scale="bfloat16"):
+    def make(
+        self, M, K, N, seed=0, *, w, group, x="bfloat16", codebook=None, scale="bfloat16", bits=None
+    ):
         keys = jax.random.split(jax.random.key(seed), 3)
         low, high = (-8, 8) if w == "int4" else (-128, 128)
+        if bits is not None:
+            low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
         return {
             "x": jax.random.normal(keys[0], (M, K), x),
             "w": jax.random.randint(keys[1], (N, K), low, high).astype(w),
             "scale": _scales(keys[2], (K // group, N), scale),
             "codebook": codebook,
-        }
+        } | ({} if bits is None else {"bits": bits})
 
     def run(self, arrays, *, tuning, interpret):
         if arrays["scale"].dtype.itemsize == 1:  # exact on the weight, as it is chosen
             tuning = dataclasses.replace(tuning, scale_on="weight")
-        arrays = arrays | {"w": in_order(arrays["w"])}
+        arrays = arrays | {"w": in_order(arrays["w"], arrays.get("bits"))}
+        arrays.pop("bits", None)
         return weight_only.matmul(
             **arrays, out_dtype=jnp.float32, tuning=tuning, interpret=interpret
         )
@@ -80,9 +92,12 @@ class TestWeightOnly(Laws):
         arrays = self.make(3, 64, 5, **self.formats[name])
         np.testing.assert_allclose(reference.weight_only(**arrays), self.exact(arrays), rtol=1e-5)
 
-    @pytest.mark.parametrize("group", [128, 32])
-    def test_scales_on_the_weight_cost_one_rounding(self, group):
-        error, races = self.error(self.make(8, 256, 256, w="int4", group=group), _ON_WEIGHT)
+    @pytest.mark.parametrize("weight", [
+        {"w": "int4", "group": 128}, {"w": "int4", "group": 32},
+        {"w": "int8", "bits": 3, "group": 64}, {"w": "int8", "bits": 2, "group": 32},
+    ])  # fmt: skip
+    def test_scales_on_the_weight_cost_one_rounding(self, weight):
+        error, races = self.error(self.make(8, 256, 256, **weight), _ON_WEIGHT)
         assert error <= 2.0**-9  # half a unit in the last of bfloat16's 8 places
         assert not races
 
@@ -110,6 +125,19 @@ class TestWeightOnly(Laws):
                 np.delete(y, 5, 1), np.delete(wanted, 5, 1), rtol=1e-4, atol=1e-4
             )
 
+    @pytest.mark.parametrize("bits", [2, 3])
+    def test_codes_of_few_bits_are_less_any_zero(self, bits):
+        arrays = self.make(1, 128, 128, w="int8", group=128, bits=bits)
+        tuning = dataclasses.replace(TUNINGS["decode"], sms=1)
+        with interpreter.interpreting():
+            packed = in_order(arrays["w"], bits)
+            y = np.asarray(weight_only.matmul(
+                arrays["x"], packed, arrays["scale"], zero=1, out_dtype=jnp.float32, tuning=tuning,
+                interpret=interpreter.PARAMS,
+            ))  # fmt: skip
+        wanted = self.exact(arrays | {"w": arrays["w"] + 2 ** (bits - 1) - 1})
+        np.testing.assert_allclose(y, wanted, atol=self.budget * np.linalg.norm(wanted))
+
     def test_a_word_of_the_table_in_another_place_is_an_error(self, monkeypatch):
         original = four_bits.table
         monkeypatch.setattr(four_bits, "table", lambda *a: jnp.roll(original(*a), 1, axis=0))
@@ -121,6 +149,13 @@ class TestWeightOnly(Laws):
         arrays = self.make(8, 256, 256, **self.formats["a codebook"])
         assert self.error(arrays, TUNINGS["decode"])[1]
 
+    def test_codes_in_another_order_are_an_error(self, monkeypatch):
+        shifted = lambda *a: jnp.roll(original(*a), 1, axis=-1)
+        original = planes.codes
+        monkeypatch.setattr(planes, "codes", shifted)
+        arrays = self.make(8, 256, 256, **self.formats["int3 groups of 128"])
+        assert not self.error(arrays, TUNINGS["decode"])[0] <= 0.01
+
     def test_refuses_what_it_cannot_compute(self):
         arrays = self.make(8, 256, 256, w="int4", group=128)
         with pytest.raises(ValueError, match="a codebook of 3 values"):
@@ -129,5 +164,7 @@ class TestWeightOnly(Laws):
             weight_only.matmul(**(arrays | {"scale": arrays["scale"].astype(jnp.int32)}))
         with pytest.raises(ValueError, match="activations of float32"):
             weight_only.matmul(**(arrays | {"x": arrays["x"].astype(jnp.float32)}))
+        with pytest.raises(ValueError, match="codes of 4 bits"):
+            weight_only.matmul(**(arrays | {"w": jnp.zeros((256, 128), jnp.uint8)}))
         with pytest.raises(ValueError, match="must be"):
             weight_only.matmul(**(arrays | {"w": arrays["w"][:128]}))
