@@ -84,6 +84,7 @@ def matmul(
     *,
     transposed: bool = False,
     codebook: Sequence[float] | None = None,
+    zero: int | None = None,
     out_dtype: Any = None,
     tuning: Tuning | None = None,
     interpret: Any = None,
@@ -92,7 +93,7 @@ def matmul(
 
     Args:
       x: [M, K], transposed [M, N], bfloat16 or float16, tokens sorted by expert.
-      w: [E, N, K], scale: [E, G, N], codebook: as for `weight_only.matmul`.
+      w: [E, N, K], scale: [E, G, N], codebook, zero: as for `weight_only.matmul`.
       group_sizes: [E] integers, how many tokens each expert has.
       transposed: return y[m] = x[m] @ W[expert of m]ᵀ, by the kernel of `transposed`.
       out_dtype: of y, bfloat16, float16 or float32; default: x's.
@@ -110,9 +111,9 @@ def matmul(
         return jnp.zeros((0, w.shape[2 if transposed else 1]), out_dtype)
     if tuning is None:
         # Some experts have more than others; while memory is the bound, larger tiles are free.
-        tuning = _tuning(w, scale, 2 * -(-M // E), min(E, M), codebook, out_dtype, transposed)
+        tuning = _tuning(x, w, scale, 2 * -(-M // E), min(E, M), codebook, out_dtype, transposed)
     tiles = tiles_of(group_sizes, M, tuning.tile_m)
-    y = _kernel(transposed)(
+    y = _kernel(transposed, zero)(
         x[tiles.tokens], w, scale, codebook=codebook, experts=tiles.experts, out_dtype=out_dtype,
         tuning=tuning, interpret=interpret,
     )  # fmt: skip
@@ -126,6 +127,7 @@ def batched(
     *,
     transposed: bool = False,
     codebook: Sequence[float] | None = None,
+    zero: int | None = None,
     out_dtype: Any = None,
     tuning: Tuning | None = None,
     interpret: Any = None,
@@ -136,11 +138,11 @@ def batched(
     """
     E, M, _ = x.shape
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
-    tuning = tuning or _tuning(w, scale, M, E, codebook, out_dtype, transposed)
+    tuning = tuning or _tuning(x, w, scale, M, E, codebook, out_dtype, transposed)
     of_each = -(-M // tuning.tile_m)
     padded = jnp.pad(x, ((0, 0), (0, -M % tuning.tile_m), (0, 0)))
     expert = jnp.repeat(jnp.arange(E, dtype=jnp.int32), of_each)
-    y = _kernel(transposed)(
+    y = _kernel(transposed, zero)(
         padded.reshape(-1, x.shape[-1]), w, scale, codebook=codebook,
         experts=jnp.append(expert, E * of_each), out_dtype=out_dtype, tuning=tuning,
         interpret=interpret,
@@ -148,15 +150,20 @@ def batched(
     return y.reshape(*padded.shape[:2], -1)[:, :M]
 
 
-def _kernel(transposed: bool) -> Any:
-    return transposed_kernel.matmul if transposed else weight_only.matmul
+def _kernel(transposed: bool, zero: int | None) -> Any:
+    if transposed:
+        return transposed_kernel.matmul
+    return functools.partial(weight_only.matmul, zero=zero)
 
 
 def _tuning(
-    w: Array, scale: Array, M: int, experts: int, codebook: Any, out_dtype: Any, transposed: bool
-) -> Tuning:
+    x: Array, w: Array, scale: Array, M: int, experts: int, codebook: Any, out_dtype: Any,
+    transposed: bool,
+) -> Tuning:  # fmt: skip
     """Returns the tuning for M tokens of each expert."""
-    (N, K), G, bits = w.shape[-2:], scale.shape[-2], hopper.bits(w.dtype)
+    (N, columns), G = w.shape[-2:], scale.shape[-2]
+    K = columns if transposed else x.shape[-1]
+    bits = columns * hopper.bits(w.dtype) // K
     table_bytes = 0 if codebook is None else four_bits.TABLE_BYTES
     if transposed:
         return tunings.transposed(M, N, K, bits, table_bytes=table_bytes, experts=experts)

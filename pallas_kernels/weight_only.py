@@ -124,8 +124,9 @@ def matmul(
     """
     (M, K), (N, _), (G, _) = x.shape, w.shape[-2:], scale.shape[-2:]
     stack = () if experts is None else w.shape[:1]
-    packed = w.shape[-1] * 8 // K if w.dtype == jnp.uint8 else None
-    columns = K if packed is None else K * packed // 8
+    bits = w.shape[-1] * hopper.bits(w.dtype) // K
+    packed = bits if w.dtype == jnp.uint8 else None
+    columns = K * bits // hopper.bits(w.dtype)
     if w.shape != (*stack, N, columns) or scale.shape != (*stack, G, N) or K % G:
         raise ValueError(
             f"x {x.shape}, w {w.shape} and scale {scale.shape} must be [M, K], [N, K] and [G, N],"
@@ -142,7 +143,7 @@ def matmul(
         )
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     tuning = tuning or tunings.weight_only(
-        M, K, N, K // G, packed or hopper.bits(w.dtype), hopper.bits(out_dtype),
+        M, K, N, K // G, bits, hopper.bits(out_dtype),
         table_bytes=0 if codebook is None else four_bits.TABLE_BYTES,
         scale_bits=8 * scale.dtype.itemsize,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import interleave
+from pallas_kernels import interleave, planes
 from pallas_kernels.triton import versions
 from pallas_kernels.tuning import TILE_K, TILE_N
 from qjax import numerics, packing
@@ -20,7 +20,13 @@ from qjax.qtensor import PARTS, QTensor, is_qtensor, read_scales
 
 # Element -> (bits that turn a stored byte into the kernel's, value - kernel's code). Kernels take
 # signed codes: an unsigned one minus the middle of its range is its bits with the highest flipped.
+# Of 2 and 3 bits they take the stored codes, and subtract `zero_of` them.
 _CODES = {
+    "int2": (0, 0),
+    "uint2": (0, 2),
+    "ternary": (0, 0),
+    "int3": (0, 0),
+    "uint3": (0, 4),
     "int4": (0x88, 0),
     "uint4": (0x88, 8),
     "int8": (0, 0),
@@ -40,8 +46,9 @@ class Prepared(QTensor):
     Attributes:
       data: bytes [*lead, N', K' * b / 8], K contiguous: q minus the middle of an unsigned type's
         range, in two's complement, or the code of a table; two of 4 bits in a byte, the first in
-        the lower half, and those bytes in the order of `pallas_kernels.interleave`. Or e4m3. N' and
-        K' are N and K up to multiples of 128, and K' of the group size; what was added is 0.
+        the lower half, and those bytes in the order of `pallas_kernels.interleave`. Codes of 2 and
+        3 bits as stored, in the order of `pallas_kernels.planes`. Or e4m3. N' and K' are N and K up
+        to multiples of 128, and K' of the group size; the codes that were added are 0.
       extra: static. (K' - K, N' - N).
     """
 
@@ -94,6 +101,8 @@ class Prepared(QTensor):
     def codes_of_rows(self, rows: Int[Array, " i"]) -> Array:
         bits = self.element.bits
         data = self.data[: self.canonical_shape[-1]]
+        if bits < 4:
+            return planes.codes_at(data, bits, rows).T
         at = rows if bits == 8 else interleave.place(rows // 2)
         data = _flipped(data[:, at].T, self.format.element)
         if bits == 8:
@@ -106,9 +115,9 @@ def reason_against(qt: QTensor) -> str | None:
 
     Example:
       >>> import qjax
-      >>> qt = qjax.quantize({"w": jnp.ones((256, 8))}, qjax.Format("int3", group_size=64))["w"]
+      >>> qt = qjax.quantize({"w": jnp.ones((256, 8))}, qjax.Format("int4", group_size=8))["w"]
       >>> reason_against(qt)
-      'int3 codes: kernels read int4, uint4, int8, uint8, e4m3, nf4, fp4, e2m1, iq4_nl'
+      'groups of 8: kernels read 16, 32, 64 and multiples of 128'
     """
     fmt = qt.format
     *_, K, N = qt.canonical_shape
@@ -134,10 +143,11 @@ def prepare(qparams: Any, device: Any = None) -> Any:
 
     On an NVIDIA GPU of compute capability 9.0 (H100, H200) these are
 
-      int4, uint4, int8, uint8 and e4m3 weights and those of tables of 16 levels (nf4, fp4, e2m1,
-      iq4_nl), with or without zero points or offsets, in groups of 16, 32, 64 or multiples of 128,
-      per channel or in blocks of 128 x 128. Products of them with bfloat16 or float16 activations
-      run on `pallas_kernels.weight_only`, which rounds the levels of a table to that type.
+      weights of 2, 3, 4 and 8 bits (int2 to int4, uint2 to uint4, ternary, int8, uint8, e4m3, and
+      tables of 16 levels: nf4, fp4, e2m1, iq4_nl), with or without zero points or offsets, in
+      groups of 16, 32, 64 or multiples of 128, per channel or in blocks of 128 x 128. Products of
+      them with bfloat16 or float16 activations run on `pallas_kernels.weight_only`, which rounds
+      the levels of a table to that type.
 
       int8 weights with int8 activations, and e4m3 with e4m3, per channel, per tensor or in groups
       of 128. Their products run on `pallas_kernels.eight_bit`.
@@ -216,13 +226,17 @@ def restore(qparams: Any) -> Any:
 def _prepared(qt: QTensor) -> Prepared:
     *lead, K, N = qt.canonical_shape
     g = qt.format.group_size
-    unit = TILE_K if g is None or g >= K else math.lcm(TILE_K, g)
+    unit, bits = TILE_K if g is None or g >= K else math.lcm(TILE_K, g), qt.element.bits
     extra = (-K % unit, -N % TILE_N)
-    data = _flipped(qt.data.swapaxes(-1, -2), qt.format.element)
-    columns = (K + extra[0]) * qt.element.bits // 8
+    data, columns = qt.data, (K + extra[0]) * bits // 8
+    if bits < 4:
+        data, columns = packing.unpack(data, bits, qt.pad), K + extra[0]
+    data = _flipped(data.swapaxes(-1, -2), qt.format.element)
     padding = [(0, 0)] * len(lead) + [(0, extra[1]), (0, columns - data.shape[-1])]
     data = jnp.pad(data, padding)
-    if qt.element.bits == 4:
+    if bits < 4:
+        data = planes.packed(data, bits)
+    elif bits == 4:
         data = interleave.interleaved(data)
     return Prepared(**fields_of(qt, data=data), extra=extra)
 
@@ -242,6 +256,10 @@ def canonical_codes(data: Array, element: str, extra: tuple[int, int]) -> Array:
     """Returns the codes [*lead, N', K' in bytes] of a prepared weight as a QTensor stores them."""
     bits = numerics.get_element(element).bits
     *_, N, columns = data.shape
+    if bits < 4:
+        codes = planes.codes(data, bits)[..., : N - extra[1], :]
+        codes = codes[..., : codes.shape[-1] - extra[0]].swapaxes(-1, -2)
+        return packing.pack(codes, bits)
     if bits == 4:
         data = interleave.interleaved(data)
     K = columns * 8 // bits - extra[0]
@@ -250,16 +268,23 @@ def canonical_codes(data: Array, element: str, extra: tuple[int, int]) -> Array:
 
 
 def kernel_codes(data: Array, element: str) -> Array:
-    """Returns the codes of a prepared weight in the kernel's type, int4, int8 or e4m3 [N', K'].
+    """Returns the codes of a prepared weight in the kernel's type, int4, int8 or e4m3 [.., N', K'].
 
-    They are the same bytes. Sub-byte types are only made here, as XLA copies slices of arrays of
-    them in front of a kernel, and reads slices of bytes where they lie.
+    Those of 2 and 3 bits are uint8 [.., N', K' * b / 8]. They are the same bytes. Sub-byte types
+    are only made here, as XLA copies slices of arrays of them in front of a kernel, and reads
+    slices of bytes where they lie.
     """
-    if numerics.get_element(element).kind == "float":
+    if numerics.get_element(element).kind == "float" or numerics.get_element(element).bits < 4:
         return data
     if numerics.get_element(element).bits == 8:
         return lax.bitcast_convert_type(data, jnp.int8)
-    return lax.bitcast_convert_type(data, jnp.int4).reshape(data.shape[0], -1)
+    return lax.bitcast_convert_type(data, jnp.int4).reshape(*data.shape[:-1], -1)
+
+
+def zero_of(element: str) -> int | None:
+    """Returns what the kernel subtracts from codes of 2 and 3 bits; None for all others."""
+    known = numerics.get_element(element)
+    return int(_CODES[element][1] - known.qmin) if known.bits < 4 else None
 
 
 def offsets_are_due(fmt: Format) -> bool:

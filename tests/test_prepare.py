@@ -27,6 +27,11 @@ FORMATS = {
     "channels": qjax.Format("int8"),
     "uint8": qjax.Format("uint8", group_size=128, zero_point=True),
     "one scale": qjax.Format("int4", group_columns=None),
+    "int3": qjax.Format("int3", group_size=64, scale="bfloat16"),
+    "uint3": qjax.Format("uint3", group_size=32, zero_point=True, scale="bfloat16"),
+    "int2": qjax.Format("int2", group_size=128),
+    "uint2": qjax.Format("uint2", group_size=64, offset="float16"),
+    "ternary": qjax.Format("ternary", group_columns=None),
     "last group shorter": qjax.Format("int4", group_size=128, remainder="ragged"),
     "fp8": qjax.Format("e4m3"),
     "fp8 blocks": qjax.Format("e4m3", group_size=128, group_columns=128),
@@ -84,9 +89,9 @@ def test_a_prepared_weight_is_as_large_as_before():
 def test_other_devices_and_formats_are_left_alone():
     tree = {"w": _weight("int4")}
     assert qjax.prepare(tree)["w"] is tree["w"]
-    int3 = quantize_array(jnp.ones((256, 128)), qjax.Format("int3", group_size=64))
-    assert qjax.prepare(int3, "h100") is int3
-    assert "int3" in str(reason_against(int3))
+    int5 = quantize_array(jnp.ones((256, 128)), qjax.Format("int5", group_size=64))
+    assert qjax.prepare(int5, "h100") is int5
+    assert "int5" in str(reason_against(int5))
     with pytest.raises(ValueError, match="h100"):
         qjax.prepare(tree, "v100")
 
@@ -136,7 +141,7 @@ def test_the_kernel_multiplies_the_codes_that_xla_does(name):
 
 def test_rows_of_a_prepared_weight_are_its_rows():
     rows = jnp.array([3, 0, 255, 18])
-    for name in ("int4", "zero point", "channels", "uint8", "fp8 blocks"):
+    for name in ("int4", "zero point", "channels", "uint8", "fp8 blocks", "int3", "uint2"):
         qt = _weight(name)
         got = dequantize_rows(qjax.prepare(qt, "h100"), rows)
         np.testing.assert_array_equal(got, dequantize_rows(qt, rows))
@@ -215,6 +220,10 @@ def test_explain_names_the_kernel_and_why_there_is_none():
     assert use.implementation.startswith("mosaic on CUDA")
     (use,) = qjax.explain(back)(jnp.ones((3, 128)), qjax.prepare(_weight("nvfp4"), "h100"))
     assert "no kernel for x @ Wᵀ in groups of 16" in use.implementation
+    (use,) = qjax.explain(f)(x, qjax.prepare(_weight("int3"), "h100"))
+    assert use.implementation.startswith("mosaic on CUDA")
+    (use,) = qjax.explain(back)(jnp.ones((3, 128)), qjax.prepare(_weight("int3"), "h100"))
+    assert "no kernel for x @ Wᵀ of weights of 3 bits" in use.implementation
 
 
 def test_a_forced_kernel_that_cannot_run_says_why():

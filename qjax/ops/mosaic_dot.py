@@ -6,6 +6,7 @@ float32 or as `Prepared.stored_scale` gives them, zero points (or offsets) [G, C
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from pallas_kernels.tuning import TILE_K
 from qjax import numerics
 from qjax.format import Format
 from qjax.ops import blocked
-from qjax.prepare import kernel_codes, offsets
+from qjax.prepare import kernel_codes, offsets, zero_of
 
 KERNEL_ACTIVATIONS = ("bfloat16", "float16")  # types of x that the weight-only kernels take
 
@@ -38,12 +39,14 @@ def weight_only(
     """
     from pallas_kernels import weight_only as kernel  # needs Mosaic GPU, which few programs do
 
+    (M, K), (N_, K_) = x.shape, _sizes(data, format)
     data, padded, b, codebook = _weight(data, scale, zero, x.dtype, format, extra)
-    (M, K), (N_, K_) = x.shape, data.shape
     x = jnp.pad(x, ((0, 0), (0, K_ - K)))
     is_last = b is None and jnp.dtype(out_dtype).name in KERNEL_ACTIVATIONS
     summed = out_dtype if is_last else jnp.float32
-    y = kernel.matmul(x, data, padded, codebook=codebook, out_dtype=summed)
+    y = kernel.matmul(
+        x, data, padded, codebook=codebook, zero=zero_of(format.element), out_dtype=summed
+    )
     y = y[:, : N_ - extra[1]]
     if b is not None:
         sums = jnp.sum(x.reshape(M, padded.shape[0], -1).astype(jnp.float32), axis=-1)
@@ -80,18 +83,77 @@ def transposed(
     return dx.astype(out_dtype)
 
 
+def experts(
+    x: Array,
+    data: Array,
+    scale: Array,
+    zero: Array | None = None,
+    *,
+    group_sizes: Array | None = None,
+    transposed: bool,
+    format: Format,
+    extra: tuple[int, int],
+    out_dtype: Any,
+) -> Array:
+    """Returns x @ W or x @ Wᵀ for stacked weights by one Hopper kernel. Offsets are as above.
+
+    Args:
+      x: [M, K] with rows sorted by expert; without `group_sizes` [E, M, K], rows of each of them.
+      data, scale, zero: stacked.
+      group_sizes: [E], how many rows each expert has.
+    """
+    from pallas_kernels import experts as kernel
+
+    N_, K_ = _sizes(data, format)
+    data, padded, b, codebook = _weight(data, scale, zero, x.dtype, format, extra)
+    K, N = K_ - extra[0], N_ - extra[1]
+    inner, outer = (N_, K) if transposed else (K_, N)
+    is_last = b is None and jnp.dtype(out_dtype).name in KERNEL_ACTIVATIONS
+    summed = out_dtype if is_last else jnp.float32
+    unpadded = [(0, 0)] * (x.ndim - 1)
+    filled = jnp.pad(x, (*unpadded, (0, inner - x.shape[-1])))
+    options = {
+        "codebook": codebook, "zero": zero_of(format.element), "transposed": transposed,
+        "out_dtype": summed,
+    }  # fmt: skip
+    if group_sizes is None:
+        y = kernel.batched(filled, data, padded, **options)
+        dot = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    else:
+        y = kernel.matmul(filled, data, padded, group_sizes, **options)
+        dot = functools.partial(
+            lax.ragged_dot, group_sizes=group_sizes, precision=lax.Precision.HIGHEST
+        )
+    y = y[..., :outer]
+    if b is not None:
+        G, groups = b.shape[-2], padded.shape[-2]
+        if transposed:
+            of_groups = dot(x.astype(jnp.float32), b.swapaxes(-1, -2))
+            y = y + jnp.repeat(of_groups, K_ // groups, axis=-1)[..., :K]
+        else:
+            sums = filled.reshape(*x.shape[:-1], groups, -1).astype(jnp.float32)
+            y = y + dot(jnp.sum(sums, axis=-1)[..., :G], b)
+    return y.astype(out_dtype)
+
+
+def _sizes(data: Array, format: Format) -> tuple[int, int]:
+    """Returns N' and K' of prepared codes."""
+    *_, N, columns = data.shape
+    return N, columns * 8 // numerics.get_element(format.element).bits
+
+
 def _weight(
     data: Array, scale: Array, zero: Array | None, x_dtype: Any, format: Format,
     extra: tuple[int, int],
 ) -> tuple[Any, ...]:  # fmt: skip
     """Returns what the weight-only kernels take: codes, scales, and their codebook or None.
 
-    And third, offsets b [G, N] of every group, which they do not add, or None.
+    And third, offsets b [G, N] of every group, which they do not add, or None. All may be stacked.
     """
     element = numerics.get_element(format.element)
+    N_, K_ = _sizes(data, format)
     data = kernel_codes(data, format.element)
-    N_, K_ = data.shape
-    G, N = scale.shape[0], N_ - extra[1]
+    G, N = scale.shape[-2], N_ - extra[1]
     g = K_ if G == 1 else format.group_size
     assert g is not None
     # As it is stored: XLA takes this cast and the one that made it float32 for none.
@@ -107,7 +169,8 @@ def _weight(
     scale = wide(scale)
     zero = None if zero is None else wide(zero)
     b = offsets(format.element, scale, zero, is_offset=format.offset is not None)
-    padded = jnp.pad(scale, ((0, K_ // g - G), (0, N_ - N))).astype(stored)
+    unstacked = [(0, 0)] * (scale.ndim - 2)
+    padded = jnp.pad(scale, (*unstacked, (0, K_ // g - G), (0, N_ - N))).astype(stored)
     return data, padded, b, element.levels if element.kind == "table" else None
 
 
