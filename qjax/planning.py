@@ -245,7 +245,7 @@ class _Program:
         spec = PartitionSpec()
         if module in _COLUMNS:
             spec = PartitionSpec(*[None] * (len(leaf.shape) - 1), _AXIS)
-        elif module in _ROWS and path_str(path).endswith("kernel"):
+        elif _is_split_by_rows(path):
             spec = PartitionSpec(*[None] * (len(leaf.shape) - 2), _AXIS, None)
         if not is_qtensor(leaf):
             return self._placed(leaf, spec)
@@ -271,9 +271,22 @@ class _Program:
         return Plan(**values | known)
 
     def computed(self) -> Plan:
-        sums = 2 * self.config.num_layers if self.devices > 1 else 0  # after o and down
-        needed = {"all-reduce": sums} if sums else {}
-        return self._facts(source="shapes", collectives=needed)
+        sums = self._all_reduces() if self.devices > 1 else 0
+        return self._facts(source="shapes", collectives={"all-reduce": sums} if sums else {})
+
+    def _all_reduces(self) -> int:
+        """Counts the sums after each product whose inputs are split, and what comes before it.
+
+        That is the largest activation, of every token or of all, where a step is taken from it.
+        """
+        flat, _ = jax.tree_util.tree_flatten_with_path(self.arguments[0], is_leaf=is_qtensor)
+        total = 0
+        for path, leaf in flat:
+            if _is_split_by_rows(path):
+                fmt = leaf.format if is_qtensor(leaf) else None
+                has_step = fmt and fmt.activation and fmt.activation_scale != "static"
+                total += leaf.shape[0] * (2 if has_step else 1)  # layers lie stacked
+        return total
 
     def compiled(self) -> Plan:
         fn = jax.jit(apply(self.step), donate_argnums=1)
@@ -297,6 +310,11 @@ class _Program:
             native_fp8=native,
             spilled=sum(k.spills for k in program.kernels),
         )
+
+
+def _is_split_by_rows(path: Any) -> bool:
+    *_, module, name = path_str(path).split("/")
+    return module in _ROWS and name == "kernel"
 
 
 def _bytes(tree: Any) -> int:

@@ -42,8 +42,13 @@ def test_tensor_parallel_steps_have_one_all_reduce_for_each_product_of_split_row
     assert got.temporaries <= 0.02 * got.arguments
 
 
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
 @pytest.mark.parametrize("model", LAYERS)
-def test_fp8_products_are_native(model):
-    got = planned(model, "fp8-dynamic", 1, 16)
+def test_fp8_products_are_native_and_shards_tell_each_other_the_largest_activations(model, devices):
+    got = planned(model, "fp8-dynamic", devices, 16)
+    computed = plan(model, "fp8-dynamic", devices=devices, batch=16, compiler=False)
     assert got.native_fp8 == PRODUCTS * LAYERS[model]
+    # Before each product of split rows the steps of all tokens, after it the sums.
+    expected = {"all-reduce": 2 * 2 * LAYERS[model]} if devices > 1 else {}
+    assert got.collectives == computed.collectives == expected
     assert got.temporaries <= 0.02 * got.arguments

@@ -89,9 +89,17 @@ def _largest_step(x: Array, element: str, axes: tuple[int, ...]) -> Array:
     x = x.astype(jnp.float32)
     if not x.size:
         return jnp.ones([1 if i in axes else n for i, n in enumerate(x.shape)], jnp.float32)
-    # 0 * x is NaN for NaN and Inf, which a max may drop and a cast to int8 would hide.
-    poison = jnp.sum(x * 0.0, axes, keepdims=True)
-    return largest(x, element, axes) / numerics.get_element(element).qmax + poison
+    return _step(_largest_or_inf(x, element, axes), element)
+
+
+def _largest_or_inf(x: Array, element: str, axes: tuple[int, ...] | int) -> Array:
+    """Returns `largest`, and Inf where any of x is NaN, which a max may drop, or Inf."""
+    return largest(jnp.where(jnp.isfinite(x), x, jnp.inf), element, axes)
+
+
+def _step(most: Array, element: str) -> Array:
+    # NaN and not Inf: codes of bytes would hide that.
+    return jnp.where(jnp.isinf(most), jnp.nan, most / numerics.get_element(element).qmax)
 
 
 def in_steps(x: Float[Array, "*b *m K"], step: Float[Array, "*b *1"]) -> Float[Array, "*b *m K"]:
@@ -115,12 +123,8 @@ def quantize_tokens(
     """
     e = numerics.get_element(element)
     x = x.astype(jnp.float32)
-    most = largest(x, element, -1)
-    # 0 * x is NaN for NaN and Inf, which a max or a cast to int8 would hide.
-    poison = jnp.sum(x * 0.0, axis=-1, keepdims=True)
-    if axes:
-        most, poison = lax.pmax(most, axes), lax.psum(poison, axes)
-    scale = most / e.qmax + poison
+    most = _largest_or_inf(x, element, -1)
+    scale = _step(lax.pmax(most, axes) if axes else most, element)
     safe = jnp.where(scale == 0, 1.0, scale)
     return _codes(x / safe, e), scale
 

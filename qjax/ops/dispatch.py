@@ -143,9 +143,11 @@ def _quantized_tokens(x, spec: Spec) -> tuple[Array, Array]:
     """
     fmt = spec.format
     assert fmt.activation is not None
-    is_dynamic = fmt.activation_scale == "token"
-    quantize = activation.quantize_tokens if is_dynamic else activation.round_steps
-    return quantize(x, fmt.activation, spec.summed_over)
+    if fmt.activation_scale == "token":
+        return activation.quantize_tokens(x, fmt.activation, spec.summed_over)
+    # By a kernel every shard is multiplied by its own: NaN is in the sum of all.
+    axes = spec.summed_over if spec.extra is None else ()
+    return activation.round_steps(x, fmt.activation, axes)
 
 
 def against_native(w: QTensor | Spec, transposed: bool) -> str | None:
