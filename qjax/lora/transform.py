@@ -152,7 +152,12 @@ class _Adapting(Packed):
         wide = jnp.promote_types(out_dtype, jnp.float32)
         if isinstance(payload.base, QTensor):
             y = weight.ragged_dot(
-                x, view.with_payload(payload.base), group_sizes, out_dtype=wide, precision=precision
+                x,
+                view.with_payload(payload.base),
+                group_sizes,
+                out_dtype=wide,
+                precision=precision,
+                implementation=self.implementation,
             )
             if y is None:
                 return None

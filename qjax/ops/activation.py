@@ -284,9 +284,7 @@ def of_experts(x: Float[Array, "M K"], qt: QTensor, group_sizes: Int[Array, " E"
       group_sizes: rows of each expert.
     """
     fmt = qt.format
-    ends = jnp.cumsum(group_sizes)
-    expert = jnp.searchsorted(ends, jnp.arange(x.shape[0]), side="right")
-    expert = jnp.minimum(expert, ends.shape[0] - 1)
+    expert = expert_of_rows(group_sizes, x.shape[0])
     if qt.pre_scale is not None:
         x = x.astype(jnp.float32) * qt.pre_scale[expert]
     if fmt.activation is None or not math.prod(x.shape):
@@ -307,6 +305,13 @@ def of_experts(x: Float[Array, "M K"], qt: QTensor, group_sizes: Int[Array, " E"
         s = s * step
     rounded = codes.astype(jnp.float32) * s + outside
     return x + lax.stop_gradient(rounded - x)
+
+
+def expert_of_rows(group_sizes: Int[Array, " E"], M: int) -> Int[Array, " M"]:
+    """Returns whose each of M rows is, the last one's for rows beyond all groups."""
+    ends = jnp.cumsum(group_sizes)
+    expert = jnp.searchsorted(ends, jnp.arange(M), side="right")
+    return jnp.minimum(expert, ends.shape[0] - 1)
 
 
 def describe(qt: QTensor) -> str:

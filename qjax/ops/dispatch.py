@@ -42,7 +42,10 @@ def compute(x, data, scale, *zero, spec: Spec, platform: str | None):
         y = _native(x, *weight, spec=spec, kernel=kernel)
         return y.reshape(*lead, *tokens, y.shape[-1])
     one = functools.partial(_one, spec=spec, is_stacked=bool(lead), platform=platform)
-    if lead and spec.extra is not None:  # a kernel has no batch axis
+    if lead and _is_batched(spec, x.dtype, platform):
+        y = mosaic_dot.experts(x, *weight, **_options(spec), transposed=spec.transposed)
+        y = lax.psum(y, spec.summed_over) if spec.summed_over else y
+    elif lead and spec.extra is not None:  # no other kernel has a batch axis
         y = lax.map(lambda args: one(*args), (x, *weight))
     else:
         y = jax.vmap(one)(x, *weight) if lead else one(x, *weight)
@@ -76,31 +79,40 @@ def _prepared(x, data, scale, zero, spec: Spec, is_stacked: bool, platform: str 
         plain = dataclasses.replace(spec, extra=None, capability=None)
         return _one(x, data, *scales, spec=plain, is_stacked=is_stacked)
 
-    is_quantized = fmt.activation is not None and not spec.transposed
-    why = against_transposed(fmt, spec.capability) if spec.transposed else None
-    has_kernel = why is None and (is_quantized or x.dtype.name in KERNEL_ACTIVATIONS)
-    kernel = _mosaic if spec.capability is None else _triton
-    if spec.implementation in LAYOUTS:
-        asked = f'implementation="{spec.implementation}"'
-        if why is not None:
-            raise NotImplementedError(
-                f"{asked} has no kernel for x @ Wᵀ, as in derivatives, {why}. With None,"
-                " plain JAX computes it."
-            )
-        if not has_kernel:
-            raise ValueError(
-                f"{asked} takes x in {' or '.join(KERNEL_ACTIVATIONS)}, got"
-                f" {x.dtype.name}. Cast the activation, or leave the choice to None."
-            )
-        if platform != "cuda":
-            raise NotImplementedError(
-                f"{asked} runs on NVIDIA GPUs only. Leave the choice to None: then"
-                " one program has the kernel for them and plain JAX for the rest."
-            )
-    elif spec.implementation is not None or not has_kernel or platform != "cuda":
+    if not takes_kernel(spec, x.dtype, platform):
         return xla(*operands)
-    y = kernel(*operands, spec=spec)
+    y = (_mosaic if spec.capability is None else _triton)(*operands, spec=spec)
     return lax.psum(y, spec.summed_over) if spec.summed_over else y
+
+
+def takes_kernel(spec: Spec, x_dtype: Any, platform: str | None) -> bool:
+    """Returns whether a GPU kernel computes a product with a prepared weight.
+
+    Raises:
+      NotImplementedError, ValueError: if it is to, and cannot.
+    """
+    is_quantized = spec.format.activation is not None and not spec.transposed
+    why = against_transposed(spec.format, spec.capability) if spec.transposed else None
+    has_kernel = why is None and (is_quantized or x_dtype.name in KERNEL_ACTIVATIONS)
+    if spec.implementation not in LAYOUTS:
+        return spec.implementation is None and has_kernel and platform == "cuda"
+    asked = f'implementation="{spec.implementation}"'
+    if why is not None:
+        raise NotImplementedError(
+            f"{asked} has no kernel for x @ Wᵀ, as in derivatives, {why}. With None,"
+            " plain JAX computes it."
+        )
+    if not has_kernel:
+        raise ValueError(
+            f"{asked} takes x in {' or '.join(KERNEL_ACTIVATIONS)}, got"
+            f" {x_dtype.name}. Cast the activation, or leave the choice to None."
+        )
+    if platform != "cuda":
+        raise NotImplementedError(
+            f"{asked} runs on NVIDIA GPUs only. Leave the choice to None: then"
+            " one program has the kernel for them and plain JAX for the rest."
+        )
+    return True
 
 
 def against_transposed(fmt: Format, capability: int | None) -> str | None:
@@ -113,11 +125,19 @@ def against_transposed(fmt: Format, capability: int | None) -> str | None:
     return "in groups of 16" if fmt.group_size == 16 else None
 
 
+def _is_batched(spec: Spec, x_dtype: Any, platform: str | None) -> bool:
+    """Returns whether one kernel multiplies all weights of a stack."""
+    is_quantized = spec.format.activation is not None and not spec.transposed
+    return spec.layout == "mosaic" and not is_quantized and takes_kernel(spec, x_dtype, platform)
+
+
+def _options(spec: Spec) -> dict[str, Any]:
+    return {"format": spec.format, "extra": spec.extra, "out_dtype": spec.out_dtype}
+
+
 def _mosaic(x, data, scale, zero=None, *, spec: Spec):
     """Returns x @ W or x @ Wᵀ by the Hopper kernels."""
-    options: dict[str, Any] = {
-        "format": spec.format, "extra": spec.extra, "out_dtype": spec.out_dtype
-    }  # fmt: skip
+    options = _options(spec)
     if spec.transposed:
         return mosaic_dot.transposed(x, data, scale, zero, **options)
     if spec.format.activation is not None:
@@ -228,7 +248,8 @@ def _blocked(x, data, scale, zero, spec: Spec, is_stacked: bool):
     )
 
 
-def _codes(data, spec: Spec):
+def codes_of(data, spec: Spec):
+    """Returns the values of packed codes [.., K, N] in float32, unscaled."""
     if spec.element.is_packed:
         data = packing.unpack(data, spec.element.bits, spec.pad)
     return numerics.decode(data, spec.element)
@@ -236,7 +257,7 @@ def _codes(data, spec: Spec):
 
 def _reference(x, data, scale, zero, spec: Spec):
     """Equivalent to: dequantize W, then dot."""
-    w = qtensor.unscaled(_codes(data, spec), scale, zero, spec.format)
+    w = qtensor.unscaled(codes_of(data, spec), scale, zero, spec.format)
     w = w.T if spec.transposed else w
     return jnp.dot(x.astype(jnp.float32), w, precision=lax.Precision.HIGHEST)
 
@@ -258,7 +279,7 @@ def _activation_quantized(x, data, scale, spec: Spec):
             q = packing.unpack(data, spec.element.bits, spec.pad).astype(jnp.int8)
             q = q + jnp.int8(int(spec.element.qmin))
     elif fmt.element != fmt.activation:  # one FP8 type: that dot is left to XLA as it is
-        q, xq = _codes(data, spec), xq.astype(jnp.float32)
+        q, xq = codes_of(data, spec), xq.astype(jnp.float32)
     G, C = scale.shape
     g = fmt.group_size or K
     if G * g != K:

@@ -120,11 +120,7 @@ def partitioned(spec: Spec, shapes: Shapes, platform: str | None, bind: Callable
     n_lead = shapes.n_lead
 
     def partition(mesh, arg_shapes, result_shape):
-        def axes_of(a):
-            entries = _compat.decoded_spec(a.sharding, mesh)
-            return [_names(e) for e in entries] + [()] * (len(a.shape) - len(entries))
-
-        x, data, y = axes_of(arg_shapes[0]), axes_of(arg_shapes[1]), axes_of(result_shape)
+        x, data, y = (axes_of(a, mesh) for a in (*arg_shapes[:2], result_shape))
         data_k, data_n = data[n_lead:] if shapes.columns is None else reversed(data[n_lead:])
         taken: set[str] = set()
 
@@ -178,6 +174,12 @@ def partitioned(spec: Spec, shapes: Shapes, platform: str | None, bind: Callable
         **factors,  # pyright: ignore[reportArgumentType]
     )
     return function
+
+
+def axes_of(a: Any, mesh: Any) -> list[tuple[str, ...]]:
+    """Returns over which mesh axes each axis of an array is split."""
+    entries = _compat.decoded_spec(a.sharding, mesh)
+    return [_names(e) for e in entries] + [()] * (len(a.shape) - len(entries))
 
 
 def _names(entry: Any) -> tuple[str, ...]:

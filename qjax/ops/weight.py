@@ -15,8 +15,8 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from qjax import _compat, packing, qtensor
-from qjax.ops import activation
+from qjax import _compat, qtensor
+from qjax.ops import activation, ragged
 from qjax.qtensor import QTensor
 from qjax.view import Atom, Contraction, View, contraction, view_of
 
@@ -369,9 +369,15 @@ def gather_rows(view: View, axis: int, indices: Array) -> Array | None:
 
 
 def ragged_dot(
-    x: Array, view: View, group_sizes: Array, *, out_dtype: Any, precision: Any
+    x: Array,
+    view: View,
+    group_sizes: Array,
+    *,
+    out_dtype: Any,
+    precision: Any,
+    implementation: str | None = None,
 ) -> Array | None:
-    """`lax.ragged_dot` with packed experts [E, K, N], dequantizing one block of K at a time.
+    """`lax.ragged_dot` with packed experts [E, K, N], see `qjax.ops.ragged`.
 
     Activations are rounded as the format says and multiplied in float.
 
@@ -380,53 +386,19 @@ def ragged_dot(
       view: the experts; returns None unless its axes are E, K, N in that order and all experts
         take the channels in their own order.
       group_sizes: [E] rows of each expert.
+      implementation: as for `packed_dot`.
     """
-    qt: QTensor = view.payload.canonical()
+    qt: QTensor = view.payload
     kinds = [[a.kind for a in dim] for dim in view.dims]
     if kinds != [["b"], ["k"], ["n"]] or qt.data.ndim != 3 or qt.perm is not None:
         return None
-    E, K, N = qt.canonical_shape
-    block = _row_block(qt, K)
     x = activation.of_experts(x, qt, group_sizes)
-    qt = dataclasses.replace(qt, pre_scale=None, act_scale=None)
-    dtype = jnp.promote_types(view.dtype, x.dtype)
-    if block == K:
-        w = qtensor.dequantize_canonical(qt)
-        return lax.ragged_dot(
-            x, w.astype(dtype), group_sizes, precision=precision,
-            preferred_element_type=out_dtype,
-        )  # fmt: skip
-    n_blocks = K // block
-    scale, zero = qtensor.read_scales(qt)
-
-    def blocks(a):  # [E, rows, c] -> [n_blocks, E, rows / n_blocks, c]
-        if a is None:
-            return None
-        if a.shape[1] == 1:
-            return jnp.broadcast_to(a, (n_blocks, *a.shape))
-        return jnp.moveaxis(a.reshape(E, n_blocks, -1, a.shape[-1]), 1, 0)
-
-    # Recomputing the block in the backward pass keeps floats of the weight's shape out of it.
-    @jax.checkpoint
-    def step(total, operands):
-        xb, data, s, z = operands
-        part = dataclasses.replace(qt, data=data)
-        w = qtensor.unscaled(qtensor.read_codes(part), s, z, qt.format).astype(dtype)
-        y = lax.ragged_dot(
-            xb, w, group_sizes, precision=precision, preferred_element_type=jnp.float32
-        )
-        return total + y, None
-
-    xs = jnp.moveaxis(x.reshape(x.shape[0], n_blocks, block), 1, 0)
-    start = jnp.zeros((x.shape[0], N), jnp.float32)
-    total, _ = lax.scan(step, start, (xs, blocks(qt.data), blocks(scale), blocks(zero)))
-    return total.astype(out_dtype)
-
-
-def _row_block(qt: QTensor, K: int) -> int:
-    """Returns rows of K per block: whole groups and bytes, about 256, dividing K; else K."""
-    unit = packing.unit(qt.element.bits) if qt.element.is_packed else 1
-    step = math.lcm(unit, qt.format.group_size or 1)
-    if qt.pad or K % step:
-        return K
-    return max((b for b in range(step, min(K, 256) + 1, step) if K % b == 0), default=K)
+    return ragged.ragged_dot(
+        x,
+        dataclasses.replace(qt, format=qt.format.weight_only, pre_scale=None, act_scale=None),
+        group_sizes,
+        dtype=jnp.promote_types(view.dtype, x.dtype),
+        out_dtype=out_dtype,
+        precision=precision,
+        implementation=implementation,
+    )

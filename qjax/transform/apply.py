@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qjax import _compat, sharding
-from qjax.ops import activation, packed_dot, weight
+from qjax.ops import activation, packed_dot, ragged, weight
 from qjax.qtensor import QTensor, is_qtensor
 from qjax.tables import align
 from qjax.transform import walk
@@ -190,12 +190,12 @@ class Packed(walk.Handler):
     def ragged_dot(self, view, x, group_sizes, params):
         out_dtype = params["preferred_element_type"] or jnp.result_type(x.dtype, view.dtype)
         out = weight.ragged_dot(
-            x, view, group_sizes, out_dtype=out_dtype, precision=params["precision"]
-        )
+            x, view, group_sizes, out_dtype=out_dtype, precision=params["precision"],
+            implementation=self.implementation,
+        )  # fmt: skip
         if out is not None:
-            how = activation.describe(view.payload)
-            how = f", {how}, rounded in float" if how else ""
-            self.record(view, "ragged_dot", "x @ W by expert", f"xla, blocks of K{how}")
+            chosen = ragged.describe(stored_of(view), self.implementation)
+            self.record(view, "ragged_dot", "x @ W by expert", chosen)
         return out
 
     def gather(self, view, axis, indices, params):

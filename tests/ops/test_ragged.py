@@ -1,0 +1,197 @@
+"""Products with packed experts: on a kernel, in plain JAX, differentiated, batched, on a mesh."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+import qjax
+from pallas_kernels import h100, hlo, interpreter
+from qjax.ops import ragged
+from qjax.ops.dispatch import compute
+from qjax.ops.packed_dot import packed_dot, packed_dot_p
+from qjax.qtensor import quantize_array
+from qjax.sharding import shardings_of
+
+FORMATS = {
+    "int4": qjax.Format("int4", group_size=128, scale="bfloat16"),
+    "zero point": qjax.Format("int4", group_size=64, zero_point=True),
+    "nf4": qjax.Format("nf4", group_size=64),
+    "nvfp4": qjax.Format("e2m1", group_size=16, scale=qjax.Format("e4m3", group_columns=None)),
+}
+SIZES = (2, 0, 3)
+M = 6  # one row is no expert's
+
+
+def _experts(name, shape=(3, 256, 128)):
+    return quantize_array(jax.random.normal(jax.random.key(0), shape), FORMATS[name])
+
+
+def _rows(*shape):
+    return jax.random.normal(jax.random.key(1), shape, jnp.bfloat16)
+
+
+@qjax.apply
+def _product(x, w, sizes):
+    return lax.ragged_dot(x, w, sizes, preferred_element_type=jnp.float32)
+
+
+def _by_the_kernel(run):
+    """What `run` returns on a GPU, interpreted."""
+
+    # Not a lowered program: the interpreter calls back into Python, which that cannot.
+    def bind(*args, **static):
+        return ragged._compute(*args, **static, platform="cuda")
+
+    def bind_dot(*args, spec):
+        return compute(*args, spec=spec, platform="cuda")
+
+    with (
+        mock.patch.object(ragged.ragged_dot_p, "bind", bind),
+        mock.patch.object(packed_dot_p, "bind", bind_dot),
+        interpreter.interpreting(),
+        interpreter.everywhere(),
+    ):
+        return np.asarray(run(), np.float64)
+
+
+def _close(got, wanted, budget):
+    assert got.shape == wanted.shape
+    assert np.linalg.norm(got - wanted) <= budget * np.linalg.norm(wanted)
+
+
+def _budget(name):  # levels of nf4 are rounded to bfloat16, of 8 places
+    return 2.0**-9 if name == "nf4" else 2e-6
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_kernel_agrees_with_float64(name):
+    qt, x = _experts(name), _rows(M, 256)
+    w = np.asarray(qjax.dequantize(qt), np.float64)
+    own = np.repeat(np.arange(3), SIZES)
+    wanted = np.einsum("mk,mkn->mn", np.asarray(x, np.float64)[: len(own)], w[own])
+    prepared = qjax.prepare(qt, "h100")
+    y = _by_the_kernel(lambda: _product(x, prepared, jnp.array(SIZES)))
+    _close(y, np.concatenate([wanted, np.zeros((M - len(own), 128))]), _budget(name))
+
+
+@pytest.mark.parametrize("name", ["int4", "zero point"])
+def test_a_batch_of_products_is_one_kernel(name):
+    qt, x = _experts(name, (2, 256, 128)), _rows(2, 3, 256)
+    w = np.asarray(qjax.dequantize(qt), np.float64)
+    prepared = qjax.prepare(qt, "h100")
+    y = _by_the_kernel(lambda: packed_dot(x, prepared, out_dtype=jnp.float32))
+    _close(y, np.asarray(x, np.float64) @ w, _budget(name))
+    dy = _rows(2, 3, 128)
+    dx = _by_the_kernel(lambda: packed_dot(dy, prepared, transposed=True, out_dtype=jnp.float32))
+    _close(dx, np.asarray(dy, np.float64) @ w.swapaxes(1, 2), 2.0**-8)
+
+
+@pytest.mark.parametrize("name", ["zero point", "nf4"])
+def test_the_derivative_on_the_kernel_agrees_with_float64(name):
+    qt, dy = _experts(name), _rows(M, 128)
+    prepared = qjax.prepare(qt, "h100")
+    w = np.asarray(qjax.dequantize(qt), np.float64)
+    own = np.repeat(np.arange(3), SIZES)
+    scale, zero = qjax.qtensor.read_scales(prepared)
+    spec = ragged.Spec(
+        qt.format, qt.pad, True, "float32", "mosaic", extra=prepared.extra
+    )  # what `_transpose` binds
+    operands = [prepared.data, scale] + ([] if zero is None else [zero])
+    static = {"spec": spec, "dtype": "bfloat16", "precision": None}
+    dx = _by_the_kernel(lambda: ragged.ragged_dot_p.bind(dy, jnp.array(SIZES), *operands, **static))
+    wanted = np.einsum("mn,mkn->mk", np.asarray(dy, np.float64)[: len(own)], w[own])
+    _close(dx, np.concatenate([wanted, np.zeros((M - len(own), 256))]), 2.0**-8)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_on_a_cpu_a_prepared_weight_computes_the_same(name):
+    qt, x, sizes = _experts(name), _rows(M, 256), jnp.array(SIZES)
+    prepared = qjax.prepare(qt, "h100")
+    loss = lambda x, w, sizes: jnp.sum(jnp.sin(_product(x, w, sizes)))
+    for run in (_product, jax.grad(loss)):
+        # JAX has no vmap of the float product over groups.
+        many = jnp.stack([x, x[::-1]]), jnp.stack([sizes, sizes[::-1]])
+        got = jax.jit(jax.vmap(run, (0, None, 0)))(many[0], prepared, many[1])
+        wanted = jnp.stack([jax.jit(run)(x, qt, sizes) for x, sizes in zip(*many, strict=True)])
+        _close(*(np.asarray(a, np.float64) for a in (got, wanted)), 2.0**-7)
+
+
+@pytest.mark.parametrize("axis", range(3))
+def test_shards_over_experts_contraction_and_features(axis):
+    qt, x = _experts("int4", (4, 256, 256)), _rows(9, 256)
+    sizes = jnp.array([2, 0, 4, 2])
+    prepared = qjax.prepare(qt, "h100")
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2], axis_types=auto)
+    placed = jax.device_put(prepared, shardings_of(prepared, _split(mesh, axis)))
+    y = jax.jit(_product)(x, placed, sizes)
+    wanted = _product(x, qt, sizes)
+    _close(*(np.asarray(a, np.float64) for a in (y, wanted)), 2e-6)
+
+
+def test_explain_names_the_kernel_and_why_there_is_none():
+    args = _rows(M, 256), _experts("int4"), jnp.array(SIZES)
+    prepared = qjax.prepare(args, "h100")
+    dot = lambda x, w, sizes: lax.ragged_dot(x, w, sizes)
+    how = lambda args, **k: qjax.explain(dot, **k)(*args)[0].implementation
+    assert how(prepared).startswith("mosaic on CUDA")
+    assert how(prepared, implementation="xla") == how(args) == "xla, blocks of K"
+    rounded = quantize_array(jnp.ones((3, 256, 128)), qjax.Format("int8", activation="int8"))
+    why = how((args[0], qjax.prepare(rounded, "h100"), args[2]))
+    assert "no kernel for experts with rounded activations" in why
+
+
+def test_a_forced_kernel_that_cannot_run_says_why():
+    x, qt, sizes = _rows(M, 256), _experts("int4"), jnp.array(SIZES)
+    run = qjax.apply(lambda x, w: lax.ragged_dot(x, w, sizes), implementation="mosaic")
+    with pytest.raises(ValueError, match=r"qjax\.prepare"):
+        run(x, qt)
+    with pytest.raises(NotImplementedError, match="GPUs only"):
+        run(x, qjax.prepare(qt, "h100"))
+    with pytest.raises(ValueError, match="float32"):
+        run(x.astype(jnp.float32), qjax.prepare(qt, "h100"))
+
+
+def test_derivatives_of_scales_are_refused():
+    prepared = qjax.prepare(_experts("int4"), "h100")
+    scale = qjax.qtensor.read_scales(prepared)[0]
+    spec = ragged.Spec(prepared.format, 0, False, "float32", None, extra=prepared.extra)
+    f = lambda scale: ragged.ragged_dot_p.bind(
+        _rows(M, 256), jnp.array(SIZES), prepared.data, scale, spec=spec, dtype="bfloat16",
+        precision=None,
+    ).sum()  # fmt: skip
+    with pytest.raises(TypeError, match="constant"):
+        jax.grad(f)(scale)
+
+
+def _split(mesh, axis):
+    return NamedSharding(mesh, PartitionSpec(*("x" if i == axis else None for i in range(3))))
+
+
+def _abstract(E, K, N, tokens):
+    make = lambda: qjax.prepare(quantize_array(jnp.zeros((E, K, N)), FORMATS["int4"]), "h100")
+    array = jax.ShapeDtypeStruct
+    return array((tokens, K), jnp.bfloat16), jax.eval_shape(make), array((E,), jnp.int32)
+
+
+@pytest.mark.h100
+@pytest.mark.parametrize("axis", [None, 0, 1, 2])
+def test_experts_on_h100s_are_one_kernel_that_reads_them_where_they_lie(axis):
+    x, w, sizes = _abstract(8, 4096, 4096, 32)
+    run = lambda x, w, sizes: lax.ragged_dot(x, w, sizes)
+    mesh = h100.mesh(x=1 if axis is None else 2)
+    placed = shardings_of(w, _split(mesh, axis))
+    w = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), w, placed)
+    program = h100.compile(jax.jit(qjax.apply(run)), x, w, sizes, on=mesh)
+    assert len(program.kernels) == 1
+    assert program.temporaries <= 8e6  # the packed experts are 70 MB
+    found = hlo.collectives(program.hlo)
+    # Features stay split, as XLA is free to leave them; sums over experts or inputs are added.
+    assert found == ({} if axis in (None, 2) else {"all-reduce": 1})
