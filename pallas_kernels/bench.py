@@ -38,7 +38,7 @@ class Form:
 
     Attributes:
       name: of the row.
-      w, x: types.
+      w, x: types; "int2" and "int3" are codes of so many bits in the order of `planes`.
       group: inputs with one scale; None: all.
       scale: type of the scales.
       has_table: whether codes are looked up.
@@ -55,10 +55,21 @@ class Form:
     def is_weight_only(self) -> bool:
         return hopper.bits(self.x) == 16
 
+    @property
+    def bits(self) -> int:
+        return {"int2": 2, "int3": 3}.get(self.w) or hopper.bits(self.w)
+
+    def weight(self, K: int, N: int) -> jax.ShapeDtypeStruct:
+        if self.bits < 4:
+            return jax.ShapeDtypeStruct((N, K * self.bits // 8), jnp.uint8)
+        return jax.ShapeDtypeStruct((N, K), jnp.dtype(self.w))
+
 
 FORMS = (
     Form("W4A16 g128", "int4", "bfloat16", 128),
     Form("W4A16 g32", "int4", "bfloat16", 32),
+    Form("W3A16 g128", "int3", "bfloat16", 128),
+    Form("W2A16 g128", "int2", "bfloat16", 128),
     Form("NF4 g64", "int4", "bfloat16", 64, has_table=True),
     Form("MXFP4", "int4", "bfloat16", 32, "uint8", has_table=True),
     Form("NVFP4", "int4", "bfloat16", 16, "float8_e4m3fn", has_table=True),
@@ -74,7 +85,7 @@ def tuning_of(form: Form, M: int, K: int, N: int) -> Tuning:
     """Returns the tuning that the kernel takes for a product."""
     if form.is_weight_only:
         return tuning.weight_only(
-            M, K, N, form.group or K, hopper.bits(form.w),
+            M, K, N, form.group or K, form.bits,
             table_bytes=four_bits.TABLE_BYTES if form.has_table else 0,
             scale_bits=8 * jnp.dtype(form.scale).itemsize,
         )  # fmt: skip
@@ -87,7 +98,7 @@ def compiled(form: Form, tile: Tuning) -> h100.Kernel:
     M, K, N = tile.tile_m, 8 * tile.tile_k, TILE_N
     G = 1 if form.group is None else K // form.group
     array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-    operands = [array(form.x, M, K), array(form.w, N, K)]
+    operands = [array(form.x, M, K), form.weight(K, N)]
     if form.is_weight_only:
         levels = tuple(map(float, range(16))) if form.has_table else None
         f: Any = functools.partial(weight_only.matmul, tuning=tile, codebook=levels)
@@ -109,7 +120,7 @@ def predict(form: Form, M: int, K: int, N: int) -> dict[str, Any]:
     kernel = compiled(form, dataclasses.replace(t, split_k=1))
     G = 1 if form.group is None else K // form.group
     x_bytes = hopper.bits(form.x) // 8
-    weights = K * N * hopper.bits(form.w) // 8 + G * N * jnp.dtype(form.scale).itemsize
+    weights = K * N * form.bits // 8 + G * N * jnp.dtype(form.scale).itemsize
     sums = 0 if t.split_k == 1 else 2 * 4 * t.split_k * M * N  # in L2 if they fit
     moved = weights + M * K * x_bytes + 2 * M * N
     m_tiles = -(-M // t.tile_m)
@@ -143,7 +154,7 @@ def xla_us(form: Form, M: int, K: int, N: int) -> float:
 
     Types of 8 bits with a scale for each channel it reads as they are.
     """
-    stored = K * N * hopper.bits(form.w) / 8
+    stored = K * N * form.bits / 8
     if form.group is not None:
         stored += 4 * K * N
     return 1e6 * (stored + M * K * hopper.bits(form.x) / 8 + 2 * M * N) / BANDWIDTH

@@ -40,7 +40,7 @@ WEIGHT_ONLY = {
     8: Tuning(8, 6, 256),
     16: Tuning(16, 6, 256),
     32: Tuning(32, 5, 256),
-    64: Tuning(64, 3, 256),
+    64: Tuning(64, 4, 256),
     math.inf: Tuning(128, 4, scale_on="weight"),
 }
 
@@ -79,7 +79,7 @@ def weight_only(
       bits, out_bits: of a weight and of an output.
       table_bytes: of shared memory that a table takes.
       scale_bits: of a scale. One of 8 times a weight of 4 goes on the weight: exact in bfloat16 for
-        e2m1, one more rounding for other levels.
+        e2m1, one more rounding for other levels. So do those of small groups and many tokens.
       experts: as many products side by side, of M tokens each.
 
     Example:
@@ -87,7 +87,10 @@ def weight_only(
       Tuning(tile_m=16, stages=6, tile_k=256, scale_on='accumulator', split_k=8, sms=132)
     """
     t = _for_shape(WEIGHT_ONLY, M, K, N, group_size, bits, 16, out_bits, table_bytes, experts)
-    on_weight = group_size == 16 or (scale_bits == 8 and bits == 4)
+    # On the accumulator it takes tile_m / group_size instructions a weight, for which memory gives
+    # time in proportion to its bits.
+    is_dear = 4 * t.tile_m >= bits * group_size
+    on_weight = group_size == 16 or (scale_bits == 8 and bits == 4) or is_dear
     return dataclasses.replace(t, scale_on="weight") if on_weight else t
 
 

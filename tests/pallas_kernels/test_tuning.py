@@ -18,7 +18,8 @@ def test_parts_are_whole_steps_and_as_many_as_fill_the_gpu(tiles, steps):
 
 @pytest.mark.parametrize("M", [1, 8, 9, 16, 32, 64, 65, 4096])
 @pytest.mark.parametrize(
-    ("bits", "group"), [(4, 32), (4, 64), (4, 128), (4, 384), (4, 512), (8, 4096)]
+    ("bits", "group"),
+    [(2, 64), (3, 128), (4, 32), (4, 64), (4, 128), (4, 384), (4, 512), (8, 4096)],
 )
 def test_weight_only_fits_any_shape(M, bits, group):
     for K, N in ((4096, 4096), (4608, 128), (128, 256)):
@@ -28,6 +29,12 @@ def test_weight_only_fits_any_shape(M, bits, group):
         buffers = t.stages * t.tile_k * (TILE_N * bits + t.tile_m * 16) // 8
         assert t.stages >= 2
         assert buffers + 4 * TILE_N * t.tile_m <= SMEM_BYTES
+
+
+def test_scales_go_where_they_cost_least_or_else_where_they_are_exact():
+    on = lambda bits, group, M: tuning.weight_only(M, 4096, 4096, group, bits).scale_on
+    assert on(4, 128, 64) == on(4, 32, 16) == on(2, 128, 32) == on(8, 4096, 64) == "accumulator"
+    assert on(4, 64, 64) == on(4, 32, 32) == on(2, 128, 64) == on(2, 32, 16) == "weight"
 
 
 def test_tokens_are_tiled_by_the_first_row_that_is_large_enough():
