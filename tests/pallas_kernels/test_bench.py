@@ -12,7 +12,8 @@ from pallas_kernels.bench import FORMS, Form
 
 def _kernel(instructions):
     loop = collections.Counter(FFMA=instructions)
-    return h100.Kernel("", 168, 0, 0, 0, (), loop, loop)
+    products = collections.Counter()
+    return h100.Kernel("", "ptxas", 168, 0, 0, 0, (), products, (loop, loop))
 
 
 def test_a_kernel_of_few_instructions_is_bound_by_its_bytes(monkeypatch):
