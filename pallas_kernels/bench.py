@@ -121,7 +121,8 @@ def predict(form: Form, M: int, K: int, N: int) -> dict[str, Any]:
     G = 1 if form.group is None else K // form.group
     x_bytes = hopper.bits(form.x) // 8
     weights = K * N * form.bits // 8 + G * N * jnp.dtype(form.scale).itemsize
-    sums = 0 if t.split_k == 1 else 2 * 4 * t.split_k * M * N  # in L2 if they fit
+    # Sums of the parts of K, padded to whole tiles: written and read once, in L2 if they fit.
+    workspace = 0 if t.split_k == 1 else 4 * t.split_k * -(-M // t.tile_m) * t.tile_m * N
     moved = weights + M * K * x_bytes + 2 * M * N
     m_tiles = -(-M // t.tile_m)
     items = m_tiles * (N // TILE_N) * t.split_k
@@ -137,7 +138,7 @@ def predict(form: Form, M: int, K: int, N: int) -> dict[str, Any]:
     }
     bound = max(times, key=times.__getitem__)
     return {
-        "form": form.name, "M": M, "K": K, "N": N, "bytes": moved, "sums": sums,
+        "form": form.name, "M": M, "K": K, "N": N, "bytes": moved, "workspace": workspace,
         "split_k": t.split_k, "items": items, "instructions": round(per_weight, 2),
         "integer": round(integer, 2), "registers": kernel.registers, "spills": kernel.spills,
         "us": 1e6 * times[bound], "bound": bound, "roofline": times["memory"] / times[bound],
@@ -174,10 +175,13 @@ def static(tokens: tuple[int, ...] = (1, 16, 64)) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Returns rows as Markdown, one for every form and number of tokens, summed over a layer."""
+    """Returns rows as Markdown, one for every form and number of tokens, summed over a layer.
+
+    The workspace, the largest of a layer, is all that products allocate: sums of the parts of K.
+    """
     columns = (
         "model", "form", "M", "MB", "instructions (integer) a weight", "predicted µs a layer",
-        "bound by", "of bandwidth", "XLA µs, at least", "bfloat16 µs, at least",
+        "bound by", "of bandwidth", "workspace MB", "XLA µs, at least", "bfloat16 µs, at least",
     )  # fmt: skip
     lines = [
         f"| {' | '.join(columns)} |",
@@ -193,6 +197,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"| {key[0]} | {key[1]} | {key[2]} | {sum(r['bytes'] for r in own) / 1e6:.1f}"
             f" | {max(r['instructions'] for r in own):.2f} ({max(r['integer'] for r in own):.2f})"
             f" | {total:.1f} | {bounds} | {share:.0%}"
+            f" | {max(r['workspace'] for r in own) / 1e6:.1f}"
             f" | {sum(r['xla us'] for r in own):.1f} | {sum(r['bfloat16 us'] for r in own):.1f} |"
         )
     return "\n".join(lines)
