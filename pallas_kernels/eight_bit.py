@@ -1,4 +1,4 @@
-"""Products of 8-bit activations with 8-bit weights on Hopper: int8 or FP8."""
+"""Products of 8-bit activations on Hopper: int8 with int8 or int4 weights, FP8 with FP8."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper
+from pallas_kernels import four_bits, hopper, interleave
 from pallas_kernels import tuning as tunings
 from pallas_kernels.hopper import Operand
 from pallas_kernels.tuning import TILE_K, TILE_N, Tuning
@@ -23,12 +23,14 @@ def supports(w_dtype: Any, x_dtype: Any, K: int, N: int, group_size: int) -> str
     Example:
       >>> supports("int8", "int8", 4096, 4096, 4096)
       >>> supports("int8", "float8_e4m3fn", 4096, 4096, 4096)
-      'weights of int8 with activations of float8_e4m3fn: both must be int8, or both FP8'
+      'weights of int8 with activations of float8_e4m3fn: int8 or int4 with int8, or both FP8'
     """
     names = jnp.dtype(w_dtype).name, jnp.dtype(x_dtype).name
-    if names != ("int8", "int8") and not all(n in _FP8 for n in names):
+    is_int = names[0] in ("int8", "int4") and names[1] == "int8"
+    if not is_int and not all(n in _FP8 for n in names):
         return (
-            f"weights of {names[0]} with activations of {names[1]}: both must be int8, or both FP8"
+            f"weights of {names[0]} with activations of {names[1]}: int8 or int4 with int8, or both"
+            " FP8"
         )
     if K % TILE_K or N % TILE_N:
         return f"K={K}, N={N}: both must be multiples of {TILE_K}"
@@ -55,9 +57,10 @@ def matmul(
 
     Args:
       x: [M, K] int8, float8_e4m3fn or float8_e5m2.
-      w: [N, K] int8, or one of the FP8 types.
-      x_scale: float32 [M, G], with G = 1 or G = K / 128. A scale of the whole tensor is repeated.
-      w_scale: float32 [G, N]; a scale of a block of 128 x 128 is repeated.
+      w: [N, K] int8, int4 in the order of `interleave`, or one of the FP8 types.
+      x_scale: float32 [M, G], with G = 1 or G = K / 128, or [M, 1]. A scale of the whole tensor is
+        repeated.
+      w_scale: float32, bfloat16 or float16 [G, N]; a scale of a block of 128 x 128 is repeated.
       out_dtype: of y: bfloat16, float16 or float32.
       tuning: default: `tuning.eight_bit`.
       interpret: `plgpu.InterpretGPUParams` to run on a CPU.
@@ -66,55 +69,69 @@ def matmul(
       ValueError: for shapes or types that `supports` refuses.
     """
     (M, K), N, G = x.shape, w.shape[0], w_scale.shape[0]
-    if w.shape[1] != K or w_scale.shape[1] != N or x_scale.shape != (M, G) or K % G:
+    if w.shape[1] != K or w_scale.shape[1] != N or x_scale.shape not in ((M, G), (M, 1)):
         raise ValueError(
             f"x {x.shape}, w {w.shape}, x_scale {x_scale.shape} and w_scale {w_scale.shape} must be"
-            " [M, K], [N, K], [M, G] and [G, N]."
+            " [M, K], [N, K], [M, G] or [M, 1], and [G, N]."
         )
-    if reason := supports(w.dtype, x.dtype, K, N, K // G):
+    if reason := supports(w.dtype, x.dtype, K, N, K // G if K % G == 0 else 0):
         raise ValueError(f"pallas_kernels.eight_bit: {reason}.")
     out_dtype = jnp.dtype(out_dtype)
-    tuning = tuning or tunings.eight_bit(M, K, N)
+    tuning = tuning or tunings.eight_bit(M, K, N, hopper.bits(w.dtype))
     tile_m = tuning.tile_m
-    total_dtype = jnp.int32 if w.dtype == jnp.int8 else jnp.float32
+    total_dtype = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+    is_packed = w.dtype == jnp.int4
+    if is_packed:  # decoded as 16 times what they are
+        x, x_scale = interleave.for_bytes(x), x_scale.astype(jnp.float32) / 16
     x = hopper.padded_tokens(x, tile_m)
     rows_of_x = hopper.padded_tokens(x_scale.astype(jnp.float32), tile_m).T  # [G, M]
-    w_scale = w_scale.astype(jnp.float32)
-    has_groups = G > 1
-
-    def outer(s_w, s_x):
-        shape = (hopper.ROWS, tile_m)
-        return lax.broadcast_in_dim(s_w, shape, (0,)) * lax.broadcast_in_dim(s_x, shape, (1,))
+    has_groups, of_tokens = G > 1, x_scale.shape[1] == 1
+    shape = (hopper.ROWS, tile_m)
 
     def by_row(ref):
-        return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+        s = plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+        return lax.broadcast_in_dim(s.astype(jnp.float32), shape, (0,))
 
     def by_column(ref):
-        return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+        s = plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+        return lax.broadcast_in_dim(s, shape, (1,))
+
+    def weight(w_smem, rows):
+        return four_bits.load_bytes(w_smem.at[rows]) if is_packed else w_smem.at[rows]
 
     def step(w_smem, x_smem, rows, total):
-        plgpu.wgmma(total, w_smem.at[rows], x_smem.T)
+        plgpu.wgmma(total, weight(w_smem, rows), x_smem.T)
         plgpu.wgmma_wait(0)  # before the stage is released
         return total
 
-    def step_in_groups(w_smem, x_smem, sw_smem, sx_smem, rows, total):
+    def step_in_groups(w_smem, x_smem, sw_smem, *rest):
+        *sx_smem, rows, total = rest
+
         def product(d):
-            plgpu.wgmma(d, w_smem.at[rows], x_smem.T)
+            plgpu.wgmma(d, weight(w_smem, rows), x_smem.T)
             return d[...]  # waits
 
-        d = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((hopper.ROWS, tile_m), total_dtype))
-        scale = outer(by_row(sw_smem.at[0, rows]), by_column(sx_smem.at[0]))
+        d = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(shape, total_dtype))
+        scale = by_row(sw_smem.at[0, rows])
+        for ref in sx_smem:
+            scale = scale * by_column(ref.at[0])
         return total + d.astype(jnp.float32) * scale
 
-    def scaled(total, features, tokens, sw, sx):
-        return total.astype(jnp.float32) * outer(
-            by_row(sw.at[0, features]), by_column(sx.at[0, tokens])
-        )
+    def scaled(total, features, tokens, sx, *sw):
+        scale = by_column(sx.at[0, tokens])
+        for ref in sw:
+            scale = by_row(ref.at[0, features]) * scale
+        return total.astype(jnp.float32) * scale
 
     operands = [Operand(w, "n", columns=TILE_K), Operand(x, "m", columns=TILE_K)]
+    late = [rows_of_x.T, w_scale]  # scales of the sums over all of K
     if has_groups:
-        operands += [Operand(w_scale, "n", is_row=True), Operand(rows_of_x, "m", is_row=True)]
-    in_epilogue = not has_groups and tuning.split_k == 1
+        operands += [Operand(w_scale, "n", is_row=True)]
+        late.pop()
+        if not of_tokens:
+            operands += [Operand(rows_of_x, "m", is_row=True)]
+            late.pop()
+    in_epilogue = bool(late) and tuning.split_k == 1
     if has_groups or in_epilogue:
         part_dtype = jnp.float32 if tuning.split_k > 1 else out_dtype
     else:
@@ -123,15 +140,16 @@ def matmul(
         operands,
         step_in_groups if has_groups else step,
         scaled if in_epilogue else lambda total, *_: total,
-        whole=(w_scale, rows_of_x) if in_epilogue else (),
+        whole=(rows_of_x, *late[1:]) if in_epilogue else (),
         in_tensor_core=None if has_groups else total_dtype,
-        loads_blocks=has_groups,
+        loads_blocks=has_groups or is_packed,
         out_dtype=part_dtype,
         sizes=(x.shape[0], K, N),
         tuning=tuning,
         interpret=interpret,
     )
-    if has_groups or in_epilogue:
-        return jnp.sum(parts, axis=0, dtype=jnp.float32).astype(out_dtype)[:M]
-    y = jnp.sum(parts, axis=0).astype(jnp.float32) * w_scale * rows_of_x.T
+    y = parts[0] if tuning.split_k == 1 else jnp.sum(parts, axis=0)
+    if not in_epilogue:
+        for scale in late:
+            y = y.astype(jnp.float32) * scale
     return y.astype(out_dtype)[:M]

@@ -1,4 +1,4 @@
-"""How a kernel makes 16-bit floats of weights of 4 bits, in the order of `interleave`."""
+"""How a kernel makes 16-bit floats or bytes of weights of 4 bits, in the order of `interleave`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from pallas_kernels.interleave import interleaved
 
 BANKS = 32  # of shared memory, 4 bytes wide; lane i of a warp reads its own, the i-th
 TABLE_BYTES = 256 * BANKS * 4
+UPPER = 0xF0F0F0F0  # halves of the bytes of a word
 
 
 def table(levels: Sequence[float], dtype: Any) -> Array:
@@ -82,6 +83,45 @@ def load(ref: Any, dtype: Any, words: Any = None) -> Array:
         arg_types=(plgpu.Layout.WGMMA_UPCAST_4X, *(plgpu.RefType() for _ in tables)),
         return_type=plgpu.ShapeDtypeStruct(q.shape, dtype, plgpu.Layout.WGMMA),
     )(values)(q, *tables)
+
+
+def load_bytes(ref: Any) -> Array:
+    """Returns 16 times the integers of codes in shared memory, int8, inside a kernel.
+
+    In the layout of wgmma for bytes, and the order of inputs of `interleave.for_bytes`. A code in
+    the upper half of a byte is 16 times its value, sign and all; so three instructions are enough
+    for eight codes.
+
+    Args:
+      ref: int4 [R, C], interleaved.
+    """
+    q = plgpu.load(ref, layout=plgpu.Layout.WGMMA_UPCAST_4X)
+
+    def values(_, q):
+        i8, i32 = (ir.IntegerType.get_signless(n) for n in (8, 32))
+        four = ir.VectorType.get((4,), i8)
+        upper = arith.constant(i32, UPPER - 2**32)
+        layout = plgpu.Layout.WGMMA_8BIT.to_mgpu()
+        out = np.empty(layout.registers_shape(q.shape), object)
+        by_block = out.reshape(-1, 2, 2)  # 32 columns, 16 of them, rows i and i + 8
+        for (block, row), eight in np.ndenumerate(q.registers.reshape(-1, 2)):
+            word = mgpu.utils.bitcast(eight, i32)
+            shifted = arith.shli(word, arith.constant(i32, 4))
+            for half, codes in enumerate((shifted, word)):
+                by_block[block, half, row] = mgpu.utils.bitcast(arith.andi(codes, upper), four)
+        return mgpu.FragmentedArray(
+            _registers=by_block.reshape(out.shape), _layout=layout, _is_signed=True
+        )
+
+    def reference(q):  # read by the interpreter
+        words = q.astype(jnp.int8).reshape(q.shape[0], -1, 4, 4, 2)  # word, byte, half
+        return 16 * jnp.moveaxis(words, -1, 2).reshape(q.shape)
+
+    values.reference = reference  # pyright: ignore[reportFunctionMemberAccess]
+    return plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WGMMA_UPCAST_4X,),
+        return_type=plgpu.ShapeDtypeStruct(q.shape, jnp.int8, plgpu.Layout.WGMMA_8BIT),
+    )(values)(q)
 
 
 def _looked_up(word: Any, byte: int, lane: Any, table: Any) -> Any:

@@ -22,6 +22,21 @@ def interleaved(codes: Array) -> Array:
     return codes.reshape(*lead, n // 16, 4, 4).swapaxes(-1, -2).reshape(codes.shape)
 
 
+def for_bytes(x: Array) -> Array:
+    """Returns inputs [.., K] in the order in which bytes meet them, `four_bits.load_bytes`.
+
+    A wgmma takes from lane t of 4 the bytes 4t to 4t + 3 of every 16 inputs. A word holds 8 codes:
+    its lower halves of bytes become those of one 16, its upper halves those of the next.
+
+    Example:
+      >>> for_bytes(jnp.arange(32)).tolist()[:8]
+      [0, 8, 16, 24, 2, 10, 18, 26]
+    """
+    *lead, K = x.shape
+    blocks = x.reshape(*lead, K // 32, 4, 4, 2)  # byte of a word, word, half
+    return jnp.moveaxis(blocks, (-1, -2, -3), (-3, -2, -1)).reshape(x.shape)
+
+
 def of_int4(w: Array) -> Array:
     """Returns int4 weights [N, K] as the kernel takes them."""
     codes = lax.bitcast_convert_type(w.astype(jnp.int8), jnp.uint8) & jnp.uint8(15)

@@ -63,11 +63,12 @@ def eight_bit(
     Args:
       x: [M, K] int8 or FP8.
       w: [N, K] int8 or FP8.
-      x_scale: [M, G].
+      x_scale: [M, G], or [M, 1] for all groups.
       w_scale: [G, N].
     """
     g = x.shape[1] // w_scale.shape[0]
     wide = jnp.repeat(w_scale.astype(jnp.float32), g, axis=0)  # [K, N]
+    g = x.shape[1] // x_scale.shape[1]
     x = x.astype(jnp.float32) * jnp.repeat(x_scale.astype(jnp.float32), g, axis=1)
     y = jnp.dot(x, w.astype(jnp.float32).T * wide, precision=lax.Precision.HIGHEST)
     return y.astype(out_dtype)

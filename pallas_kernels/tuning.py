@@ -103,9 +103,9 @@ def transposed(
     return _for_shape(TRANSPOSED, M, N, K, TILE_K, bits, 16, 32, table_bytes, experts)
 
 
-def eight_bit(M: int, K: int, N: int) -> Tuning:
-    """Returns the tuning of a product of M tokens with a [K, N] weight, both of 8 bits."""
-    return _for_shape(EIGHT_BIT, M, K, N, TILE_K, 8, 8, 32, 0)
+def eight_bit(M: int, K: int, N: int, bits: int = 8) -> Tuning:
+    """Returns the tuning of a product of M tokens of 8 bits with a [K, N] weight of 8 or 4."""
+    return _for_shape(EIGHT_BIT, M, K, N, TILE_K, bits, 8, 32, 0)
 
 
 def _for_shape(

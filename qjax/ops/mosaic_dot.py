@@ -198,12 +198,14 @@ def quantized(
     (M, K), (N_, K_) = xq.shape, data.shape
     N = N_ - extra[1]
     groups = K_ // TILE_K if scale.shape[0] > 1 else 1
-    scale = blocked.per_column(scale, N, format.group_columns or N)
+    is_short = isinstance(format.scale, str) and format.scale in ("bfloat16", "float16")
+    stored = str(format.scale) if is_short else "float32"  # as it is stored, as above
+    scale = blocked.per_column(scale, N, format.group_columns or N).astype(stored)
     scale = jnp.pad(scale, ((0, groups - scale.shape[0]), (0, N_ - N)))
     y = kernel.matmul(
         jnp.pad(xq, ((0, 0), (0, K_ - K))),
         data,
-        jnp.broadcast_to(step, (M, groups)),
+        jnp.broadcast_to(step, (M, 1)),
         scale,
         out_dtype=out_dtype,
     )

@@ -22,6 +22,7 @@ from qjax.sharding import shardings_of
 FORMATS = {
     "int4": qjax.Format("int4", group_size=128, scale="bfloat16"),
     "zero point": qjax.Format("int4", group_size=64, zero_point=True),
+    "int3": qjax.Format("int3", group_size=64),
     "nf4": qjax.Format("nf4", group_size=64),
     "nvfp4": qjax.Format("e2m1", group_size=16, scale=qjax.Format("e4m3", group_columns=None)),
 }
@@ -120,7 +121,7 @@ def test_on_a_cpu_a_prepared_weight_computes_the_same(name):
         many = jnp.stack([x, x[::-1]]), jnp.stack([sizes, sizes[::-1]])
         got = jax.jit(jax.vmap(run, (0, None, 0)))(many[0], prepared, many[1])
         wanted = jnp.stack([jax.jit(run)(x, qt, sizes) for x, sizes in zip(*many, strict=True)])
-        _close(*(np.asarray(a, np.float64) for a in (got, wanted)), 2.0**-7)
+        _close(np.asarray(got, np.float64), np.asarray(wanted, np.float64), 2.0**-7)
 
 
 @pytest.mark.parametrize("axis", range(3))
@@ -133,18 +134,18 @@ def test_shards_over_experts_contraction_and_features(axis):
     placed = jax.device_put(prepared, shardings_of(prepared, _split(mesh, axis)))
     y = jax.jit(_product)(x, placed, sizes)
     wanted = _product(x, qt, sizes)
-    _close(*(np.asarray(a, np.float64) for a in (y, wanted)), 2e-6)
+    _close(np.asarray(y, np.float64), np.asarray(wanted, np.float64), 2e-6)
 
 
 def test_explain_names_the_kernel_and_why_there_is_none():
-    args = _rows(M, 256), _experts("int4"), jnp.array(SIZES)
-    prepared = qjax.prepare(args, "h100")
+    x, qt, sizes = _rows(M, 256), _experts("int4"), jnp.array(SIZES)
+    prepared = qjax.prepare(qt, "h100")
     dot = lambda x, w, sizes: lax.ragged_dot(x, w, sizes)
-    how = lambda args, **k: qjax.explain(dot, **k)(*args)[0].implementation
+    how = lambda w, **k: qjax.explain(dot, **k)(x, w, sizes)[0].implementation
     assert how(prepared).startswith("mosaic on CUDA")
-    assert how(prepared, implementation="xla") == how(args) == "xla, blocks of K"
+    assert how(prepared, implementation="xla") == how(qt) == "xla, blocks of K"
     rounded = quantize_array(jnp.ones((3, 256, 128)), qjax.Format("int8", activation="int8"))
-    why = how((args[0], qjax.prepare(rounded, "h100"), args[2]))
+    why = how(qjax.prepare(rounded, "h100"))
     assert "no kernel for experts with rounded activations" in why
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import eight_bit, reference
+from pallas_kernels.interleave import of_int4
 from pallas_kernels.testing import Laws
 
 
@@ -19,31 +20,45 @@ class TestEightBit(Laws):
         "int8 groups": {"w": "int8", "groups": 2},
         "fp8 rows x columns": {"w": "float8_e4m3fn", "groups": 1},
         "fp8 blocks": {"w": "float8_e4m3fn", "groups": 2},
+        "int4 groups": {
+            "w": "int4",
+            "groups": 2,
+            "x": "int8",
+            "of_tokens": True,
+            "scale": "bfloat16",
+        },
+        "int4 columns": {"w": "int4", "groups": 1, "x": "int8"},
+        "int8 groups, tokens": {"w": "int8", "groups": 2, "of_tokens": True},
         "fp8 gradients": {"w": "float8_e4m3fn", "groups": 1, "x": "float8_e5m2"},
     }
 
-    def make(self, M, K, N, seed=0, *, w, groups, x=None):
+    def make(self, M, K, N, seed=0, *, w, groups, x=None, of_tokens=False, scale="float32"):
         keys = jax.random.split(jax.random.key(seed), 4)
 
         def values(key, shape, dtype):
-            if dtype == "int8":
-                return jax.random.randint(key, shape, -128, 128).astype(dtype)
+            if dtype.startswith("int"):
+                most = 2 ** (int(dtype[3:]) - 1)
+                return jax.random.randint(key, shape, -most, most).astype(dtype)
             return jax.random.normal(key, shape).astype(dtype)
 
         return {
             "x": values(keys[0], (M, K), x or w),
             "w": values(keys[1], (N, K), w),
-            "x_scale": jax.random.uniform(keys[2], (M, groups), jnp.float32, 0.5, 1.5),
-            "w_scale": jax.random.uniform(keys[3], (groups, N), jnp.float32, 0.5, 1.5),
+            "x_scale": jax.random.uniform(
+                keys[2], (M, 1 if of_tokens else groups), jnp.float32, 0.5, 1.5
+            ),
+            "w_scale": jax.random.uniform(keys[3], (groups, N), scale, 0.5, 1.5),
         }
 
     def run(self, arrays, *, tuning, interpret):
+        if arrays["w"].dtype == jnp.int4:
+            arrays = arrays | {"w": of_int4(arrays["w"])}
         return eight_bit.matmul(**arrays, out_dtype=jnp.float32, tuning=tuning, interpret=interpret)
 
     def exact(self, arrays):
         x, w, sx, sw = (np.asarray(a).astype(np.float64) for a in arrays.values())
-        g = x.shape[1] // sw.shape[0]
-        return (x * np.repeat(sx, g, axis=1)) @ (w.T * np.repeat(sw, g, axis=0))
+        K, g = x.shape[1], x.shape[1] // sw.shape[0]
+        return (x * np.repeat(sx, K // sx.shape[1], axis=1)) @ (w.T * np.repeat(sw, g, axis=0))
 
     def test_the_reference_agrees_with_float64(self):
         arrays = self.make(3, 64, 5, w="float8_e4m3fn", groups=2)
@@ -51,5 +66,5 @@ class TestEightBit(Laws):
 
     def test_refuses_what_it_cannot_compute(self):
         arrays = self.make(8, 256, 256, w="int8", groups=1)
-        with pytest.raises(ValueError, match="both must be int8"):
+        with pytest.raises(ValueError, match="int8 or int4 with int8"):
             eight_bit.matmul(**(arrays | {"x": arrays["x"].astype(jnp.bfloat16)}))

@@ -10,7 +10,8 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import four_bits
-from pallas_kernels.interleave import interleaved, of_int4, place
+from pallas_kernels.four_bits import UPPER
+from pallas_kernels.interleave import for_bytes, interleaved, of_int4, place
 from tests.pallas_kernels import ptx
 
 BYTES = np.arange(256, dtype=np.uint32)
@@ -66,6 +67,21 @@ def test_every_lane_reads_the_codes_that_its_wgmma_takes():
     words = read.reshape(4, 32, C // 32, 2, 4, 2)  # block, row, byte, code
     registers = taken.reshape(4, 32, C // 32, 4, 2, 2)  # block, byte, row, code
     np.testing.assert_array_equal(words.swapaxes(3, 4), registers)
+
+
+def test_every_lane_makes_the_bytes_that_its_wgmma_takes():
+    """What `load_bytes` does with registers, codes being 16 times too large in the upper halves."""
+    R, C = 64, 128
+    codes = np.random.default_rng(0).integers(-8, 8, (R, C))
+    stored = np.asarray(of_int4(jnp.asarray(codes, jnp.int4))).astype(np.uint32) & 15
+    read = of_threads(stored, plgpu.Layout.WGMMA_UPCAST_4X.to_mgpu())
+    read = read.reshape(4, 32, C // 32, 2, 8)  # block, row, code
+    word = np.sum(read << (4 * np.arange(8, dtype=np.uint32)), axis=-1, dtype=np.uint32)
+    halves = np.stack([(word << 4) & UPPER, word & UPPER], axis=3).astype(np.uint32)
+    made = halves[..., None].view(np.int8)  # thread, block, half, row, byte
+    wanted = np.asarray(for_bytes(jnp.asarray(16 * codes, jnp.int8)))
+    taken = of_threads(wanted, plgpu.Layout.WGMMA_8BIT.to_mgpu())
+    np.testing.assert_array_equal(made.reshape(taken.shape), taken)
 
 
 def test_orders_are_one_another_s_inverse():

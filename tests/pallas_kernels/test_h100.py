@@ -52,13 +52,20 @@ WEIGHT_ONLY = {
 }
 BITS = {"int2": 2, "int3": 3, "int4": 4}
 PREFILL = {"int2": 0.35, "int3": 0.45, "int4": 0.5, "int8": 0.65}
+# Instructions for each weight, and cycles to issue the loop against those of the tensor core.
 EIGHT_BIT = {
-    "int8 M=16": (16, "int8", 1, "IGMMA"),
-    "int8 M=1024": (1024, "int8", 1, "IGMMA"),
-    "fp8 M=16": (16, "float8_e4m3fn", 1, "QGMMA"),
-    "fp8 M=1024": (1024, "float8_e4m3fn", 1, "QGMMA"),
-    "fp8 blocks M=16": (16, "float8_e4m3fn", K // 128, "QGMMA"),
-    "fp8 blocks M=1024": (1024, "float8_e4m3fn", K // 128, "QGMMA"),
+    "int8 M=16": (16, "int8", "int8", 1, 1.1, None),
+    "int8 M=1024": (1024, "int8", "int8", 1, 1.1, 0.3),
+    "int4 x int8 M=16": (16, "int4", "int8", K // 128, 1.6, None),
+    "int4 x int8 M=64": (64, "int4", "int8", K // 128, 2.3, None),
+    "int4 x int8 M=1024": (1024, "int4", "int8", K // 128, 3.3, 0.8),
+    "int4 x int8, channels M=16": (16, "int4", "int8", 1, 1.1, None),
+    "int4 x int8, channels M=1024": (1024, "int4", "int8", 1, 1.2, 0.3),
+    "fp8 M=16": (16, "float8_e4m3fn", "float8_e4m3fn", 1, 1.1, None),
+    "fp8 M=1024": (1024, "float8_e4m3fn", "float8_e4m3fn", 1, 1.1, 0.3),
+    "fp8 gradients M=1024": (1024, "float8_e4m3fn", "float8_e5m2", 1, 1.1, 0.3),
+    "fp8 blocks M=16": (16, "float8_e4m3fn", "float8_e4m3fn", K // 128, 1.1, None),
+    "fp8 blocks M=1024": (1024, "float8_e4m3fn", "float8_e4m3fn", K // 128, 2.0, 0.5),
 }
 
 
@@ -74,13 +81,11 @@ def compiled_weight_only(M, dtype, group, x, scale="bfloat16", codebook=None):
     return h100.compile(f, _array(x, M, K), _array(dtype, N, K), _array(scale, K // group, N))
 
 
-@functools.cache
-def compiled_eight_bit(M, dtype, groups):
+def compiled_eight_bit(M, w, x, groups):
     f = lambda *a: eight_bit.matmul(*a)
     return h100.compile(
-        f, _array(dtype, M, K), _array(dtype, N, K), _array("float32", M, groups),
-        _array("float32", groups, N),
-    )  # fmt: skip
+        f, _array(x, M, K), _array(w, N, K), _array("float32", M, 1), _array("float32", groups, N)
+    )
 
 
 def _check(program, mma):
@@ -125,12 +130,15 @@ def test_weight_only(name):
 
 @pytest.mark.parametrize("name", EIGHT_BIT)
 def test_eight_bit(name):
-    M, dtype, groups, mma = EIGHT_BIT[name]
-    program = compiled_eight_bit(M, dtype, groups)
-    kernel = _check(program, mma)
-    t = tuning.eight_bit(M, K, N)
-    assert kernel.per_weight(64 * t.tile_k) <= 3.5
-    assert program.temporaries <= _workspace(t, M, 2) + 4 * groups * max(M, t.tile_m) + 1024
+    M, w, x, groups, total, prefill = EIGHT_BIT[name]
+    program = compiled_eight_bit(M, w, x, groups)
+    kernel = _check(program, "IGMMA" if x == "int8" else "QGMMA")
+    t = tuning.eight_bit(M, K, N, 4 if w == "int4" else 8)
+    assert kernel.per_weight(64 * t.tile_k) <= total
+    if prefill:  # the tensor core has 4096 products of bytes a cycle
+        assert kernel.loop.total() / (64 * t.tile_k * t.tile_m / 4096) <= prefill
+    ordered = K * max(M, t.tile_m) if w == "int4" else 0  # of what quantizes x, in a program
+    assert program.temporaries <= _workspace(t, M, 2) + ordered + 8 * max(M, t.tile_m) + 1024
 
 
 # As `WEIGHT_ONLY`. A derivative has as many tokens as a batch: what counts is the tensor core.
