@@ -96,6 +96,8 @@ def _check(program, mma):
     assert not any(kernel.code[op] for op in h100.OLD_TENSOR_CORE)
     assert kernel.code["UTMALDG"] > 0
     assert kernel.loop["I2F"] == kernel.loop["F2F"] == 0
+    if any(op.startswith("LDS") for op in kernel.loop):  # before TMA overwrites what was loaded
+        assert kernel.loop["FENCE"] > 0
     assert kernel.smem <= tuning.SMEM_BYTES
     assert kernel.registers <= 168  # 65536 / 384, all there are if setmaxnreg is ignored
     return kernel
