@@ -39,12 +39,11 @@ class Operand:
       of: "n" for output features, "m" for tokens.
       is_row: whether K, or what stands for it, is the first axis.
       rows: with `is_row`, rows in a block.
-      steps_per_row: with `is_row`, steps that share one row.
+      steps_per_row: steps that share one block; with `is_row`, one row.
       columns: without `is_row`, inputs that are contiguous in a tile in shared memory; the kernel
         can cut the tile there. With it, the same of features; None: rows lie one after another.
       shared_by: without `is_row`, features or tokens that share a row.
-      packed: None: an input is an element of the array; or its bits, where they are less than a
-        byte of the array has.
+      width: without `is_row`, columns of a block; None: one for every input.
     """
 
     array: Array
@@ -54,13 +53,14 @@ class Operand:
     steps_per_row: int = 1
     columns: int | None = None
     shared_by: int = 1
-    packed: int | None = None
+    width: int | None = None
 
     def block_spec(self, size: int, tile_k: int, first: Any) -> Any:
-        shape, index = (self.rows, size), lambda k: ((first + k) // self.steps_per_row, 0)
+        block = lambda k: (first + k) // self.steps_per_row
+        shape, index = (self.rows, size), lambda k: (block(k), 0)
         if not self.is_row:
-            width = tile_k if self.packed is None else tile_k * self.packed // 8
-            shape, index = (max(1, size // self.shared_by), width), lambda k: (0, first + k)
+            width = self.width or tile_k
+            shape, index = (max(1, size // self.shared_by), width), lambda k: (0, block(k))
         tiling = () if self.columns is None else transforms(self.columns, self.array.dtype)
         return plgpu.BlockSpec(shape, index, transforms=tiling, memory_space=plgpu.SMEM)
 

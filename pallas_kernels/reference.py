@@ -8,11 +8,13 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels.nested import Nested
+
 
 def weight_only(
     x: Array,
     w: Array,
-    scale: Array,
+    scale: Array | Nested,
     *,
     codebook: Sequence[float] | None = None,
     out_dtype: Any = jnp.float32,
@@ -22,12 +24,15 @@ def weight_only(
     Args:
       x: [M, K] activations.
       w: [N, K] stored values of any type.
-      scale: [G, N]; a group has g = K / G inputs. uint8 stands for the power 2^(scale - 127).
+      scale: [G, N]; a group has g = K / G inputs. uint8 stands for the power 2^(scale - 127); and
+        `Nested` for what it decodes to.
       codebook: None; or the values of codes 0 .. 15, the bits of int4, rounded to x's type.
     """
     if codebook is not None:
         w = jnp.asarray(codebook, x.dtype)[w.astype(jnp.int32) & 15]
-    if scale.dtype == jnp.uint8:
+    if isinstance(scale, Nested):
+        scale = scale.decoded()
+    elif scale.dtype == jnp.uint8:
         scale = jnp.exp2(scale.astype(jnp.float32) - 127)
     wide = jnp.repeat(scale.astype(jnp.float32), x.shape[1] // scale.shape[0], axis=0)  # [K, N]
     w = w.astype(jnp.float32).T * wide
@@ -87,3 +92,19 @@ def experts(x: Array, w: Array, scale: Array, group_sizes: Array, **options: Any
     token = jnp.arange(x.shape[0])
     own = jnp.minimum(jnp.searchsorted(ends, token, side="right"), w.shape[0] - 1)
     return jnp.where((token < ends[-1])[:, None], y[own, token], jnp.zeros((), y.dtype))
+
+
+def by_token(x: Array, dtype: Any) -> tuple[Array, Array]:
+    """Returns codes [M, K] and scales [M, 1] of x: s = max |x| / qmax, codes = round(x / s).
+
+    Args:
+      x: [M, K]. The scale of a row with a NaN or an infinity is NaN, the codes of zeros are 0.
+      dtype: int8 or an FP8 type, whose largest value is qmax.
+    """
+    x = x.astype(jnp.float32)
+    is_int = jnp.issubdtype(dtype, jnp.integer)
+    most = float((jnp.iinfo if is_int else jnp.finfo)(dtype).max)
+    largest = jnp.max(jnp.where(jnp.isfinite(x), jnp.abs(x), jnp.inf), axis=1, keepdims=True)
+    scale = jnp.where(jnp.isinf(largest), jnp.nan, largest / most)
+    q = x / jnp.where(scale == 0, 1.0, scale)
+    return jnp.clip(jnp.round(q) if is_int else q, -most, most).astype(dtype), scale

@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import few_bits, four_bits, hopper
 from pallas_kernels import tuning as tunings
 from pallas_kernels.hopper import Operand
+from pallas_kernels.nested import Nested, as_float
 from pallas_kernels.tuning import TILE_K, TILE_N, Tuning
 
 _WEIGHTS = ("int4", "int8", "float8_e4m3fn", "uint8")
@@ -88,7 +89,7 @@ def supports(
 def matmul(
     x: Array,
     w: Array,
-    scale: Array,
+    scale: Array | Nested,
     *,
     codebook: Sequence[float] | None = None,
     zero: int | None = None,
@@ -109,7 +110,7 @@ def matmul(
         codes of b = 2 or 3 bits in the order of `planes`, which stand for code - zero.
       scale: [G, N] bfloat16, float16 or float32; float8_e4m3fn; or uint8, which stands for the
         power of two 2^(scale - 127) (e8m0; needs x in bfloat16, which has all of them). K / G is
-        16, 32, 64 or a multiple of 128.
+        16, 32, 64 or a multiple of 128. Or `Nested` ones, without experts.
       codebook: None, or the 16 values of the codes 0 .. 15, which the bits of int4 are then. They
         are rounded to x's type.
       zero: of codes of 2 or 3 bits; default: the middle, 2 or 4.
@@ -122,6 +123,7 @@ def matmul(
     Raises:
       ValueError: for shapes or types that `supports` refuses.
     """
+    nested, scale = (scale, scale.codes) if isinstance(scale, Nested) else (None, scale)
     (M, K), (N, _), (G, _) = x.shape, w.shape[-2:], scale.shape[-2:]
     stack = () if experts is None else w.shape[:1]
     bits = w.shape[-1] * hopper.bits(w.dtype) // K
@@ -132,7 +134,10 @@ def matmul(
             f"x {x.shape}, w {w.shape} and scale {scale.shape} must be [M, K], [N, K] and [G, N],"
             " the latter two stacked for experts."
         )
-    if reason := supports(w.dtype, x.dtype, K, N, K // G, scale.dtype):
+    if nested is not None and experts is not None:
+        raise ValueError("pallas_kernels.weight_only: nested scales of experts: it takes others.")
+    stored = scale.dtype if nested is None else jnp.float32
+    if reason := supports(w.dtype, x.dtype, K, N, K // G, stored):
         raise ValueError(f"pallas_kernels.weight_only: {reason}.")
     if packed not in (None, 2, 3):
         raise ValueError(f"pallas_kernels.weight_only: codes of {packed} bits: it takes 2 and 3.")
@@ -145,16 +150,16 @@ def matmul(
     tuning = tuning or tunings.weight_only(
         M, K, N, K // G, bits, hopper.bits(out_dtype),
         table_bytes=0 if codebook is None else four_bits.TABLE_BYTES,
-        scale_bits=8 * scale.dtype.itemsize,
+        scale_bits=8 * jnp.dtype(stored).itemsize,
     )  # fmt: skip
     x = hopper.padded_tokens(x, tuning.tile_m)
     group = min(K // G, tuning.tile_k)  # inputs of one step with one scale
     is_exact = tuning.scale_on == "accumulator"
 
     def step(w_smem, x_smem, s_smem, *rest):
-        *table, rows, total = rest
+        outer, (*table, rows, total) = ([], rest) if nested is None else (rest[:1], rest[1:])
         groups = range(tuning.tile_k // group)
-        scales = (read_scale(s_smem.at[g, rows], scale.dtype) for g in groups)
+        scales = (scales_of(s_smem.at[g, rows], g, *outer) for g in groups)
         if packed is not None:
             q = few_bits.load(w_smem.at[rows], packed, x.dtype, zero)
         elif not is_exact:
@@ -180,6 +185,12 @@ def matmul(
         plgpu.wgmma_wait(0)  # before the stage is released
         return total
 
+    def scales_of(ref, g, outer=None):
+        if outer is None:
+            return read_scale(ref, scale.dtype)
+        codes = as_float(plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1)))
+        return codes * outer[0, 2 * g] + outer[0, 2 * g + 1]
+
     def scaled_product(q, xt, s):
         def product(d):
             plgpu.wgmma(d, q, xt)
@@ -191,14 +202,20 @@ def matmul(
         return d * lax.broadcast_in_dim(s, d.shape, (0,))
 
     tile_columns = group if is_exact else tuning.tile_k
-    w_columns = min(tile_columns, 128) if packed is None else tuning.tile_k * packed // 8
+    bytes = None if packed is None else tuning.tile_k * packed // 8
+    per_step, steps = tuning.tile_k // group, K // G // group  # groups of a step, steps of a group
+    operands = [
+        Operand(w, "n", columns=bytes or min(tile_columns, 128), width=bytes),
+        Operand(x, "m", columns=min(tile_columns, 64)),
+        Operand(as_bits(scale), "n", is_row=True, rows=per_step, steps_per_row=steps),
+    ]
+    if nested is not None:
+        outer, width = nested.rows(per_step)
+        operands.append(
+            Operand(outer, "n", shared_by=nested.columns, width=width, steps_per_row=steps)
+        )
     parts = hopper.product(
-        [
-            Operand(w, "n", columns=w_columns, packed=packed),
-            Operand(x, "m", columns=min(tile_columns, 64)),
-            Operand(as_bits(scale), "n", is_row=True, rows=tuning.tile_k // group,
-                    steps_per_row=K // G // group),
-        ],
+        operands,
         step,
         lambda total, *_: total,
         table=None if codebook is None else four_bits.table(codebook, x.dtype),

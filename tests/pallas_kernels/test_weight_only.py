@@ -12,6 +12,7 @@ import pytest
 
 from pallas_kernels import four_bits, hopper, interpreter, planes, reference, weight_only
 from pallas_kernels.interleave import of_int4
+from pallas_kernels.nested import Nested
 from pallas_kernels.testing import TUNINGS, Laws
 from pallas_kernels.tuning import Tuning
 
@@ -24,6 +25,11 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 def _scales(key, shape, dtype):
     if dtype == "uint8":
         return jax.random.randint(key, shape, 120, 134).astype(jnp.uint8)
+    if dtype == "nested":
+        codes, outer = jax.random.split(key)
+        G, N = shape
+        outer = jax.random.uniform(outer, (G, 2 * -(-N // 128)), jnp.float32, 0.5, 1.5)
+        return Nested(jax.random.randint(codes, shape, 0, 256).astype(jnp.uint8), outer, 128)
     return jax.random.uniform(key, shape, jnp.float32, 0.5, 1.5).astype(dtype)
 
 
@@ -45,6 +51,8 @@ class TestWeightOnly(Laws):
         "a codebook, float16": {"w": "int4", "group": 64, "codebook": LEVELS, "x": "float16"},
         "powers of two": {"w": "int4", "group": 32, "codebook": E2M1, "scale": "uint8"},
         "scales of e4m3": {"w": "int4", "group": 16, "codebook": E2M1, "scale": "float8_e4m3fn"},
+        "nested scales": {"w": "int4", "group": 64, "codebook": LEVELS, "scale": "nested"},
+        "nested scales of channels": {"w": "int8", "group": 256, "scale": "nested"},
         "int3 groups of 128": {"w": "int8", "group": 128, "bits": 3},
         "int3 groups of 32, float16": {"w": "int8", "group": 32, "bits": 3, "x": "float16"},
         "int3 channels": {"w": "int8", "group": 256, "bits": 3},
@@ -70,7 +78,9 @@ class TestWeightOnly(Laws):
         } | ({} if bits is None else {"bits": bits})
 
     def run(self, arrays, *, tuning, interpret):
-        if arrays["scale"].dtype.itemsize == 1:  # exact on the weight, as it is chosen
+        scale = arrays["scale"]
+        # Exact on the weight, as it is chosen.
+        if not isinstance(scale, Nested) and scale.dtype.itemsize == 1:
             tuning = dataclasses.replace(tuning, scale_on="weight")
         arrays = arrays | {"w": in_order(arrays["w"], arrays.get("bits"))}
         arrays.pop("bits", None)
@@ -79,18 +89,30 @@ class TestWeightOnly(Laws):
         )
 
     def exact(self, arrays):
-        x, w, scale = (np.asarray(arrays[n]).astype(np.float64) for n in ("x", "w", "scale"))
-        if arrays["scale"].dtype == jnp.uint8:
+        scale = arrays["scale"]
+        if is_nested := isinstance(scale, Nested):
+            scale = scale.decoded()
+        x, w, scale = (np.asarray(a).astype(np.float64) for a in (arrays["x"], arrays["w"], scale))
+        if not is_nested and arrays["scale"].dtype == jnp.uint8:
             scale = 2.0 ** (scale - 127)
         if arrays["codebook"] is not None:
             levels = np.asarray(jnp.asarray(arrays["codebook"], arrays["x"].dtype), np.float64)
             w = levels[w.astype(int) & 15]
         return x @ (w.T * np.repeat(scale, x.shape[1] // scale.shape[0], axis=0))
 
-    @pytest.mark.parametrize("name", ["int4 groups of 32", "powers of two"])
+    def test_nested_scales_are_code_times_factor_plus_offset_of_their_block(self):
+        scale = _scales(jax.random.key(0), (3, 300), "nested")
+        codes, outer = np.asarray(scale.codes, np.float64), np.asarray(scale.outer, np.float64)
+        for g, n in ((0, 0), (1, 127), (2, 128), (1, 299)):
+            wanted = codes[g, n] * outer[g, n // 128 * 2] + outer[g, n // 128 * 2 + 1]
+            np.testing.assert_allclose(scale.decoded()[g, n], wanted, rtol=1e-6)
+
+    @pytest.mark.parametrize("name", ["int4 groups of 32", "powers of two", "nested scales"])
     def test_the_reference_agrees_with_float64(self, name):
         arrays = self.make(3, 64, 5, **self.formats[name])
-        np.testing.assert_allclose(reference.weight_only(**arrays), self.exact(arrays), rtol=1e-5)
+        wanted = self.exact(arrays)
+        atol = 1e-6 * np.linalg.norm(wanted)
+        np.testing.assert_allclose(reference.weight_only(**arrays), wanted, rtol=1e-5, atol=atol)
 
     @pytest.mark.parametrize("weight", [
         {"w": "int4", "group": 128}, {"w": "int4", "group": 32},
@@ -148,6 +170,24 @@ class TestWeightOnly(Laws):
         monkeypatch.setattr(hopper.plgpu, "barrier_wait", lambda *_: None)
         arrays = self.make(8, 256, 256, **self.formats["a codebook"])
         assert self.error(arrays, TUNINGS["decode"])[1]
+
+    @pytest.mark.parametrize("name", ["split_k", "long steps"])
+    def test_nested_scales_agree_with_float64_for_every_tuning(self, name):
+        arrays = self.make(8, 512, 256, seed=1, **self.formats["nested scales"])
+        error, races = self.error(arrays, TUNINGS[name])
+        assert error <= self.budget
+        assert not races
+
+    def test_the_factors_of_another_group_are_an_error(self, monkeypatch):
+        original = Nested.rows
+
+        def of_the_next(self, groups):
+            rows, width = original(self, groups)
+            return jnp.roll(rows, width, axis=1), width
+
+        monkeypatch.setattr(Nested, "rows", of_the_next)
+        arrays = self.make(8, 256, 256, **self.formats["nested scales"])
+        assert not self.error(arrays, TUNINGS["one buffer"])[0] <= 0.01
 
     def test_codes_in_another_order_are_an_error(self, monkeypatch):
         shifted = lambda *a: jnp.roll(original(*a), 1, axis=-1)
