@@ -98,6 +98,22 @@ class Prepared(QTensor):
             return self.scale.data, read_scales(self.scale)[0][..., 0, 0]
         return None
 
+    def nested_scale(self) -> tuple[Array, Float[Array, "*b G C"]] | None:
+        """Returns uint8 codes [*b, G, N] of scales that the kernel decodes, or None.
+
+        And second, of every block of their columns the factor and offset, [*b, G, 2 * C].
+        """
+        fmt, inner = self.format, self.format.scale
+        if not isinstance(inner, Format) or fmt.activation is not None or offsets_are_due(fmt):
+            return None
+        if fmt.group_columns != 1 or inner.zero_point or inner.flatten or inner.group_size != 1:
+            return None
+        if inner.element != "uint8" or inner.group_columns is None or inner.group_columns % TILE_N:
+            return None
+        factor, offset = read_scales(self.scale)
+        pairs = jnp.stack([factor, jnp.zeros_like(factor) if offset is None else offset], axis=-1)
+        return self.scale.data, pairs.reshape(*factor.shape[:-1], -1)
+
     def codes_of_rows(self, rows: Int[Array, " i"]) -> Array:
         bits = self.element.bits
         data = self.data[: self.canonical_shape[-1]]

@@ -36,6 +36,14 @@ FORMATS = {
     "fp8": qjax.Format("e4m3"),
     "fp8 blocks": qjax.Format("e4m3", group_size=128, group_columns=128),
     "nf4": qjax.Format("nf4", group_size=64),
+    "nf4-dq": qjax.Format(
+        "nf4", group_size=64, scale=qjax.Format("uint8", group_size=1, group_columns=128)
+    ),
+    "int4, nested with offsets": qjax.Format(
+        "int4",
+        group_size=64,
+        scale=qjax.Format("uint8", group_size=1, group_columns=256, offset="float32"),
+    ),
     "fp4": qjax.Format("fp4", group_size=128, scale="bfloat16"),
     "mxfp4": qjax.Format("e2m1", group_size=32, scale="e8m0"),
     "nvfp4": qjax.Format("e2m1", group_size=16, scale=qjax.Format("e4m3", group_columns=None)),
@@ -88,6 +96,19 @@ def test_a_prepared_weight_is_as_large_as_before():
     assert qjax.prepare(qt, "h100").nbytes == qt.nbytes
 
 
+def test_nested_scales_stay_codes_up_to_the_kernel():
+    w = jnp.ones((256, 512))
+    scales = {"uint8": 1, "dynamic8": None}
+    for element, group in scales.items():
+        inner = qjax.Format(element, group_size=group, group_columns=256)
+        qt = quantize_array(w, qjax.Format("nf4", group_size=64, scale=inner))
+        nested = qjax.prepare(qt, "h100").nested_scale()
+        assert (nested is None) == (element == "dynamic8")  # which is decoded in front of it
+    bits = 4 + 8 / 64 + 32 / 64 / 256
+    qt = _weight("nf4-dq", (256, 512))
+    assert qjax.prepare(qt, "h100").bits_per_weight == bits + 32 / 64 / 256  # blocks of 128
+
+
 def test_other_devices_and_formats_are_left_alone():
     tree = {"w": _weight("int4")}
     assert qjax.prepare(tree)["w"] is tree["w"]
@@ -131,7 +152,7 @@ def test_rounded_activations_on_a_cpu_are_those_of_the_canonical_weight(name):
     np.testing.assert_array_equal(packed_dot(x, prepared), packed_dot(x, qt))
 
 
-@pytest.mark.parametrize("name", [n for n in QUANTIZED if n != "llm-int8"])
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_the_kernel_multiplies_the_codes_that_xla_does(name):
     qt = _quantized_weight(name)
     x = jax.random.normal(jax.random.key(1), (3, qt.shape[0]), jnp.bfloat16)
@@ -162,7 +183,9 @@ def test_the_kernel_agrees_with_float64(name):
     assert np.linalg.norm(y - wanted) <= budget * np.linalg.norm(wanted)
 
 
-@pytest.mark.parametrize("name", ["zero point", "last group shorter", "nf4", "mxfp4", "channels"])
+@pytest.mark.parametrize(
+    "name", ["zero point", "last group shorter", "nf4", "nf4-dq", "mxfp4", "channels"]
+)
 def test_the_transposed_kernel_agrees_with_float64(name):
     qt = _weight(name)
     dy = jax.random.normal(jax.random.key(1), (3, qt.shape[1]), jnp.bfloat16)
@@ -243,12 +266,10 @@ def test_a_forced_kernel_that_cannot_run_says_why():
         packed_dot(x.astype(jnp.bfloat16), prepared, implementation="mosaic")
 
 
+@pytest.mark.parametrize("name", ["int4", "int3", "nf4-dq"])
 @pytest.mark.parametrize("spec", [("x", None), (None, "x")], ids=["rows", "columns"])
-def test_shards_as_the_float_weight_does(spec):
-    qt = quantize_array(
-        jax.random.normal(jax.random.key(0), (512, 256)),
-        qjax.Format("int4", group_size=128, scale="bfloat16"),
-    )
+def test_shards_as_the_float_weight_does(spec, name):
+    qt = _weight(name, (512, 256))
     prepared = qjax.prepare(qt, "h100")
     mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
     placed = shardings_of(prepared, NamedSharding(mesh, PartitionSpec(*spec)))
@@ -274,8 +295,9 @@ def test_programs_for_an_h100_multiply_on_its_kernel_and_form_no_float_weight(na
 
     w = jax.eval_shape(prepared, jax.ShapeDtypeStruct((4096, 4096), jnp.float32))
     program = h100.compile(jax.jit(packed_dot), x, w)
-    (kernel,) = program.kernels
-    assert kernel.products
+    rounds_rows = fmt.activation is not None and fmt.activation_scale == "token"
+    assert sum(bool(kernel.products) for kernel in program.kernels) == 1
+    assert len(program.kernels) == 1 + rounds_rows
     # What there is: codes of x, the sums of parts of K, and wide scales of blocks.
     assert program.temporaries <= 4096 * 4096 // 4
 

@@ -55,7 +55,7 @@ def compute(x, data, scale, *zero, spec: Spec, platform: str | None):
 def _one(x, data, scale, zero=None, *, spec: Spec, is_stacked: bool, platform: str | None = None):
     if spec.extra is not None:
         return _prepared(x, data, scale, zero, spec, is_stacked, platform)
-    scale = mosaic_dot.read(scale)
+    scale, zero = mosaic_dot.read(scale, zero, spec.format)
     if spec.format.activation is not None and not spec.transposed:
         return _activation_quantized(x, data, scale, spec)
     if spec.implementation == "reference":

@@ -1,7 +1,8 @@
 """Products of prepared weights by the Hopper kernels: from a format to the kernels' operands.
 
 Weights are the `data` of a `Prepared`, `extra` what was added to its K and N; scales [G, C] are
-float32 or as `Prepared.stored_scale` gives them, zero points (or offsets) [G, C] float32.
+float32 or as `Prepared.stored_scale` gives them, zero points (or offsets) [G, C] float32. Or both
+are what `Prepared.nested_scale` gives.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
+from pallas_kernels.nested import Nested
 from pallas_kernels.tuning import TILE_K
 from qjax import numerics
 from qjax.format import Format
@@ -66,10 +68,14 @@ def transposed(
 ) -> Array:
     """Returns dy @ Wᵀ by the Hopper kernel. Offsets b, as above, are a product of their own.
 
+    Nested scales are decoded in front of the kernel.
+
     sum_n dy[m, n] * (code[k, n] * scale[g, n] + b[g, n]) = kernel + sum_n dy[m, n] * b[g, n]
     """
     from pallas_kernels import transposed as kernel
 
+    if (nested := _nested(scale, zero, format)) is not None:
+        scale, zero = nested.decoded(), None
     data, padded, b, codebook = _weight(data, scale, zero, dy.dtype, format, extra)
     N_, K_ = data.shape
     K, N = K_ - extra[0], dy.shape[1]
@@ -97,6 +103,8 @@ def experts(
 ) -> Array:
     """Returns x @ W or x @ Wᵀ for stacked weights by one Hopper kernel. Offsets are as above.
 
+    So are nested scales, for both.
+
     Args:
       x: [M, K] with rows sorted by expert; without `group_sizes` [E, M, K], rows of each of them.
       data, scale, zero: stacked.
@@ -104,6 +112,8 @@ def experts(
     """
     from pallas_kernels import experts as kernel
 
+    if (nested := _nested(scale, zero, format)) is not None:
+        scale, zero = nested.decoded(), None
     N_, K_ = _sizes(data, format)
     data, padded, b, codebook = _weight(data, scale, zero, x.dtype, format, extra)
     K, N = K_ - extra[0], N_ - extra[1]
@@ -151,15 +161,20 @@ def _weight(
     And third, offsets b [G, N] of every group, which they do not add, or None. All may be stacked.
     """
     element = numerics.get_element(format.element)
+    levels = element.levels if element.kind == "table" else None
     N_, K_ = _sizes(data, format)
     data = kernel_codes(data, format.element)
     G, N = scale.shape[-2], N_ - extra[1]
     g = K_ if G == 1 else format.group_size
     assert g is not None
+    if (nested := _nested(scale, zero, format)) is not None:
+        codes = jnp.pad(nested.codes, ((0, K_ // g - G), (0, N_ - N)))
+        outer = jnp.pad(nested.outer, ((0, K_ // g - G), (0, 0)))
+        return data, Nested(codes, outer, nested.columns), None, levels
     # As it is stored: XLA takes this cast and the one that made it float32 for none.
     stored = scale.dtype
     if scale.dtype == jnp.uint8 and x_dtype != jnp.bfloat16:  # not all are float16
-        scale, stored = read(scale), jnp.float32
+        scale, stored = numerics.read_scale(scale, "e8m0"), jnp.float32
     if isinstance(format.scale, str) and format.scale in ("bfloat16", "float16"):
         stored = format.scale
 
@@ -171,7 +186,15 @@ def _weight(
     b = offsets(format.element, scale, zero, is_offset=format.offset is not None)
     unstacked = [(0, 0)] * (scale.ndim - 2)
     padded = jnp.pad(scale, (*unstacked, (0, K_ // g - G), (0, N_ - N))).astype(stored)
-    return data, padded, b, element.levels if element.kind == "table" else None
+    return data, padded, b, levels
+
+
+def _nested(scale: Array, zero: Array | None, format: Format) -> Nested | None:
+    """Returns what `Prepared.nested_scale` gave as the kernels take it, or None for others."""
+    if zero is None or not isinstance(format.scale, Format) or scale.dtype != jnp.uint8:
+        return None
+    assert format.scale.group_columns is not None
+    return Nested(scale, zero, format.scale.group_columns)
 
 
 def quantized(
@@ -212,6 +235,25 @@ def quantized(
     return y[:, :N]
 
 
-def read(scale: Array) -> Float[Array, "G C"]:
-    """Returns scales in float32, those of 8 bits as `Prepared.stored_scale` gives them."""
-    return numerics.read_scale(scale, "e8m0" if scale.dtype == jnp.uint8 else "float32")
+def by_token(x: Array, format: Format) -> tuple[Array, Array] | None:
+    """Returns the codes and steps of rows as `activation.quantize_tokens`, by one kernel; or None.
+
+    Only for some numbers of columns: a row is held in registers.
+    """
+    from pallas_kernels import quantize_rows as kernel
+
+    assert format.activation is not None
+    dtype = numerics.get_element(format.activation).dtype
+    if kernel.supports(x.shape[1], x.dtype, dtype):
+        return None
+    return kernel.by_token(x, dtype)
+
+
+def read(
+    scale: Array, zero: Array | None, format: Format
+) -> tuple[Float[Array, "G C"], Array | None]:
+    """Returns scales in float32, and zero points, of what `Prepared` gives in their place."""
+    if (nested := _nested(scale, zero, format)) is not None:
+        return nested.decoded(), None
+    stored = "e8m0" if scale.dtype == jnp.uint8 else "float32"
+    return numerics.read_scale(scale, stored), zero

@@ -92,6 +92,8 @@ def _bind(x, qt: QTensor, out_dtype, implementation: str | None, transposed: boo
     factor = None
     if type(qt) is Prepared and (stored := qt.stored_scale()) is not None:
         scale, factor = stored
+    elif type(qt) is Prepared and (nested := qt.nested_scale()) is not None:
+        scale, zero = nested
     spec = Spec(
         qt.format,
         qt.pad,

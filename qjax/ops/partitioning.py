@@ -29,8 +29,9 @@ class Shapes(NamedTuple):
       k_parts, n_parts: K and N split into any divisor of this number of parts. K in whole groups
         and whole packing units, N in whole column blocks, both in whole tiles of a kernel that the
         weight is prepared for; 1 where the storage cannot be cut.
-      has_zero: whether there are zero points or offsets.
+      has_zero: whether there are zero points or offsets, or factors of nested scales.
       columns: None; or, of a prepared weight, the rows of `data`, which are its N and more.
+      outer: None; or the columns of the factors of nested scales, two for every block.
     """
 
     n_lead: int
@@ -44,6 +45,7 @@ class Shapes(NamedTuple):
     n_parts: int
     has_zero: bool
     columns: int | None = None
+    outer: int | None = None
 
 
 def shapes_of(spec: Spec, x: Any, data: Any, scale: Any, has_zero: bool) -> Shapes:
@@ -63,8 +65,12 @@ def shapes_of(spec: Spec, x: Any, data: Any, scale: Any, has_zero: bool) -> Shap
     if spec.extra is not None:
         columns, rows = data.shape[-2:]
         n_parts = 1 if spec.extra[1] else N // TILE_N
+    outer = None
+    if (shared_by := spec.nested_columns(scale)) is not None:
+        blocks = -(-N // shared_by)
+        outer, n_parts = 2 * blocks, math.gcd(n_parts, blocks) if blocks * shared_by == N else 1
     n_tokens = len(x.shape) - n_lead - 1
-    return Shapes(n_lead, n_tokens, K, N, rows, G, C, k_parts, n_parts, has_zero, columns)
+    return Shapes(n_lead, n_tokens, K, N, rows, G, C, k_parts, n_parts, has_zero, columns, outer)
 
 
 def rule(s: Shapes, transposed: bool) -> tuple[str, dict[str, int]]:
@@ -94,7 +100,8 @@ def rule(s: Shapes, transposed: bool) -> tuple[str, dict[str, int]]:
     data = [rows, N]
     if s.columns is not None:
         data = [N if s.columns == s.N else "x", rows]
-    operands = [[*lead, *tokens, inner], [*lead, *data], scale] + [scale] * s.has_zero
+    zero = scale if s.outer is None else [*scale[:-1], axis("n", s.n_parts, "o", s.outer)]
+    operands = [[*lead, *tokens, inner], [*lead, *data], scale] + [zero] * s.has_zero
     for shared in "kn":  # sizes are only for factors that are nowhere a whole axis
         if any(shared in operand for operand in operands):
             sizes.pop(shared, None)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
+
 from qjax import numerics
 from qjax.format import Format
 
@@ -18,7 +20,8 @@ class Spec:
 
     Attributes:
       format: of the weight; its scale is given as float32 [*lead, G, C] whatever the format says,
-        or as `Prepared.stored_scale` gives it.
+        or as `Prepared.stored_scale` gives it. Or as `Prepared.nested_scale` does, whose second
+        array then takes the place of zero points.
       pad: padding codes of each packed column.
       transposed: False: y = x @ W, x ends in K. True: y = x @ Wᵀ, x ends in N.
       out_dtype: of the result; accumulation is in float32.
@@ -49,6 +52,12 @@ class Spec:
             K = data.shape[-1] * 8 // self.element.bits
             return K - self.extra[0], data.shape[-2] - self.extra[1]
         return data.shape[-2] * 8 // self.element.bits - self.pad, data.shape[-1]
+
+    def nested_columns(self, scale: Any) -> int | None:
+        """Returns how many columns share factors of nested scales, None if they are not nested."""
+        if isinstance(self.format.scale, Format) and scale.dtype == jnp.uint8:
+            return self.format.scale.group_columns
+        return None
 
     @property
     def layout(self) -> str | None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import eight_bit, experts, four_bits, h100, hlo, transposed, tuning, weight_only
+from pallas_kernels.nested import Nested
 
 pytestmark = pytest.mark.h100
 
@@ -22,6 +23,9 @@ WEIGHT_ONLY = {
     "nf4 g64 M=16": (16, "int4", 64, "bfloat16", 3.4, 1.6, "bfloat16", LEVELS),
     "nf4 g64 M=64": (64, "int4", 64, "bfloat16", 4.6, 1.6, "bfloat16", LEVELS),
     "nf4 g64 M=1024": (1024, "int4", 64, "bfloat16", 4.6, 1.8, "bfloat16", LEVELS),
+    "nf4-dq g64 M=1": (1, "int4", 64, "bfloat16", 3.4, 1.6, "nested", LEVELS),
+    "nf4-dq g64 M=16": (16, "int4", 64, "bfloat16", 3.5, 1.6, "nested", LEVELS),
+    "nf4-dq g64 M=1024": (1024, "int4", 64, "bfloat16", 4.6, 1.9, "nested", LEVELS),
     "mxfp4 M=16": (16, "int4", 32, "bfloat16", 3.9, 1.8, "uint8", LEVELS),
     # 4.5 bits a weight, so that HBM gives time for 5.2 instructions and 2.6 of integers.
     "nvfp4 M=16": (16, "int4", 16, "bfloat16", 5.0, 2.0, "float8_e4m3fn", LEVELS),
@@ -77,8 +81,13 @@ def _array(dtype, *shape):
 
 @functools.cache
 def compiled_weight_only(M, dtype, group, x, scale="bfloat16", codebook=None):
+    operands = [_array(x, M, K), _array(dtype, N, K)]
+    if scale == "nested":
+        f = lambda x, w, *s: weight_only.matmul(x, w, Nested(*s, 256), codebook=codebook)
+        pairs = _array("float32", K // group, 2 * N // 256)
+        return h100.compile(f, *operands, _array("uint8", K // group, N), pairs)
     f = functools.partial(weight_only.matmul, codebook=codebook)
-    return h100.compile(f, _array(x, M, K), _array(dtype, N, K), _array(scale, K // group, N))
+    return h100.compile(f, *operands, _array(scale, K // group, N))
 
 
 def compiled_eight_bit(M, w, x, groups):
@@ -117,7 +126,7 @@ def test_weight_only(name):
     t = tuning.weight_only(
         M, K, N, group, BITS.get(dtype, 8),
         table_bytes=four_bits.TABLE_BYTES if stored else 0,
-        scale_bits=8 * jnp.dtype(stored[0]).itemsize if stored else 16,
+        scale_bits=8 * jnp.dtype(stored[0]).itemsize if stored and stored[0] != "nested" else 16,
     )  # fmt: skip
     weights = 64 * t.tile_k
     assert kernel.per_weight(weights) <= total
@@ -125,6 +134,7 @@ def test_weight_only(name):
     narrow = sum(n for op, n in kernel.loop.items() if op.startswith(("LDS.U", "LDS.S")))
     assert narrow <= 2 * max(1, t.tile_k // group)  # those are the scales
     x_bytes = 2 * K * (-M % t.tile_m + M) if M % t.tile_m else 0
+    x_bytes += 8 * (K // group) * (N // 256) * ("nested" in stored)  # factors and offsets in order
     assert program.temporaries <= _workspace(t, M, 2) + x_bytes + 1024
     if M >= 256:  # cycles to issue the loop, against those of the tensor core at 2048 products each
         assert kernel.loop.total() / (64 * t.tile_k * t.tile_m / 2048) <= PREFILL[dtype]
