@@ -295,11 +295,24 @@ def test_programs_for_an_h100_multiply_on_its_kernel_and_form_no_float_weight(na
 
     w = jax.eval_shape(prepared, jax.ShapeDtypeStruct((4096, 4096), jnp.float32))
     program = h100.compile(jax.jit(packed_dot), x, w)
-    rounds_rows = fmt.activation is not None and fmt.activation_scale == "token"
-    assert sum(bool(kernel.products) for kernel in program.kernels) == 1
-    assert len(program.kernels) == 1 + rounds_rows
+    (kernel,) = program.kernels
+    assert kernel.products
     # What there is: codes of x, the sums of parts of K, and wide scales of blocks.
     assert program.temporaries <= 4096 * 4096 // 4
+
+
+@pytest.mark.h100(code=False)
+def test_kernels_that_are_asked_for_round_the_activation_too():
+    x = jax.ShapeDtypeStruct((16, 4096), jnp.bfloat16)
+    quantized = lambda w: qjax.prepare(quantize_array(w, QUANTIZED["w4a8"]), "h100")
+    w = jax.eval_shape(quantized, jax.ShapeDtypeStruct((4096, 4096), jnp.float32))
+    run = functools.partial(packed_dot, implementation="mosaic")
+    rounding, product = sorted(
+        h100.compile(jax.jit(run), x, w).kernels, key=lambda kernel: len(kernel.products)
+    )
+    assert product.products
+    assert not rounding.products
+    assert product.spills == rounding.spills == 0
 
 
 @pytest.mark.h100(code=False)

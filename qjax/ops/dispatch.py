@@ -141,7 +141,9 @@ def _mosaic(x, data, scale, zero=None, *, spec: Spec):
     if spec.transposed:
         return mosaic_dot.transposed(x, data, scale, zero, **options)
     if spec.format.activation is not None:
-        return mosaic_dot.quantized(*_quantized_tokens(x, spec), data, scale, **options)
+        rounded = mosaic_dot.by_token(x, spec.format) if _rounds_rows(spec) else None
+        rounded = _quantized_tokens(x, spec) if rounded is None else rounded
+        return mosaic_dot.quantized(*rounded, data, scale, **options)
     return mosaic_dot.weight_only(x, data, scale, zero, **options)
 
 
@@ -154,6 +156,16 @@ def _triton(x, data, scale, zero=None, *, spec: Spec):
     if spec.format.activation is not None:
         return triton_dot.int8(*_quantized_tokens(x, spec), data, scale, **options)
     return triton_dot.weight_only(x, data, scale, zero, **options)
+
+
+def _rounds_rows(spec: Spec) -> bool:
+    """Returns whether a kernel of its own is to round x, whose rows are whole and have their step.
+
+    Only where kernels are asked for: XLA has three of its own for it, but joins them with what
+    makes x, such as a norm, and shares them between products of one x.
+    """
+    is_asked = spec.implementation == "mosaic"
+    return is_asked and spec.format.activation_scale == "token" and not spec.summed_over
 
 
 def _quantized_tokens(x, spec: Spec) -> tuple[Array, Array]:

@@ -201,9 +201,10 @@ class Packed(walk.Handler):
     def gather(self, view, axis, indices, params):
         out = weight.lookup(view, axis, indices, params["mode"], params["fill_value"])
         if out is not None:
-            self.record(
-                view, "gather", "experts picked" if isinstance(out, View) else "rows looked up"
-            )
+            if isinstance(out, View):
+                self.record(view, "gather", "experts picked")
+            else:
+                self.record(view, "gather", "rows looked up", "xla, reads those rows alone")
         return out
 
     def take_axis(self, view, axis, take, size):

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from jax import lax
 
+import qjax
+from pallas_kernels import h100, hlo
 from qjax.format import Format
 from qjax.ops import weight
 from qjax.ops.packed_dot import packed_dot
@@ -163,3 +165,31 @@ def test_what_is_more_than_pointwise_is_not(options):
     want = lax.conv_general_dilated(x, w, dimension_numbers=("NHWC", "HWIO", "NHWC"), **options)
     how = {"dequantize": lambda view: w, "rounded": lambda x, view: x}
     assert np.array_equal(weight.conv(x, view, params, **how), want)
+
+
+@pytest.mark.h100
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("name", ["int4", "int8", "nf4-dq"])
+def test_a_lookup_on_an_h100_reads_the_rows_that_it_returns(name, axis):
+    """XLA's own fusion of the gather, the decoding and the scale: no kernel could read less."""
+    fmt = {
+        "int4": Format("int4", 128, scale="bfloat16"),
+        "int8": Format("int8"),
+        "nf4-dq": Format("nf4", 64, scale=Format("int8", 4)),
+    }[name]
+    V, D, M = 128256, 4096, 64
+    shape = (V, D) if axis == 0 else (D, V)
+    rows = jax.ShapeDtypeStruct((M,), jnp.int32)
+    for prepare in (lambda qt: qt, lambda qt: qjax.prepare(qt, "h100")):
+        table = jax.eval_shape(
+            lambda w, prepare=prepare: prepare(quantize_array(w, fmt)),
+            jax.ShapeDtypeStruct(shape, jnp.bfloat16),
+        )
+        look_up = lambda table, rows: jnp.take(table, rows, axis=axis)
+        (use,) = qjax.explain(look_up)(table, rows)
+        assert use.implementation == "xla, reads those rows alone"
+        program = h100.compile(jax.jit(qjax.apply(look_up)), table, rows)
+        steps = hlo.executed(program.hlo)
+        assert steps["fusion"] <= 2
+        assert set(steps) <= {"parameter", "constant", "bitcast", "fusion", "get-tuple-element"}
+        assert program.temporaries <= 4 * M * D + 1024  # of rows, not of the table

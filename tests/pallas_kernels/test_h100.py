@@ -8,7 +8,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import eight_bit, experts, four_bits, h100, hlo, transposed, tuning, weight_only
+from pallas_kernels import (
+    eight_bit,
+    experts,
+    four_bits,
+    h100,
+    hlo,
+    quantize_rows,
+    transposed,
+    tuning,
+    weight_only,
+)
 from pallas_kernels.nested import Nested
 
 pytestmark = pytest.mark.h100
@@ -151,6 +161,19 @@ def test_eight_bit(name):
         assert kernel.loop.total() / (64 * t.tile_k * t.tile_m / 4096) <= prefill
     ordered = K * max(M, t.tile_m) if w == "int4" else 0  # of what quantizes x, in a program
     assert program.temporaries <= _workspace(t, M, 2) + ordered + 8 * max(M, t.tile_m) + 1024
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize(("x", "columns"), [("bfloat16", 14336), ("float32", 16384)])
+def test_rows_are_read_once_to_round_them(x, columns, dtype):
+    """XLA reads them twice, for the largest value and then for the codes, in three kernels."""
+    f = functools.partial(quantize_rows.by_token, dtype=dtype)
+    program = h100.compile(f, _array(x, 2048, columns))
+    (kernel,) = program.kernels
+    assert kernel.spills == kernel.stack == kernel.code["LDL"] == kernel.code["STL"] == 0
+    assert kernel.code["LDG"] == columns * jnp.dtype(x).itemsize // 128 // 16  # of 128 bits
+    assert hlo.executed(program.hlo)["fusion"] == 0
+    assert program.temporaries <= 64
 
 
 # As `WEIGHT_ONLY`. A derivative has as many tokens as a batch: what counts is the tensor core.
