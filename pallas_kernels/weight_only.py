@@ -10,7 +10,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import few_bits, four_bits, hopper
+from pallas_kernels import few_bits, four_bits, hopper, signed_bytes
 from pallas_kernels import tuning as tunings
 from pallas_kernels.hopper import Operand
 from pallas_kernels.nested import Nested, as_float
@@ -25,9 +25,11 @@ def upcast(w_smem: Any, dtype: Any, *table: Any) -> Array:
     """Returns weights in shared memory as 16-bit floats, in the layout of wgmma, in a kernel."""
     if w_smem.dtype == jnp.int4:
         return four_bits.load(w_smem, dtype, *table)
+    if w_smem.dtype == jnp.int8:
+        return signed_bytes.load(w_smem, dtype)
     q = plgpu.load(w_smem, layout=plgpu.Layout.WGMMA_UPCAST_2X)  # for few shuffles
     q = plgpu.layout_cast(q, plgpu.Layout.WGMMA)
-    if w_smem.dtype == jnp.float8_e4m3fn and dtype != jnp.float16:
+    if dtype != jnp.float16:
         q = q.astype(jnp.float16).astype(jnp.float32)  # Hopper knows no other way
     return q.astype(dtype)
 
@@ -102,7 +104,7 @@ def matmul(
 
     Sums are float32. With `scale_on="accumulator"` products are exact; with "weight" every weight
     is first rounded to x's type once more. That is taken for scales of 8 bits with weights of 4; it
-    is exact for e2m1 in bfloat16.
+    is exact for e2m1 in bfloat16. A scale of all inputs multiplies the sums, whatever is tuned.
 
     Args:
       x: [M, K] bfloat16 or float16.
@@ -136,7 +138,7 @@ def matmul(
         )
     if nested is not None and experts is not None:
         raise ValueError("pallas_kernels.weight_only: nested scales of experts: it takes others.")
-    stored = scale.dtype if nested is None else jnp.float32
+    stored = jnp.dtype(scale.dtype if nested is None else jnp.float32)
     if reason := supports(w.dtype, x.dtype, K, N, K // G, stored):
         raise ValueError(f"pallas_kernels.weight_only: {reason}.")
     if packed not in (None, 2, 3):
@@ -150,26 +152,39 @@ def matmul(
     tuning = tuning or tunings.weight_only(
         M, K, N, K // G, bits, hopper.bits(out_dtype),
         table_bytes=0 if codebook is None else four_bits.TABLE_BYTES,
-        scale_bits=8 * jnp.dtype(stored).itemsize,
+        scale_bits=8 * stored.itemsize,
     )  # fmt: skip
     x = hopper.padded_tokens(x, tuning.tile_m)
     group = min(K // G, tuning.tile_k)  # inputs of one step with one scale
     is_exact = tuning.scale_on == "accumulator"
+    is_last = G == 1 and nested is None and experts is None and stored.itemsize > 1
+
+    def decoded(ref, *table):
+        if packed is not None:
+            return few_bits.load(ref, packed, x.dtype, zero)
+        return upcast(ref, x.dtype, *table)
+
+    def step_without_scales(w_smem, x_smem, *rest):
+        *table, rows, total = rest
+        plgpu.wgmma(total, decoded(w_smem.at[rows], *table), x_smem.T)
+        plgpu.wgmma_wait(0)  # before the stage is released
+        return total
+
+    def scaled(total, features, tokens, s):
+        del tokens
+        s = plgpu.load(s.at[0, features], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+        return total * lax.broadcast_in_dim(s.astype(jnp.float32), total.shape, (0,))
 
     def step(w_smem, x_smem, s_smem, *rest):
         outer, (*table, rows, total) = ([], rest) if nested is None else (rest[:1], rest[1:])
         groups = range(tuning.tile_k // group)
         scales = (scales_of(s_smem.at[g, rows], g, *outer) for g in groups)
-        if packed is not None:
-            q = few_bits.load(w_smem.at[rows], packed, x.dtype, zero)
-        elif not is_exact:
-            q = upcast(w_smem.at[rows], x.dtype, *table)
-        else:
-            q = None
+        is_cut = is_exact and packed is None  # fewer registers than with all groups at once
+        q = None if is_cut else decoded(w_smem.at[rows], *table)
 
         def of_group(g):
-            if q is None:  # fewer registers than with all groups at once
-                return upcast(w_smem.at[rows, pl.ds(g * group, group)], x.dtype, *table)
+            if q is None:
+                return decoded(w_smem.at[rows, pl.ds(g * group, group)], *table)
             return q[:, g * group : (g + 1) * group]
 
         if is_exact:
@@ -201,14 +216,17 @@ def matmul(
         )
         return d * lax.broadcast_in_dim(s, d.shape, (0,))
 
-    tile_columns = group if is_exact else tuning.tile_k
+    tile_columns = group if is_exact and not is_last else tuning.tile_k
     bytes = None if packed is None else tuning.tile_k * packed // 8
     per_step, steps = tuning.tile_k // group, K // G // group  # groups of a step, steps of a group
     operands = [
         Operand(w, "n", columns=bytes or min(tile_columns, 128), width=bytes),
         Operand(x, "m", columns=min(tile_columns, 64)),
-        Operand(as_bits(scale), "n", is_row=True, rows=per_step, steps_per_row=steps),
     ]
+    if not is_last:
+        operands.append(
+            Operand(as_bits(scale), "n", is_row=True, rows=per_step, steps_per_row=steps)
+        )
     if nested is not None:
         outer, width = nested.rows(per_step)
         operands.append(
@@ -216,10 +234,11 @@ def matmul(
         )
     parts = hopper.product(
         operands,
-        step,
-        lambda total, *_: total,
+        step_without_scales if is_last else step,
+        scaled if is_last else lambda total, *_: total,
+        whole=(scale,) if is_last else (),
         table=None if codebook is None else four_bits.table(codebook, x.dtype),
-        in_tensor_core=None if is_exact else jnp.float32,
+        in_tensor_core=None if is_exact and not is_last else jnp.float32,
         experts=experts,
         out_dtype=jnp.float32 if tuning.split_k > 1 else out_dtype,
         sizes=(x.shape[0], K, N),
