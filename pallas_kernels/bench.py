@@ -75,6 +75,7 @@ FORMS = (
     Form("NVFP4", "int4", "bfloat16", 16, "float8_e4m3fn", has_table=True),
     Form("W8A16", "int8", "bfloat16", None),
     Form("W8A16 FP8", "float8_e4m3fn", "bfloat16", 128),
+    Form("W4A8 g128", "int4", "int8", 128),
     Form("W8A8", "int8", "int8", None, "float32"),
     Form("FP8", "float8_e4m3fn", "float8_e4m3fn", None, "float32"),
     Form("FP8 1x128", "float8_e4m3fn", "float8_e4m3fn", 128, "float32"),
@@ -89,7 +90,7 @@ def tuning_of(form: Form, M: int, K: int, N: int) -> Tuning:
             table_bytes=four_bits.TABLE_BYTES if form.has_table else 0,
             scale_bits=8 * jnp.dtype(form.scale).itemsize,
         )  # fmt: skip
-    return tuning.eight_bit(M, K, N)
+    return tuning.eight_bit(M, K, N, form.bits)
 
 
 @functools.cache
@@ -105,7 +106,7 @@ def compiled(form: Form, tile: Tuning) -> h100.Kernel:
         operands += [array(form.scale, G, N)]
     else:
         f = functools.partial(eight_bit_kernel.matmul, tuning=tile)
-        operands += [array("float32", M, G), array(form.scale, G, N)]
+        operands += [array("float32", M, 1), array(form.scale, G, N)]
     (kernel,) = h100.compile(f, *operands).kernels
     return kernel
 

@@ -86,7 +86,8 @@ def _kernels(form: Form, capability: int | None) -> list[Contender]:
             return eight_bit.matmul(x, w, x_scale, s, out_dtype=jnp.bfloat16)
 
         return [Contender("Mosaic kernel", in_order, run)]
-    if capability is not None and 80 <= capability < 90 and form.w in ("int4", "int8"):
+    in_triton = form.w == "int8" or (form.w == "int4" and form.is_weight_only)
+    if capability is not None and 80 <= capability < 90 and in_triton:
         from pallas_kernels.triton import eight_bit, packing, weight_only
 
         def prepare(w, s):
@@ -137,6 +138,7 @@ def _dot_then_scale(x, x_scale, w, s):
 def _quantized_dot(x, x_scale, w, s):
     (M, K), G = x.shape, s.shape[0]
     kind = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+    w = w.astype(jnp.int8) if w.dtype == jnp.int4 else w
     if G == 1:
         dims = (((1,), (1,)), ((), ()))
         y = lax.dot_general(x, w, dims, preferred_element_type=kind).astype(jnp.float32)
