@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 from pallas_kernels import tuning as hopper
 
@@ -44,12 +46,19 @@ WEIGHT_ONLY = {
     64: Tuning(64, 128, 8, 3),
     math.inf: Tuning(128, 128, 8, 3, "weight"),
 }
+# With codes of 8 bits a third stage spills registers on sm_80.
+WEIGHT_ONLY_INT8 = WEIGHT_ONLY | {math.inf: Tuning(128, 128, 8, 2, "weight")}
 EIGHT_BIT = {
     16: Tuning(16, 128, 4, 4),
     32: Tuning(32, 128, 4, 4),
     64: Tuning(64, 128, 8, 3),
     math.inf: Tuning(128, 128, 8, 3),
 }
+
+
+def weight_only(codes: str | Sequence[float], *shape: Any) -> Tuning:
+    """Returns the tuning for `codes`, those of `weight_only.matmul`; *shape as for `for_shape`."""
+    return for_shape(WEIGHT_ONLY_INT8 if codes == "int8" else WEIGHT_ONLY, *shape)
 
 
 def for_shape(table: dict[float, Tuning], M: int, K: int, N: int, capability: int | None) -> Tuning:

@@ -188,7 +188,7 @@ def matmul(
       codes: "uint4", "int8" or the 16 levels of a code of 4 bits.
       out_dtype: of y; default: x's.
       capability: what to compile for, such as 80; default: the GPU at hand.
-      tuning: default: `tuning.WEIGHT_ONLY`.
+      tuning: default: `tuning.weight_only`.
 
     Raises:
       ValueError: for shapes or types that `supports` refuses.
@@ -207,7 +207,7 @@ def matmul(
     if not isinstance(codes, str) and (has_zeros or zero):
         raise ValueError("levels have no zero point: shift the levels.")
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
-    tuning = tuning or tunings.for_shape(tunings.WEIGHT_ONLY, M, K, N, capability)
+    tuning = tuning or tunings.weight_only(codes, M, K, N, capability)
     split = tuning.split_k
     parts = versions.call(
         kernel,

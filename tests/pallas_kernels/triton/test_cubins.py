@@ -46,7 +46,7 @@ def check(kernel, capability):
 @pytest.mark.parametrize("name", WEIGHT_ONLY)
 def test_weight_only(name, M, capability):
     codes, groups, zero, x, budget = WEIGHT_ONLY[name]
-    t = tuning.for_shape(tuning.WEIGHT_ONLY, M, K, N, capability)
+    t = tuning.weight_only(codes, M, K, N, capability)
     arrays = {"x": x, "w": "int8", "scale": x, "zero": x}
     arrays["out"] = x if t.split_k == 1 else "float32"
     constants = weight_only.constants(K, groups, x, codes, zero, t)
