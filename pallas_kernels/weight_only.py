@@ -10,7 +10,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import few_bits, four_bits, hopper, signed_bytes
+from pallas_kernels import e4m3, few_bits, four_bits, hopper, signed_bytes
 from pallas_kernels import tuning as tunings
 from pallas_kernels.hopper import Operand
 from pallas_kernels.nested import Nested, as_float
@@ -40,15 +40,13 @@ def read_scale(s_smem: Any, dtype: Any) -> Array:
     Args:
       dtype: what they are: as stored; float8_e4m3fn for its bits in int8.
     """
+    if dtype == jnp.float8_e4m3fn:
+        return e4m3.load(s_smem)
     s = plgpu.load(s_smem, layout=plgpu.Layout.WGMMA.reduce(1))
-    as_float = lambda bits: lax.bitcast_convert_type(bits, jnp.float32)
     if dtype == jnp.uint8:  # the exponent of a float32; 2^-127 is subnormal
-        s = as_float(jnp.maximum(s.astype(jnp.int32) << 23, 1 << 22))
+        bits = jnp.maximum(s.astype(jnp.int32) << 23, 1 << 22)
+        s = lax.bitcast_convert_type(bits, jnp.float32)
         return s + (s - s)  # infinity is NaN here
-    if dtype == jnp.float8_e4m3fn:  # sign, exponent, mantissa, where float32 has them
-        s = as_float((s.astype(jnp.int32) << 20) & -0x78100000) * 2.0**120
-        huge = s * (2.0**128 / 464)  # infinite for 480, which is NaN here, not for 448
-        return s + (huge - huge)
     return s.astype(jnp.float32)
 
 

@@ -38,6 +38,12 @@ def _pack(high, low):
     return half(high) << np.uint32(16) | half(low)
 
 
+def _from_e4m3(a):
+    half = lambda a: a.astype(np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float16)
+    bits = lambda a: half(a).view(np.uint16).astype(np.uint32)
+    return bits(a >> np.uint32(8)) << np.uint32(16) | bits(a & np.uint32(0xFF))
+
+
 def _fma(dtype):
     def fma(*operands):  # in float64, where products of two are exact, then rounded once
         a, b, c = (o.view(dtype).astype(np.float64) for o in operands)
@@ -59,6 +65,7 @@ _OPERATIONS: dict[str, Callable] = {
     "fma.rn.f16x2": _fma(np.float16),
     "fma.rn.bf16x2": _fma(ml_dtypes.bfloat16),
     "cvt.rn.bf16x2.f32": _pack,
+    "cvt.rn.f16x2.e4m3x2": _from_e4m3,
 }
 
 
