@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import eight_bit as eight_bit_kernel
 from pallas_kernels import four_bits, h100, hopper, tuning, weight_only
+from pallas_kernels.nested import Nested
 from pallas_kernels.tuning import SMS, TILE_N, Tuning
 
 BANDWIDTH = 3.35e12  # bytes/s of HBM
@@ -40,7 +42,7 @@ class Form:
       name: of the row.
       w, x: types; "int2" and "int3" are codes of so many bits in the order of `planes`.
       group: inputs with one scale; None: all.
-      scale: type of the scales.
+      scale: type of the scales; "nested": uint8 with a factor and an offset for 256 features.
       has_table: whether codes are looked up.
     """
 
@@ -64,6 +66,12 @@ class Form:
             return jax.ShapeDtypeStruct((N, K * self.bits // 8), jnp.uint8)
         return jax.ShapeDtypeStruct((N, K), jnp.dtype(self.w))
 
+    def scales(self, G: int, N: int) -> list[jax.ShapeDtypeStruct]:
+        if self.scale != "nested":
+            return [jax.ShapeDtypeStruct((G, N), jnp.dtype(self.scale))]
+        pairs = jax.ShapeDtypeStruct((G, 2 * -(-N // 256)), jnp.float32)
+        return [jax.ShapeDtypeStruct((G, N), jnp.uint8), pairs]
+
 
 FORMS = (
     Form("W4A16 g128", "int4", "bfloat16", 128),
@@ -71,6 +79,7 @@ FORMS = (
     Form("W3A16 g128", "int3", "bfloat16", 128),
     Form("W2A16 g128", "int2", "bfloat16", 128),
     Form("NF4 g64", "int4", "bfloat16", 64, has_table=True),
+    Form("NF4 g64, double quantization", "int4", "bfloat16", 64, "nested", has_table=True),
     Form("MXFP4", "int4", "bfloat16", 32, "uint8", has_table=True),
     Form("NVFP4", "int4", "bfloat16", 16, "float8_e4m3fn", has_table=True),
     Form("W8A16", "int8", "bfloat16", None),
@@ -88,7 +97,7 @@ def tuning_of(form: Form, M: int, K: int, N: int) -> Tuning:
         return tuning.weight_only(
             M, K, N, form.group or K, form.bits,
             table_bytes=four_bits.TABLE_BYTES if form.has_table else 0,
-            scale_bits=8 * jnp.dtype(form.scale).itemsize,
+            scale_bits=32 if form.scale == "nested" else 8 * jnp.dtype(form.scale).itemsize,
         )  # fmt: skip
     return tuning.eight_bit(M, K, N, form.bits)
 
@@ -102,8 +111,9 @@ def compiled(form: Form, tile: Tuning) -> h100.Kernel:
     operands = [array(form.x, M, K), form.weight(K, N)]
     if form.is_weight_only:
         levels = tuple(map(float, range(16))) if form.has_table else None
-        f: Any = functools.partial(weight_only.matmul, tuning=tile, codebook=levels)
-        operands += [array(form.scale, G, N)]
+        nested = lambda s: Nested(s[0], s[1], 256) if form.scale == "nested" else s[0]
+        f: Any = lambda x, w, *s: weight_only.matmul(x, w, nested(s), tuning=tile, codebook=levels)
+        operands += form.scales(G, N)
     else:
         f = functools.partial(eight_bit_kernel.matmul, tuning=tile)
         operands += [array("float32", M, 1), array(form.scale, G, N)]
@@ -121,7 +131,8 @@ def predict(form: Form, M: int, K: int, N: int) -> dict[str, Any]:
     kernel = compiled(form, dataclasses.replace(t, split_k=1))
     G = 1 if form.group is None else K // form.group
     x_bytes = hopper.bits(form.x) // 8
-    weights = K * N * form.bits // 8 + G * N * jnp.dtype(form.scale).itemsize
+    weights = K * N * form.bits // 8
+    weights += sum(math.prod(s.shape) * s.dtype.itemsize for s in form.scales(G, N))
     # Sums of the parts of K, padded to whole tiles: written and read once, in L2 if they fit.
     workspace = 0 if t.split_k == 1 else 4 * t.split_k * -(-M // t.tile_m) * t.tile_m * N
     moved = weights + M * K * x_bytes + 2 * M * N
