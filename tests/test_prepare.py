@@ -316,6 +316,21 @@ def test_kernels_that_are_asked_for_round_the_activation_too():
 
 
 @pytest.mark.h100(code=False)
+@pytest.mark.parametrize("name", ["nf4-dq", "int3", "int2", "ternary"])
+def test_decoding_on_an_h100_reads_what_is_stored(name):
+    x = jax.ShapeDtypeStruct((16, 4096), jnp.bfloat16)
+    quantized = lambda w: qjax.prepare(quantize_array(w, FORMATS[name]), "h100")
+    w = jax.eval_shape(quantized, jax.ShapeDtypeStruct((4096, 4096), jnp.float32))
+    program = h100.compile(jax.jit(packed_dot), x, w)
+    (kernel,) = program.kernels
+    assert kernel.products
+    assert kernel.spills == 0
+    assert "f32[64,4096]" not in program.hlo  # the scales that nf4-dq stands for
+    # The sums of 8 parts of K, wide scales of one, and of nf4-dq factors in order.
+    assert program.temporaries <= 4 * 8 * 16 * 4096 + 4 * 4096 * 16
+
+
+@pytest.mark.h100(code=False)
 def test_the_derivative_on_an_h100_forms_no_float_weight():
     x = jax.ShapeDtypeStruct((1024, 4096), jnp.bfloat16)
     quantized = lambda w: qjax.prepare(quantize_array(w, FORMATS["nf4"]), "h100")
