@@ -40,6 +40,7 @@ if not (find_spec("triton") and find_spec("jax_triton")):
 # The interpreter of GPU kernels came with 0.12; without it nothing of them can be tested.
 if jax.__version_info__ < (0, 12):
     collect_ignore_glob = ["pallas_kernels/*", "tests/pallas_kernels/*", "tests/test_prepare.py"]
+    collect_ignore.append("tests/ops/test_ragged.py")
 
 
 def pytest_report_header() -> str | None:
