@@ -120,7 +120,7 @@ def load_bytes(ref: Any) -> Array:
     values.reference = reference  # pyright: ignore[reportFunctionMemberAccess]
     return plgpu.inline_mgpu(
         arg_types=(plgpu.Layout.WGMMA_UPCAST_4X,),
-        return_type=plgpu.ShapeDtypeStruct(q.shape, jnp.int8, plgpu.Layout.WGMMA_8BIT),
+        return_type=plgpu.ShapeDtypeStruct(q.shape, jnp.dtype("int8"), plgpu.Layout.WGMMA_8BIT),
     )(values)(q)
 
 
