@@ -155,7 +155,7 @@ def matmul(
     x = hopper.padded_tokens(x, tuning.tile_m)
     group = min(K // G, tuning.tile_k)  # inputs of one step with one scale
     is_exact = tuning.scale_on == "accumulator"
-    is_last = G == 1 and nested is None and experts is None and stored.itemsize > 1
+    on_sums = G == 1 and nested is None and experts is None and stored.itemsize > 1
 
     def decoded(ref, *table):
         if packed is not None:
@@ -214,14 +214,14 @@ def matmul(
         )
         return d * lax.broadcast_in_dim(s, d.shape, (0,))
 
-    tile_columns = group if is_exact and not is_last else tuning.tile_k
-    bytes = None if packed is None else tuning.tile_k * packed // 8
+    tile_columns = group if is_exact and not on_sums else tuning.tile_k
+    w_width = None if packed is None else tuning.tile_k * packed // 8
     per_step, steps = tuning.tile_k // group, K // G // group  # groups of a step, steps of a group
     operands = [
-        Operand(w, "n", columns=bytes or min(tile_columns, 128), width=bytes),
+        Operand(w, "n", columns=w_width or min(tile_columns, 128), width=w_width),
         Operand(x, "m", columns=min(tile_columns, 64)),
     ]
-    if not is_last:
+    if not on_sums:
         operands.append(
             Operand(as_bits(scale), "n", is_row=True, rows=per_step, steps_per_row=steps)
         )
@@ -232,11 +232,11 @@ def matmul(
         )
     parts = hopper.product(
         operands,
-        step_without_scales if is_last else step,
-        scaled if is_last else lambda total, *_: total,
-        whole=(scale,) if is_last else (),
+        step_without_scales if on_sums else step,
+        scaled if on_sums else lambda total, *_: total,
+        whole=(scale,) if on_sums else (),
         table=None if codebook is None else four_bits.table(codebook, x.dtype),
-        in_tensor_core=None if is_exact and not is_last else jnp.float32,
+        in_tensor_core=None if is_exact and not on_sums else jnp.float32,
         experts=experts,
         out_dtype=jnp.float32 if tuning.split_k > 1 else out_dtype,
         sizes=(x.shape[0], K, N),
