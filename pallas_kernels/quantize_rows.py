@@ -34,8 +34,8 @@ def by_token(x: Array, dtype: Any, *, interpret: Any = None) -> tuple[Array, Arr
     """Returns codes and scales of each row, as `reference.by_token` under `jit`, bit for bit.
 
     s = max |x| / qmax, NaN for a row with a NaN or an infinity; codes = round(x / s), 0 for s = 0.
-    On a GPU that holds as far as x / s does: Mosaic and XLA both have the approximate division
-    there, `div.full.f32`, within 2 units in the last place.
+    On a GPU that holds as far as x / s does: the kernel divides by `div.full.f32`, which is within
+    2 units in the last place; what XLA divides by there has not been compared.
 
     Args:
       x: [M, K] bfloat16, float16 or float32.
