@@ -61,7 +61,7 @@ def _one(x, data, scale, zero=None, *, spec: Spec, is_stacked: bool, platform: s
     if spec.implementation == "reference":
         y = _reference(x, data, scale, zero, spec)
     else:
-        y = _blocked(x, data, scale, zero, spec, is_stacked)
+        y = _blocked(x, data, scale, zero, spec, in_bytes=platform == "cpu" and not is_stacked)
     y = y.astype(spec.out_dtype)
     # Each shard's sum is rounded to the output type, as XLA does for a sharded float dot.
     return lax.psum(y, spec.summed_over) if spec.summed_over else y
@@ -77,7 +77,7 @@ def _prepared(x, data, scale, zero, spec: Spec, is_stacked: bool, platform: str 
         canonical = canonical_codes if spec.capability is None else ampere.canonical_codes
         data = canonical(data, fmt.element, extra)
         plain = dataclasses.replace(spec, extra=None, capability=None)
-        return _one(x, data, *scales, spec=plain, is_stacked=is_stacked)
+        return _one(x, data, *scales, spec=plain, is_stacked=is_stacked, platform=platform)
 
     if not takes_kernel(spec, x.dtype, platform):
         return xla(*operands)
@@ -239,14 +239,18 @@ def _native(x, data, scale, zero=None, *, spec: Spec, kernel: native.Kernel):
     return lax.psum(y, spec.summed_over) if spec.summed_over else y
 
 
-def _blocked(x, data, scale, zero, spec: Spec, is_stacked: bool):
-    """Block by block, without the whole float weight."""
+def _blocked(x, data, scale, zero, spec: Spec, *, in_bytes: bool):
+    """Block by block, without the whole float weight.
+
+    Args:
+      in_bytes: whether products of bytes may be taken where this CPU has them. Batched over leading
+        axes they are slow, and for another device this CPU says nothing.
+    """
     fmt, element = spec.format, spec.element
     is_offset = fmt.offset is not None
     K, N = spec.sizes(data)
     dot = blocked.matmul_t if spec.transposed else blocked.matmul
-    # Products of bytes that are batched over leading axes are slow.
-    size = {"K": K} if spec.transposed else {"in_bytes": not is_stacked}
+    size = {"K": K} if spec.transposed else {"in_bytes": in_bytes}
     return dot(
         x,
         data,

@@ -3,8 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import qjax
 from qjax import numerics, packing
 from qjax.ops import blocked, cpu, digits
+from qjax.ops.packed_dot import packed_dot
 
 
 def value(d, step):
@@ -90,3 +92,22 @@ def test_only_what_gains_runs_in_bytes(monkeypatch):
     assert not digits.is_faster(8, 4096, 128, numerics.get_element("nf4"))
     monkeypatch.setattr(cpu, "has_int8_dot", lambda: False)
     assert not digits.is_faster(16, 4096, 128, int4)
+
+
+@pytest.mark.parametrize("prepare", [False, True])
+def test_programs_for_a_gpu_do_not_depend_on_this_cpu(monkeypatch, prepare):
+    monkeypatch.setattr(cpu, "has_int8_dot", lambda: True)
+    K = 512 if prepare else 384  # of its own, as what was traced before is not traced again
+    qt = qjax.quantize({"w": jnp.ones((K, 128))}, qjax.Format("int8"))["w"]
+    qt = qjax.prepare(qt, "h100") if prepare else qt
+    asked = []
+    is_faster = digits.is_faster
+    monkeypatch.setattr(digits, "is_faster", lambda *a: asked.append(a) or is_faster(*a))
+    x = jnp.ones((11, K))  # in float32, for which there is no kernel
+    lower = lambda platform: jax.jit(lambda x, qt: packed_dot(x, qt, implementation="xla")).trace(
+        x, qt
+    ).lower(lowering_platforms=(platform,))  # fmt: skip
+    lower("cuda")
+    assert not asked
+    lower("cpu")
+    assert asked
