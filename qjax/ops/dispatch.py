@@ -77,7 +77,7 @@ def _prepared(x, data, scale, zero, spec: Spec, is_stacked: bool, platform: str 
         canonical = canonical_codes if spec.capability is None else ampere.canonical_codes
         data = canonical(data, fmt.element, extra)
         plain = dataclasses.replace(spec, extra=None, capability=None)
-        return _one(x, data, *scales, spec=plain, is_stacked=is_stacked, platform=platform)
+        return _one(x, data, *scales, spec=plain, is_stacked=is_stacked)
 
     if not takes_kernel(spec, x.dtype, platform):
         return xla(*operands)

@@ -110,4 +110,4 @@ def test_programs_for_a_gpu_do_not_depend_on_this_cpu(monkeypatch, prepare):
     lower("cuda")
     assert not asked
     lower("cpu")
-    assert asked
+    assert bool(asked) != prepare  # what is prepared computes the same in every program
