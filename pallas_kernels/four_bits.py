@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm
 
-from pallas_kernels.interleave import interleaved
+from pallas_kernels.interleave import bytes_of_int4
 
 BANKS = 32  # of shared memory, 4 bytes wide; lane i of a warp reads its own, the i-th
 TABLE_BYTES = 256 * BANKS * 4
@@ -71,8 +71,7 @@ def load(ref: Any, dtype: Any, words: Any = None) -> Array:
         )
 
     def reference(q, *tables):  # read by the interpreter
-        codes = lax.bitcast_convert_type(q.astype(jnp.int8), jnp.uint8) & jnp.uint8(15)
-        bytes = interleaved(codes[:, ::2] | (codes[:, 1::2] << 4))
+        bytes = bytes_of_int4(q)
         if tables:
             return lax.bitcast_convert_type(tables[0][bytes, 0], dtype).reshape(q.shape)
         pairs = jnp.stack([bytes << 4, bytes & jnp.uint8(0xF0)], axis=-1).reshape(q.shape)

@@ -37,11 +37,15 @@ def for_bytes(x: Array) -> Array:
     return jnp.moveaxis(blocks, (-1, -2, -3), (-3, -2, -1)).reshape(x.shape)
 
 
-def of_int4(w: Array) -> Array:
-    """Returns int4 weights [N, K] as the kernel takes them."""
+def bytes_of_int4(w: Array) -> Array:
+    """Returns int4 [N, K] as bytes of two, uint8 [N, K / 2], in the order above."""
     codes = lax.bitcast_convert_type(w.astype(jnp.int8), jnp.uint8) & jnp.uint8(15)
-    codes = interleaved(codes[:, ::2] | (codes[:, 1::2] << 4))
-    return lax.bitcast_convert_type(codes, jnp.int4).reshape(w.shape)
+    return interleaved(codes[:, ::2] | (codes[:, 1::2] << 4))
+
+
+def of_int4(w: Array) -> Array:
+    """Returns int4 weights [N, K] as the kernel takes them; its own inverse."""
+    return lax.bitcast_convert_type(bytes_of_int4(w), jnp.int4).reshape(w.shape)
 
 
 def place(byte: Array) -> Array:
