@@ -303,6 +303,15 @@ def zero_of(element: str) -> int | None:
     return int(_CODES[element][1] - known.qmin) if known.bits < 4 else None
 
 
+def short_scale(fmt: Format) -> str | None:
+    """Returns the 16-bit type that scales are stored in and kernels read, or None for others.
+
+    They reach a product in float32: XLA takes a cast back and the one that made them so for none.
+    """
+    is_short = isinstance(fmt.scale, str) and fmt.scale in ("bfloat16", "float16")
+    return str(fmt.scale) if is_short else None
+
+
 def offsets_are_due(fmt: Format) -> bool:
     """Returns whether a weight is not its code times its scale."""
     return fmt.zero_point or fmt.offset is not None or _CODES[fmt.element][1] != 0

@@ -19,7 +19,7 @@ from pallas_kernels.tuning import TILE_K
 from qjax import numerics
 from qjax.format import Format
 from qjax.ops import blocked
-from qjax.prepare import kernel_codes, offsets, zero_of
+from qjax.prepare import kernel_codes, offsets, short_scale, zero_of
 
 KERNEL_ACTIVATIONS = ("bfloat16", "float16")  # types of x that the weight-only kernels take
 
@@ -44,10 +44,13 @@ def weight_only(
     (M, K), (N_, K_) = x.shape, _sizes(data, format)
     data, padded, b, codebook = _weight(data, scale, zero, x.dtype, format, extra)
     x = jnp.pad(x, ((0, 0), (0, K_ - K)))
-    is_last = b is None and jnp.dtype(out_dtype).name in KERNEL_ACTIVATIONS
-    summed = out_dtype if is_last else jnp.float32
     y = kernel.matmul(
-        x, data, padded, codebook=codebook, zero=zero_of(format.element), out_dtype=summed
+        x,
+        data,
+        padded,
+        codebook=codebook,
+        zero=zero_of(format.element),
+        out_dtype=_summed(b, out_dtype),
     )
     y = y[:, : N_ - extra[1]]
     if b is not None:
@@ -74,15 +77,14 @@ def transposed(
     """
     from pallas_kernels import transposed as kernel
 
-    if (nested := _nested(scale, zero, format)) is not None:
-        scale, zero = nested.decoded(), None
+    scale, zero = _decoded(scale, zero, format)
     data, padded, b, codebook = _weight(data, scale, zero, dy.dtype, format, extra)
     N_, K_ = data.shape
     K, N = K_ - extra[0], dy.shape[1]
-    is_last = b is None and jnp.dtype(out_dtype).name in KERNEL_ACTIVATIONS
-    summed = out_dtype if is_last else jnp.float32
     padded_dy = jnp.pad(dy, ((0, 0), (0, N_ - N)))
-    dx = kernel.matmul(padded_dy, data, padded, codebook=codebook, out_dtype=summed)[:, :K]
+    dx = kernel.matmul(padded_dy, data, padded, codebook=codebook, out_dtype=_summed(b, out_dtype))[
+        :, :K
+    ]
     if b is not None:
         of_groups = jnp.dot(dy.astype(jnp.float32), b.T, precision=lax.Precision.HIGHEST)
         dx = dx + jnp.repeat(of_groups, K_ // padded.shape[0], axis=1)[:, :K]
@@ -112,19 +114,16 @@ def experts(
     """
     from pallas_kernels import experts as kernel
 
-    if (nested := _nested(scale, zero, format)) is not None:
-        scale, zero = nested.decoded(), None
+    scale, zero = _decoded(scale, zero, format)
     N_, K_ = _sizes(data, format)
     data, padded, b, codebook = _weight(data, scale, zero, x.dtype, format, extra)
     K, N = K_ - extra[0], N_ - extra[1]
     inner, outer = (N_, K) if transposed else (K_, N)
-    is_last = b is None and jnp.dtype(out_dtype).name in KERNEL_ACTIVATIONS
-    summed = out_dtype if is_last else jnp.float32
     unpadded = [(0, 0)] * (x.ndim - 1)
     filled = jnp.pad(x, (*unpadded, (0, inner - x.shape[-1])))
     options = {
         "codebook": codebook, "zero": zero_of(format.element), "transposed": transposed,
-        "out_dtype": summed,
+        "out_dtype": _summed(b, out_dtype),
     }  # fmt: skip
     if group_sizes is None:
         y = kernel.batched(filled, data, padded, **options)
@@ -171,12 +170,9 @@ def _weight(
         codes = jnp.pad(nested.codes, ((0, K_ // g - G), (0, N_ - N)))
         outer = jnp.pad(nested.outer, ((0, K_ // g - G), (0, 0)))
         return data, Nested(codes, outer, nested.columns), None, levels
-    # As it is stored: XLA takes this cast and the one that made it float32 for none.
-    stored = scale.dtype
     if scale.dtype == jnp.uint8 and x_dtype != jnp.bfloat16:  # not all are float16
-        scale, stored = numerics.read_scale(scale, "e8m0"), jnp.float32
-    if isinstance(format.scale, str) and format.scale in ("bfloat16", "float16"):
-        stored = format.scale
+        scale = numerics.read_scale(scale, "e8m0")
+    stored = short_scale(format) or scale.dtype
 
     def wide(a):  # a scale of many columns, for each of them
         return jnp.repeat(a, format.group_columns or N, axis=-1)[:, :N] if a.shape[-1] != N else a
@@ -195,6 +191,18 @@ def _nested(scale: Array, zero: Array | None, format: Format) -> Nested | None:
         return None
     assert format.scale.group_columns is not None
     return Nested(scale, zero, format.scale.group_columns)
+
+
+def _decoded(scale: Array, zero: Array | None, format: Format) -> tuple[Array, Array | None]:
+    """Returns nested scales as floats, all others as they are."""
+    nested = _nested(scale, zero, format)
+    return (scale, zero) if nested is None else (nested.decoded(), None)
+
+
+def _summed(b: Array | None, out_dtype: Any) -> Any:
+    """Returns the type that a kernel returns: of 16 bits only where offsets need not be added."""
+    is_last = b is None and jnp.dtype(out_dtype).name in KERNEL_ACTIVATIONS
+    return out_dtype if is_last else jnp.float32
 
 
 def quantized(
@@ -221,9 +229,8 @@ def quantized(
     (M, K), (N_, K_) = xq.shape, data.shape
     N = N_ - extra[1]
     groups = K_ // TILE_K if scale.shape[0] > 1 else 1
-    is_short = isinstance(format.scale, str) and format.scale in ("bfloat16", "float16")
-    stored = str(format.scale) if is_short else "float32"  # as it is stored, as above
-    scale = blocked.per_column(scale, N, format.group_columns or N).astype(stored)
+    scale = blocked.per_column(scale, N, format.group_columns or N)
+    scale = scale.astype(short_scale(format) or "float32")
     scale = jnp.pad(scale, ((0, groups - scale.shape[0]), (0, N_ - N)))
     y = kernel.matmul(
         jnp.pad(xq, ((0, 0), (0, K_ - K))),
@@ -253,7 +260,6 @@ def read(
     scale: Array, zero: Array | None, format: Format
 ) -> tuple[Float[Array, "G C"], Array | None]:
     """Returns scales in float32, and zero points, of what `Prepared` gives in their place."""
-    if (nested := _nested(scale, zero, format)) is not None:
-        return nested.decoded(), None
+    scale, zero = _decoded(scale, zero, format)
     stored = "e8m0" if scale.dtype == jnp.uint8 else "float32"
     return numerics.read_scale(scale, stored), zero

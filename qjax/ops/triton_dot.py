@@ -10,6 +10,7 @@ from jax import Array, lax
 from qjax import ampere, numerics
 from qjax.format import Format
 from qjax.ops import blocked
+from qjax.prepare import short_scale
 
 
 def weight_only(
@@ -47,15 +48,11 @@ def weight_only(
     shift: Array | float = float(ampere.ZERO.get(format.element, 0))
     if zero is not None and not is_offset:
         shift = padded(wide(zero) + shift).astype(x.dtype)
-    # As it is stored: XLA takes this cast and the one that made it float32 for none.
-    stored = "float32"
-    if isinstance(format.scale, str) and format.scale in ("bfloat16", "float16"):
-        stored = format.scale
     codes = element.levels if element.kind == "table" else {4: "uint4", 8: "int8"}[element.bits]
     y = kernel.matmul(
         x,
         lax.bitcast_convert_type(data, jnp.int8),
-        padded(wide(scale)).astype(stored),
+        padded(wide(scale)).astype(short_scale(format) or "float32"),
         shift,
         codes=codes,
         out_dtype=jnp.float32 if is_offset else out_dtype,
