@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -187,13 +188,18 @@ packed_dot_p.def_impl(lambda *args, spec: _eager(spec)(*args))
 # ---- derivatives: linear in x, constant in the weight -------------------------------------------
 
 
-def _jvp(primals, tangents, *, spec):
-    if any(type(t) is not ad.Zero for t in tangents[1:]):
+def refuse_weight_tangents(name: str, tangents: Sequence[Any]) -> None:
+    """Raises TypeError if derivatives with respect to a packed weight are asked for."""
+    if any(type(t) is not ad.Zero for t in tangents):
         raise TypeError(
-            "packed_dot: differentiation with respect to the scales of a packed weight. A QTensor"
-            " is a constant; to train through quantization use fake quantization on the float"
+            f"{name}: differentiation with respect to the scales of a packed weight. A QTensor is a"
+            " constant; to train through quantization use fake quantization on the float"
             " parameters."
         )
+
+
+def _jvp(primals, tangents, *, spec):
+    refuse_weight_tangents("packed_dot", tangents[1:])
     y = packed_dot_p.bind(*primals, spec=spec)
     if type(tangents[0]) is ad.Zero:
         return y, ad.Zero.from_primal_value(y)  # pyright: ignore[reportAttributeAccessIssue]

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from qjax import _compat, packing, qtensor
 from qjax.ops import activation, mosaic_dot, partitioning
 from qjax.ops.dispatch import codes_of, takes_kernel
+from qjax.ops.packed_dot import refuse_weight_tangents
 from qjax.ops.spec import Spec
 from qjax.prepare import Prepared, canonical_codes
 from qjax.qtensor import QTensor
@@ -155,12 +156,7 @@ ragged_dot_p.def_impl(lambda *args, **static: _eager(**static)(*args))
 
 
 def _jvp(primals, tangents, **static):
-    if any(type(t) is not ad.Zero for t in tangents[2:]):
-        raise TypeError(
-            "ragged_dot: differentiation with respect to the scales of a packed weight. A QTensor"
-            " is a constant; to train through quantization use fake quantization on the float"
-            " parameters."
-        )
+    refuse_weight_tangents("ragged_dot", tangents[2:])
     y = ragged_dot_p.bind(*primals, **static)
     if type(tangents[0]) is ad.Zero:
         return y, ad.Zero.from_primal_value(y)  # pyright: ignore[reportAttributeAccessIssue]
