@@ -41,7 +41,10 @@ def compute(x, data, scale, *zero, spec: Spec, platform: str | None):
     if (kernel := _native_kernel(spec, platform, data, math.prod(tokens))) is not None:
         y = _native(x, *weight, spec=spec, kernel=kernel)
         return y.reshape(*lead, *tokens, y.shape[-1])
-    one = functools.partial(_one, spec=spec, is_stacked=bool(lead), platform=platform)
+    # Batched over leading axes products of bytes are slow, and for another device this CPU says
+    # nothing.
+    in_bytes = platform == "cpu" and not lead
+    one = functools.partial(_one, spec=spec, platform=platform, in_bytes=in_bytes)
     if lead and _is_batched(spec, x.dtype, platform):
         y = mosaic_dot.experts(x, *weight, **_options(spec), transposed=spec.transposed)
         y = lax.psum(y, spec.summed_over) if spec.summed_over else y
@@ -52,23 +55,26 @@ def compute(x, data, scale, *zero, spec: Spec, platform: str | None):
     return y.reshape(*lead, *tokens, y.shape[-1])
 
 
-def _one(x, data, scale, zero=None, *, spec: Spec, is_stacked: bool, platform: str | None = None):
+def _one(x, data, scale, zero=None, *, spec: Spec, platform: str | None, in_bytes: bool):
     if spec.extra is not None:
-        return _prepared(x, data, scale, zero, spec, is_stacked, platform)
+        return _prepared(x, data, scale, zero, spec, platform)
     scale, zero = mosaic_dot.read(scale, zero, spec.format)
     if spec.format.activation is not None and not spec.transposed:
         return _activation_quantized(x, data, scale, spec)
     if spec.implementation == "reference":
         y = _reference(x, data, scale, zero, spec)
     else:
-        y = _blocked(x, data, scale, zero, spec, in_bytes=platform == "cpu" and not is_stacked)
+        y = _blocked(x, data, scale, zero, spec, in_bytes)
     y = y.astype(spec.out_dtype)
     # Each shard's sum is rounded to the output type, as XLA does for a sharded float dot.
     return lax.psum(y, spec.summed_over) if spec.summed_over else y
 
 
-def _prepared(x, data, scale, zero, spec: Spec, is_stacked: bool, platform: str | None):
-    """The kernel on GPUs; elsewhere, and where there is none, as with a canonical weight."""
+def _prepared(x, data, scale, zero, spec: Spec, platform: str | None):
+    """The kernel on GPUs; elsewhere, and where there is none, as with a canonical weight.
+
+    Without bytes, so that an exported program computes the same.
+    """
     fmt, extra = spec.format, spec.extra
     assert extra is not None
     operands = [x, data, scale] + ([] if zero is None else [zero])
@@ -77,7 +83,7 @@ def _prepared(x, data, scale, zero, spec: Spec, is_stacked: bool, platform: str 
         canonical = canonical_codes if spec.capability is None else ampere.canonical_codes
         data = canonical(data, fmt.element, extra)
         plain = dataclasses.replace(spec, extra=None, capability=None)
-        return _one(x, data, *scales, spec=plain, is_stacked=is_stacked)
+        return _one(x, data, *scales, spec=plain, platform=platform, in_bytes=False)
 
     if not takes_kernel(spec, x.dtype, platform):
         return xla(*operands)
@@ -239,13 +245,8 @@ def _native(x, data, scale, zero=None, *, spec: Spec, kernel: native.Kernel):
     return lax.psum(y, spec.summed_over) if spec.summed_over else y
 
 
-def _blocked(x, data, scale, zero, spec: Spec, *, in_bytes: bool):
-    """Block by block, without the whole float weight.
-
-    Args:
-      in_bytes: whether products of bytes may be taken where this CPU has them. Batched over leading
-        axes they are slow, and for another device this CPU says nothing.
-    """
+def _blocked(x, data, scale, zero, spec: Spec, in_bytes: bool):
+    """Block by block, without the whole float weight."""
     fmt, element = spec.format, spec.element
     is_offset = fmt.offset is not None
     K, N = spec.sizes(data)
