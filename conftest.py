@@ -37,8 +37,9 @@ _TRITON = ("cubin", "decode", "eight_bit", "interpreter", "weight_only")
 if not (find_spec("triton") and find_spec("jax_triton")):
     collect_ignore += [f"pallas_kernels/triton/{name}.py" for name in _TRITON]
 
-# The interpreter of GPU kernels came with 0.12; without it nothing of them can be tested.
-if jax.__version_info__ < (0, 12):
+# The interpreter of GPU kernels came with 0.12; without it they are tested on a GPU or not at all.
+_ON_GPU = "cuda" in os.environ["JAX_PLATFORMS"]
+if jax.__version_info__ < (0, 12) and not _ON_GPU:
     collect_ignore_glob = ["pallas_kernels/*", "tests/pallas_kernels/*", "tests/test_prepare.py"]
     collect_ignore.append("tests/ops/test_ragged.py")
 

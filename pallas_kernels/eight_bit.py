@@ -114,7 +114,7 @@ def matmul(
         d = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(shape, total_dtype))
         scale = by_row(sw_smem.at[0, rows])
         for ref in sx_smem:
-            scale = scale * by_column(ref.at[0])
+            scale = scale * by_column(ref.at[0, pl.ds(0, tile_m)])
         return total + d.astype(jnp.float32) * scale
 
     def scaled(total, features, tokens, sx, *sw):
@@ -129,27 +129,29 @@ def matmul(
         operands += [Operand(w_scale, "n", is_row=True)]
         late.pop()
         if not of_tokens:
-            operands += [Operand(rows_of_x, "m", is_row=True)]
+            width = max(tile_m, hopper.ALIGNMENT // 4)
+            tiles = rows_of_x.reshape(G, -1, tile_m)
+            tiles = jnp.pad(tiles, ((0, 0), (0, 0), (0, width - tile_m))).reshape(G, -1)
+            operands += [Operand(tiles, "m", is_row=True, width=width)]
             late.pop()
-    in_epilogue = bool(late) and tuning.split_k == 1
-    if has_groups or in_epilogue:
-        part_dtype = jnp.float32 if tuning.split_k > 1 else out_dtype
-    else:
-        part_dtype = total_dtype  # parts of integers are added exactly
-    parts = hopper.product(
+    sizes = x.shape[0], K, N
+    in_epilogue = bool(late) and hopper.most_parts(tuning, sizes) == 1
+    # Sums over all of K are scaled when they are complete: parts of integers are added exactly.
+    is_scaled = in_epilogue or not late
+    y = hopper.product(
         operands,
         step_in_groups if has_groups else step,
         scaled if in_epilogue else lambda total, *_: total,
         whole=(rows_of_x, *late[1:]) if in_epilogue else (),
         in_tensor_core=None if has_groups else total_dtype,
         loads_blocks=has_groups or is_packed,
-        out_dtype=part_dtype,
-        sizes=(x.shape[0], K, N),
+        sum_dtype=jnp.float32 if has_groups else total_dtype,
+        out_dtype=out_dtype if is_scaled else jnp.float32 if has_groups else total_dtype,
+        sizes=sizes,
         tuning=tuning,
         interpret=interpret,
     )
-    y = parts[0] if tuning.split_k == 1 else jnp.sum(parts, axis=0)
-    if not in_epilogue:
+    if not is_scaled:
         for scale in late:
             y = y.astype(jnp.float32) * scale
     return y.astype(out_dtype)[:M]

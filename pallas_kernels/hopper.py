@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -27,6 +28,8 @@ from pallas_kernels.tuning import TILE_N, Tuning
 
 ROWS = 64  # of a wgmma: the output features of one warpgroup
 MEMORY_REGISTERS = 88  # of a thread that loads; with fewer its index arithmetic spills
+COMPUTE_REGISTERS = 208  # of one that multiplies: half of the others of an SM, in eights
+ALIGNMENT = 128  # bytes: TMA writes at multiples of it in shared memory, where blocks lie in a ring
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +46,8 @@ class Operand:
       columns: without `is_row`, inputs that are contiguous in a tile in shared memory; the kernel
         can cut the tile there. With it, the same of features; None: rows lie one after another.
       shared_by: without `is_row`, features or tokens that share a row.
-      width: without `is_row`, columns of a block; None: one for every input.
+      width: columns of a block; None: one for every input, or with `is_row` one for every feature
+        or token.
     """
 
     array: Array
@@ -55,21 +59,34 @@ class Operand:
     shared_by: int = 1
     width: int | None = None
 
-    def block_spec(self, size: int, tile_k: int, first: Any) -> Any:
-        block = lambda k: (first + k) // self.steps_per_row
-        shape, index = (self.rows, size), lambda k: (block(k), 0)
-        if not self.is_row:
-            width = self.width or tile_k
-            shape, index = (max(1, size // self.shared_by), width), lambda k: (0, block(k))
-        tiling = () if self.columns is None else transforms(self.columns, self.array.dtype)
-        return plgpu.BlockSpec(shape, index, transforms=tiling, memory_space=plgpu.SMEM)
-
-    def cut(self, ref: Any, tile: Any, size: int) -> Any:
-        """Returns what belongs to a tile of `size` features or tokens."""
+    def block(self, size: int, tile_k: int) -> tuple[int, int]:
+        """Returns the shape of a block, of a tile of `size` features or tokens."""
         if self.is_row:
-            return ref.at[:, pl.ds(tile * size, size)]
-        rows = max(1, size // self.shared_by)
-        return ref.at[pl.ds(tile * size // self.shared_by, rows), :]
+            return self.rows, self.width or size
+        return max(1, size // self.shared_by), self.width or tile_k
+
+    def at(self, ref: Any, tile: Any, k: Any, size: int, tile_k: int) -> Any:
+        """Returns the block of step k of a tile, in global memory."""
+        rows, width = self.block(size, tile_k)
+        k = k // self.steps_per_row
+        if self.is_row:
+            return ref.at[pl.ds(k * rows, rows), pl.ds(tile * width, width)]
+        return ref.at[pl.ds(tile * size // self.shared_by, rows), pl.ds(k * width, width)]
+
+    def ring(self, stages: int, size: int, tile_k: int) -> Any:
+        """Returns the type of its buffers in shared memory.
+
+        Raises:
+          ValueError: if TMA could not write to one of them.
+        """
+        block = self.block(size, tile_k)
+        if (nbytes := math.prod(block) * bits(self.array.dtype) // 8) % ALIGNMENT:
+            raise ValueError(
+                f"blocks {block} of {self.array.dtype} have {nbytes} bytes, no multiple of"
+                f" {ALIGNMENT}: TMA could not write the next one."
+            )
+        tiling = () if self.columns is None else transforms(self.columns, self.array.dtype)
+        return plgpu.SMEM((stages, *block), self.array.dtype, transforms=tiling)
 
 
 def bits(dtype: Any) -> int:
@@ -92,6 +109,105 @@ def padded_tokens(x: Array, tile_m: int) -> Array:
     return jnp.pad(x, ((0, -x.shape[0] % tile_m), (0, 0)))
 
 
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """The steps that a CTA computes, in order.
+
+    K of every tile is cut into `split` pieces. With one, a CTA computes every C-th tile, so that
+    neighbours read the same weights at once. With more, the pieces of all tiles are dealt out in
+    order and as evenly as can be; those of one tile on one CTA are a fragment, with one sum
+    (Osama et al., 2023, "Stream-K", section 4).
+
+    Attributes:
+      cta, ctas: its number, and how many there are.
+      tiles: how many there are; traced for experts.
+      steps: of a tile.
+      split: pieces of a tile, a divisor of `steps`.
+    """
+
+    cta: Any
+    ctas: int
+    tiles: Any
+    steps: int
+    split: int
+
+    @property
+    def start(self) -> Any:
+        """The first step, counted through all tiles."""
+        if self.split == 1:
+            return self.cta * self.steps
+        return self.cta * (self.tiles * self.split) // self.ctas * (self.steps // self.split)
+
+    @property
+    def count(self) -> Any:
+        """How many steps there are."""
+        if self.split == 1:
+            mine = (self.tiles - self.cta + self.ctas - 1) // self.ctas
+            return jnp.maximum(mine, 0) * self.steps
+        return dataclasses.replace(self, cta=self.cta + 1).start - self.start
+
+    @property
+    def fragments(self) -> Any:
+        """How many tiles it computes, wholly or in part."""
+        return (self.start % self.steps + self.count + self.steps - 1) // self.steps
+
+    def step(self, i: Any) -> tuple[Any, Any]:
+        """Returns the tile and the step in it of the i-th step."""
+        i = self.start % self.steps + i
+        return self.tile(i // self.steps), i % self.steps
+
+    def tile(self, i: Any) -> Any:
+        """Returns the tile of fragment i."""
+        return self.start // self.steps + i * (self.ctas if self.split == 1 else 1)
+
+    def bounds(self, i: Any) -> tuple[Any, Any]:
+        """Returns the first step of fragment i in its tile, and the one after the last."""
+        skipped = self.start % self.steps
+        first = jnp.where(i == 0, skipped, 0)
+        return first, jnp.minimum(self.steps, skipped + self.count - i * self.steps)
+
+    def part(self, i: Any) -> Any:
+        """Returns which of the sums of its tile fragment i is."""
+        if self.split == 1:
+            return 0
+        piece = self.bounds(i)[0] // (self.steps // self.split)
+        # Where there are fewer pieces than CTAs, some of these have none.
+        return jnp.minimum(piece, self.cta - self.owner(self.tile(i) * self.split))
+
+    def owner(self, piece: Any) -> Any:
+        """Returns the CTA that computes a piece, of all tiles' pieces."""
+        pieces = self.tiles * self.split
+        # Its start is the last one that is not after the piece.
+        return ((piece + 1) * self.ctas - 1) // pieces
+
+
+def parts_of(share: Share, tile: Any) -> Any:
+    """Returns how many sums a tile has."""
+    if share.split == 1:
+        return tile * 0 + 1
+    first, last = tile * share.split, (tile + 1) * share.split - 1
+    return np.minimum(share.split, share.owner(last) - share.owner(first) + 1)
+
+
+def share_of(tuning: Tuning, sizes: tuple[int, int, int], cta: Any = 0, m_tiles: Any = None) -> Share:
+    """Returns what a CTA of a product does.
+
+    Args:
+      m_tiles: tiles of tokens, if they are fewer than there may be.
+    """
+    M, K, N = sizes
+    most = N // TILE_N * (M // tuning.tile_m)
+    tiles = most if m_tiles is None else N // TILE_N * m_tiles
+    ctas = min(tuning.sms, most * tuning.split_k)
+    return Share(cta, ctas, tiles, K // tuning.tile_k, tuning.split_k)
+
+
+def most_parts(tuning: Tuning, sizes: tuple[int, int, int]) -> int:
+    """Returns the most sums that a tile has, however many tiles of tokens there are."""
+    share = share_of(tuning, sizes)
+    return int(np.max(parts_of(share, np.arange(share.tiles))))
+
+
 def product(
     operands: Sequence[Operand],
     step: Callable[..., Any],
@@ -103,12 +219,13 @@ def product(
     in_tensor_core: Any = None,
     loads_blocks: bool = True,
     experts: Array | None = None,
+    sum_dtype: Any = jnp.float32,
     out_dtype: Any,
     sizes: tuple[int, int, int],
     tuning: Tuning,
     interpret: Any = None,
 ) -> Array:
-    """Returns the sums of every part of K, [split_k, M, N].
+    """Returns y [M, N].
 
     Args:
       operands: what the loop reads.
@@ -123,32 +240,28 @@ def product(
         `commit_smem`. What only a wgmma reads needs no fence before TMA overwrites it.
       experts: None; or int32 [M / tile_m + 1]: of each tile of tokens its expert, the index into
         stacked operands; and last how many tiles there are. What follows them is not computed.
+      sum_dtype: of what `finish` returns; sums of fragments are stored and added in it.
       sizes: (M, K, N), multiples of the tiles.
     """
-    (M, K, N), tile_m, split = sizes, tuning.tile_m, tuning.split_k
-    steps = K // tuning.tile_k // split
-    if steps * split * tuning.tile_k != K or M % tile_m or N % TILE_N:
+    (M, K, N), tile_m, stages = sizes, tuning.tile_m, tuning.stages
+    steps = K // tuning.tile_k
+    if steps % tuning.split_k or K % tuning.tile_k or M % tile_m or N % TILE_N:
         raise ValueError(f"{tuning} does not tile M={M}, K={K}, N={N}.")
     size = {"n": TILE_N, "m": tile_m}
-
-    def pipeline(step, context, part: Any = 0):
-        return plgpu.emit_pipeline_warp_specialized(
-            step,
-            grid=(steps,),
-            memory_registers=MEMORY_REGISTERS,
-            wg_axis="wg",
-            num_compute_wgs=2,
-            max_concurrent_steps=tuning.stages,
-            compute_context=context,
-            in_specs=[o.block_spec(size[o.of], tuning.tile_k, part * steps) for o in operands],
-        )
+    if experts is None:
+        parts = most_parts(tuning, sizes)
+    else:  # fewer tiles may be cut into more
+        parts = tuning.split_k
+    store_dtype = jnp.dtype(out_dtype if parts == 1 else sum_dtype)
+    grid = share_of(tuning, sizes).ctas
 
     def kernel(*refs):
         refs = list(refs)
         ins, extra = [refs.pop(0) for _ in operands], [refs.pop(0) for _ in whole]
         expert_of = None if experts is None else refs.pop(0)
         source = None if table is None else refs.pop(0)
-        out, out_smem = refs.pop(0), refs.pop(0)
+        out, out_smem, is_full, is_free = (refs.pop(0) for _ in range(4))
+        rings = [refs.pop(0) for _ in operands]
         own_scratch = () if scratch is None else (refs.pop(0),)
         tables = ()
         if table is not None:
@@ -162,86 +275,118 @@ def product(
 
             plgpu.barrier_wait(is_there)
 
-        def ignore(*_, **__):
-            pass
-
-        def of_expert(tile):
-            if expert_of is None:
-                return ins
-            expert = expert_of[tile]
-            rows = [o.array.shape[1] if o.array.ndim == 3 else None for o in operands]
-            return [
-                ref if n is None else ref.at[pl.ds(expert * n, n)]
-                for ref, n in zip(ins, rows, strict=True)
-            ]
-
         m_tiles = M // tile_m if expert_of is None else expert_of[M // tile_m]
+        share = share_of(tuning, sizes, lax.axis_index("sm"), m_tiles)
 
-        @functools.partial(
-            pl.run_scoped,
-            buffers=pipeline(ignore, ignore).get_allocations(*of_expert(0)),
-            collective_axes="wg",
-        )
-        def _(buffers):
+        def after(slot):
+            return jnp.where(slot == stages - 1, 0, slot + 1)
+
+        def load():
+            """Fills the ring, one warpgroup."""
+
+            def one(i, slot, wait):
+                tile, k = share.step(i)
+                at = {"n": tile // m_tiles, "m": tile % m_tiles}
+                if wait:
+                    plgpu.barrier_wait(is_free.at[slot])
+                expert = None if expert_of is None else expert_of[at["m"]]
+                for o, ref, ring in zip(operands, ins, rings, strict=True):
+                    if o.array.ndim == 3:
+                        n = o.array.shape[1]
+                        ref = ref.at[pl.ds(expert * n, n)]
+                    block = o.at(ref, at[o.of], k, size[o.of], tuning.tile_k)
+                    plgpu.copy_gmem_to_smem(block, ring.at[slot], is_full.at[slot])
+                return after(slot)
+
+            count = share.count
+            first = jnp.minimum(stages, count)
+            lax.fori_loop(0, first, functools.partial(one, wait=False), 0)
+            slot = lax.fori_loop(first, count, functools.partial(one, wait=True), 0)
+
+            def drain(_, slot):  # so that no barrier is left in the middle of a phase
+                plgpu.barrier_wait(is_free.at[slot])
+                return after(slot)
+
+            # The buffer after the last is the oldest, if all were filled.
+            lax.fori_loop(0, first, drain, jnp.where(count < stages, 0, slot))
+
+        def compute():
+            """Empties it, two warpgroups."""
             wg = lax.axis_index("wg")
             rows = pl.ds(wg * ROWS, ROWS)
 
-            @plgpu.nd_loop((N // TILE_N, split, m_tiles), collective_axes="sm")
-            def _(item):
-                n, part, m = item.index
+            def fragment(i, slot):
+                tile = share.tile(i)
+                n, m = tile // m_tiles, tile % m_tiles
                 own = pl.ds(n * TILE_N + wg * ROWS, ROWS)
                 tokens = pl.ds(m * tile_m, tile_m)
 
-                def store(total):
-                    tile = finish(total, own, tokens, *extra)
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the item before
-                    out_smem.at[wg].T[...] = plgpu.layout_cast(
-                        tile.astype(out_dtype), plgpu.Layout.WGMMA_TRANSPOSED
-                    )
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(out_smem.at[wg], out.at[part, tokens, own])
-
-                def context(run):
-                    if in_tensor_core is None:
-                        zeros = jnp.zeros((ROWS, tile_m), jnp.float32)
-                        store(run(plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)))
-                        return
-
-                    @functools.partial(
-                        pl.run_scoped,
-                        total=plgpu.WGMMAAccumulatorRef((ROWS, tile_m), in_tensor_core),
-                    )
-                    def _(total):
-                        run(total)
-                        store(total[...])
-
-                def body(_, *blocks):
+                def body(_, carry):
+                    slot, total = carry
+                    plgpu.barrier_wait(is_full.at[slot])
                     work = [ref.at[wg] for ref in own_scratch]
-                    total = step(*blocks[:-1], *tables, *work, rows, blocks[-1])
+                    add = total if accumulator is None else accumulator
+                    total = step(*(r.at[slot] for r in rings), *tables, *work, rows, add)
                     if loads_blocks:
                         # Loads go through the generic proxy, the TMA that next writes this buffer
                         # through the async one: a barrier alone does not order them.
                         plgpu.commit_smem()
-                    return total
+                    plgpu.barrier_arrive(is_free.at[slot])
+                    return after(slot), None if accumulator is not None else total
 
-                tile = {"n": n, "m": m}
-                cut = lambda o, ref: o.cut(ref, tile[o.of], size[o.of])
-                pipeline(body, context, part)(
-                    *map(cut, operands, of_expert(m)), allocations=buffers
-                )
+                def store(total):
+                    sums = finish(total, own, tokens, *extra)
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the fragment before
+                    out_smem.at[wg].T[...] = plgpu.layout_cast(
+                        sums.astype(store_dtype), plgpu.Layout.WGMMA_TRANSPOSED
+                    )
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(out_smem.at[wg], out.at[share.part(i), tokens, own])
 
-        plgpu.wait_smem_to_gmem(0)
+                accumulator = None
+                if in_tensor_core is None:
+                    zeros = jnp.zeros((ROWS, tile_m), jnp.float32)
+                    zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+                    slot, total = lax.fori_loop(*share.bounds(i), body, (slot, zeros))
+                    store(total)
+                    return slot
+
+                def in_accumulator(total):
+                    nonlocal accumulator
+                    accumulator = total
+                    end, _ = lax.fori_loop(*share.bounds(i), body, (slot, None))
+                    store(total[...])
+                    return end
+
+                shape = plgpu.WGMMAAccumulatorRef((ROWS, tile_m), in_tensor_core)
+                return pl.run_scoped(in_accumulator, shape)
+
+            lax.fori_loop(0, share.fragments, fragment, 0)
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(lax.axis_index("wg") == 2)
+        def _():
+            plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+            load()
+
+        @pl.when(lax.axis_index("wg") < 2)
+        def _():
+            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+            compute()
 
     call = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((split, M, N), out_dtype),
-        grid=(min(tuning.sms, math.prod((N // TILE_N, split, M // tile_m))),),
+        out_type=jax.ShapeDtypeStruct((parts, M, N), store_dtype),
+        grid=(grid,),
         grid_names=("sm",),
         num_threads=3,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         scratch_types=[
-            plgpu.SMEM((2, tile_m, ROWS), out_dtype, transforms=transforms(ROWS, out_dtype)),
+            plgpu.SMEM((2, tile_m, ROWS), store_dtype, transforms=transforms(ROWS, store_dtype)),
+            plgpu.Barrier(num_arrivals=len(operands), num_barriers=stages),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            *(o.ring(stages, size[o.of], tuning.tile_k) for o in operands),
             *([] if scratch is None else [scratch]),
             *([] if table is None else [plgpu.SMEM(table.shape, table.dtype), plgpu.Barrier()]),
         ],
@@ -249,4 +394,19 @@ def product(
     )
     arrays = [o.array.reshape(-1, o.array.shape[-1]) for o in operands]
     rest = [a for a in (experts, table) if a is not None]
-    return call(*arrays, *whole, *rest)
+    sums = call(*arrays, *whole, *rest)
+    if parts == 1:
+        return sums[0]
+    m_tiles = M // tile_m if experts is None else experts[-1]
+    return _added(sums, share_of(tuning, sizes, m_tiles=m_tiles), tile_m).astype(out_dtype)
+
+
+def _added(sums: Array, share: Share, tile_m: int) -> Array:
+    """Returns the sum over the parts that each tile has, [M, N]; there is no number in others."""
+    P, M, N = sums.shape
+    tile = np.arange(N // TILE_N) * share.tiles // (N // TILE_N) + np.arange(M // tile_m)[:, None]
+    has = parts_of(share, tile)
+    tiles = sums.reshape(P, M // tile_m, tile_m, N // TILE_N, TILE_N)
+    is_part = jnp.arange(P)[:, None, None] < has
+    tiles = jnp.where(is_part[:, :, None, :, None], tiles, 0)
+    return jnp.sum(tiles, axis=0, dtype=sums.dtype).reshape(M, N)

@@ -9,6 +9,8 @@ load too, before TMA writes the same buffer anew.
 The interpreter of JAX 0.12 knows that much, but of a wgmma neither what it reads nor that it goes
 on after its call. Here it reads through the async proxy until `wgmma_wait`, or a read of its
 accumulator, has seen its end: a buffer that is overwritten under it is a race.
+
+Where JAX runs on a GPU nothing is interpreted: the same tests then run what was compiled.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+from typing import Any
 from unittest import mock
 
 import jax
@@ -32,11 +35,21 @@ from jax._src.pallas.mosaic_gpu.interpret import shared_memory as memory
 from jax.experimental import io_callback
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-# Every copy and every wgmma takes one of the "TMA threads" in turn, which is a place in the clocks.
-# There are more than a test has of those operations, as two that share a place can look ordered.
-PARAMS = plgpu.InterpretGPUParams(
-    detect_races=True, on_race="warn", num_tma_threads_per_device=1024
-)
+
+def params() -> Any:
+    """Returns what a kernel takes as `interpret`; None on a GPU."""
+    if on_gpu():
+        return None
+    # Every copy and every wgmma takes one of the "TMA threads" in turn, a place in the clocks. There
+    # are more than a test has of those operations, as two that share a place can look ordered.
+    return plgpu.InterpretGPUParams(
+        detect_races=True, on_race="warn", num_tma_threads_per_device=1024
+    )
+
+
+def on_gpu() -> bool:
+    """Returns whether JAX runs on a GPU."""
+    return jax.default_backend() == "gpu"
 
 
 @dataclasses.dataclass
@@ -46,13 +59,16 @@ class Races:
 
 def everywhere():
     """Returns a context in which kernels that are traced are interpreted, not lowered."""
-    return plgpu.force_gpu_interpret_mode(PARAMS)
+    return contextlib.nullcontext() if on_gpu() else plgpu.force_gpu_interpret_mode(params())
 
 
 @contextlib.contextmanager
 def interpreting():
     """Yields an object whose `found` says, after the block, whether a race was seen."""
     races = Races()
+    if on_gpu():
+        yield races
+        return
     wgmma = _Wgmma()
     interpreter = jaxpr_interpret.JaxprInterpreter
     try:

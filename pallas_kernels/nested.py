@@ -7,6 +7,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels import hopper
+
 
 class Nested(NamedTuple):
     """Scales [G, N] of a weight: code * factor + offset, of which `columns` features share both.
@@ -34,12 +36,12 @@ class Nested(NamedTuple):
         """Returns the factors and offsets as TMA loads them, and how many floats that is at once.
 
         A block of features has a row [G * 2 ..]. Its factors and offsets for as many groups lie
-        together, with zeros up to 16 bytes.
+        together, with zeros up to the bytes that a block has at least.
         """
         G, columns = self.outer.shape
         pairs = self.outer.reshape(G // groups, groups, columns // 2, 2)
         pairs = pairs.transpose(2, 0, 1, 3).reshape(columns // 2, G // groups, 2 * groups)
-        pairs = jnp.pad(pairs, ((0, 0), (0, 0), (0, -2 * groups % 4)))
+        pairs = jnp.pad(pairs, ((0, 0), (0, 0), (0, -2 * groups % (hopper.ALIGNMENT // 4))))
         return pairs.reshape(columns // 2, -1), pairs.shape[-1]
 
 

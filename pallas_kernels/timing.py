@@ -14,6 +14,7 @@ import functools
 import json
 import math
 import random
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,17 +25,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.experimental.mosaic.gpu import profiler
 
-from pallas_kernels import reference
-from pallas_kernels.bench import SHAPES, Form
+from pallas_kernels import interleave, planes, reference
+from pallas_kernels.bench import FORMS, SHAPES, Form
+from pallas_kernels.nested import Nested
 
-FORMS = (
-    Form("W4A16 g128", "int4", "bfloat16", 128),
-    Form("W8A16", "int8", "bfloat16", None),
-    Form("W8A8", "int8", "int8", None, "float32"),
-    Form("FP8", "float8_e4m3fn", "float8_e4m3fn", None, "float32"),
-    Form("FP8 1x128", "float8_e4m3fn", "float8_e4m3fn", 128, "float32"),
-)
 TOKENS = (1, 16, 64, 1024)
 L2_BYTES = 50e6  # of an H100; an A100 has 40, an RTX 4090 72
 
@@ -61,12 +57,14 @@ def contenders(form: Form, capability: int | None) -> list[Contender]:
       capability: of the GPU, such as 90; None if there is none.
     """
     found = _kernels(form, capability)
-    found.append(Contender("bfloat16 dot", _in_bfloat16, _bfloat16_dot))
-    keep = lambda w, s: (w, s)
+    found.append(Contender("bfloat16 dot", functools.partial(_in_bfloat16, form), _bfloat16_dot))
+    keep = functools.partial(_packed, form)
     if form.is_weight_only:
-        found.append(Contender("XLA, dequantize then dot", keep, _dequantize_then_dot))
-        name = "XLA, dot then scale" if form.group is None else "XLA, dot per group then scale"
-        found.append(Contender(name, keep, _dot_then_scale))
+        then_dot = functools.partial(_dequantize_then_dot, form)
+        found.append(Contender("XLA, dequantize then dot", keep, then_dot))
+        if form.bits >= 4 and not form.has_table:
+            name = "XLA, dot then scale" if form.group is None else "XLA, dot per group then scale"
+            found.append(Contender(name, keep, _dot_then_scale))
     else:
         name = "XLA, cuBLASLt where it can" if form.x.startswith("float8") else "XLA, int8 dot"
         found.append(Contender(name, keep, _quantized_dot))
@@ -75,19 +73,19 @@ def contenders(form: Form, capability: int | None) -> list[Contender]:
 
 def _kernels(form: Form, capability: int | None) -> list[Contender]:
     if capability == 90:
-        from pallas_kernels import eight_bit, interleave, weight_only
+        from pallas_kernels import eight_bit, weight_only
 
         def in_order(w, s):
-            return interleave.of_int4(w) if form.w == "int4" else w, s
+            return interleave.of_int4(w) if form.w == "int4" else _packed(form, w, s)[0], s
 
         def run(x, x_scale, w, s):
             if x_scale is None:
-                return weight_only.matmul(x, w, s)
+                return weight_only.matmul(x, w, s, codebook=_levels(form))
             return eight_bit.matmul(x, w, x_scale, s, out_dtype=jnp.bfloat16)
 
         return [Contender("Mosaic kernel", in_order, run)]
     in_triton = form.w == "int8" or (form.w == "int4" and form.is_weight_only)
-    if capability is not None and 80 <= capability < 90 and in_triton:
+    if capability is not None and 80 <= capability < 90 and in_triton and not form.has_table:
         from pallas_kernels.triton import eight_bit, packing, weight_only
 
         def prepare(w, s):
@@ -105,15 +103,36 @@ def _kernels(form: Form, capability: int | None) -> list[Contender]:
     return []
 
 
-def _dequantized(w: Array, s: Array, dtype: Any) -> Array:
-    """Returns W [K, N] of w [N, K] and s [G, N], by a broadcast that XLA can fuse."""
+def _levels(form: Form) -> tuple[float, ...] | None:
+    """Returns 16 values that bfloat16 has, as those of e2m1; what they are costs nothing."""
+    positive = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+    return (*positive, *(-v for v in positive)) if form.has_table else None
+
+
+def _packed(form: Form, w: Array, s: Any) -> tuple[Array, Any]:
+    """Returns a weight in as many bits as the form has."""
+    if form.bits < 4:
+        w = planes.packed((w + 2 ** (form.bits - 1)).astype(jnp.uint8), form.bits)
+    return w, s
+
+
+def _dequantized(form: Form, w: Array, s: Any, dtype: Any) -> Array:
+    """Returns W [K, N] of a packed w [N, K] and s [G, N], by a broadcast that XLA can fuse."""
+    if form.bits < 4:
+        w = planes.codes(w, form.bits).astype(jnp.int8) - 2 ** (form.bits - 1)
+    if (levels := _levels(form)) is not None:
+        w = jnp.asarray(levels, dtype)[w.astype(jnp.int32) & 15]
+    if isinstance(s, Nested):
+        s = s.decoded()
+    elif s.dtype == jnp.uint8:
+        s = jnp.exp2(s.astype(jnp.float32) - 127)
     N, K = w.shape
     groups = w.astype(dtype).reshape(N, s.shape[0], -1) * s.astype(dtype).T[..., None]
     return groups.reshape(N, K).T
 
 
-def _in_bfloat16(w: Array, s: Array) -> tuple[Array, ...]:
-    return (_dequantized(w, s, jnp.float32).astype(jnp.bfloat16),)
+def _in_bfloat16(form: Form, w: Array, s: Any) -> tuple[Array, ...]:
+    return (_dequantized(form, *_packed(form, w, s), jnp.float32).astype(jnp.bfloat16),)
 
 
 def _bfloat16_dot(x, x_scale, w):
@@ -121,9 +140,9 @@ def _bfloat16_dot(x, x_scale, w):
     return jnp.dot(x, w, preferred_element_type=jnp.float32).astype(jnp.bfloat16)
 
 
-def _dequantize_then_dot(x, x_scale, w, s):
+def _dequantize_then_dot(form, x, x_scale, w, s):
     del x_scale
-    y = jnp.dot(x, _dequantized(w, s, x.dtype), preferred_element_type=jnp.float32)
+    y = jnp.dot(x, _dequantized(form, w, s, x.dtype), preferred_element_type=jnp.float32)
     return y.astype(jnp.bfloat16)
 
 
@@ -152,33 +171,45 @@ def operands(form: Form, M: int, K: int, N: int, seed: int) -> dict[str, Any]:
     """Returns normal x, weights and scales in a form's types; as `reference` takes them."""
     keys = jax.random.split(jax.random.key(seed), 4)
     G = 1 if form.group is None else K // form.group
-    integer = lambda key, shape, bits: jax.random.randint(
-        key, shape, -(2 ** (bits - 1)), 2 ** (bits - 1)
-    )
 
     def values(key, shape, dtype):
-        if dtype in ("int4", "int8"):
-            return integer(key, shape, int(dtype[3:])).astype(dtype)
+        if dtype.startswith("int"):
+            most = 2 ** (int(dtype[3:]) - 1)
+            return jax.random.randint(key, shape, -most, most).astype(
+                dtype if most >= 8 else "int8"
+            )
         return jax.random.normal(key, shape).astype(dtype)
 
-    scale = lambda key, shape: jax.random.uniform(key, shape, minval=0.5, maxval=1.5)
-    x_scale = None if form.is_weight_only else scale(keys[3], (M, G))
+    uniform = functools.partial(jax.random.uniform, minval=0.5, maxval=1.5)
+    if form.scale == "nested":
+        codes = jax.random.randint(keys[2], (G, N), 0, 256).astype("uint8")
+        pair = jnp.stack(
+            [uniform(keys[3], (G, -(-N // 256))) / 256, uniform(keys[0], (G, -(-N // 256)))], -1
+        )
+        scale: Any = Nested(codes, pair.reshape(G, -1), 256)
+    elif form.scale == "uint8":
+        scale = jax.random.randint(keys[2], (G, N), 124, 131).astype("uint8")
+    else:
+        scale = uniform(keys[2], (G, N)).astype(form.scale)
     return {
         "x": values(keys[0], (M, K), form.x),
         "w": values(keys[1], (N, K), form.w),
-        "scale": scale(keys[2], (G, N)).astype(form.scale),
-        "x_scale": x_scale,
+        "scale": scale,
+        "x_scale": None if form.is_weight_only else uniform(keys[3], (M, G)),
+        "codebook": _levels(form),
     }
+
+
+@functools.partial(jax.jit, static_argnames="codebook")
+def _exact(x, w, scale, x_scale, codebook):
+    if x_scale is None:
+        return reference.weight_only(x, w, scale, codebook=codebook)
+    return reference.eight_bit(x, w, x_scale, scale)
 
 
 def error_of(y: Array, args: dict[str, Any]) -> float:
     """Returns the relative error of a product against `reference`, in float32."""
-    x, w, scale, x_scale = (args[n] for n in ("x", "w", "scale", "x_scale"))
-    if x_scale is None:
-        wanted = reference.weight_only(x, w, scale)
-    else:
-        wanted = reference.eight_bit(x, w, x_scale, scale)
-    exact, got = np.asarray(wanted, np.float64), np.asarray(y, np.float64)
+    exact, got = np.asarray(_exact(**args), np.float64), np.asarray(y, np.float64)
     return float(np.linalg.norm(got - exact) / np.linalg.norm(exact))
 
 
@@ -198,7 +229,7 @@ class _Prepared:
     def __init__(self, contender: Contender, args: dict[str, Any], l2_bytes: float):
         prepare = jax.jit(contender.prepare)
         first = prepare(args["w"], args["scale"])
-        self.nbytes = sum(_nbytes(a) for a in first)
+        self.nbytes = sum(_nbytes(a) for a in jax.tree.leaves(first))
         count = copies_of(self.nbytes, l2_bytes)
         # Other values too: a compressing memory would like equal ones.
         roll = jax.jit(lambda w, i: jnp.roll(w, i, axis=0))
@@ -213,9 +244,25 @@ class _Prepared:
         self.first = jax.block_until_ready(self.run(self.x, self.x_scale, self.weights))[0]
 
     def seconds(self) -> float:
+        """Returns the seconds of a product, launches included."""
         start = time.perf_counter()
         jax.block_until_ready(self.run(self.x, self.x_scale, self.weights))
         return (time.perf_counter() - start) / len(self.weights)
+
+    def kernels(self) -> dict[str, float] | None:
+        """Returns the microseconds that each kernel takes for a product, as CUPTI counts them.
+
+        The mean over all weights; None where it counts nothing. Kernels that differ in a number at
+        the end of their names alone are one.
+        """
+        if jax.default_backend() != "gpu":
+            return None
+        _, found = profiler.measure(self.run, aggregate=False)(self.x, self.x_scale, self.weights)  # pyright: ignore[reportArgumentType]
+        times: dict[str, float] = {}
+        for name, ms in found or ():
+            name = re.sub(r"[_.]*\d+$", "", name)
+            times[name] = times.get(name, 0.0) + 1e3 * ms / len(self.weights)
+        return times or None
 
 
 def _nbytes(a: Array) -> int:
@@ -254,11 +301,13 @@ def measure(
         for name in order.sample(sorted(ready), len(ready)):
             seconds[name].append(ready[name].seconds())
     for name, one in ready.items():
+        kernels = one.kernels()
         low, median, high = np.percentile(np.array(seconds[name]) * 1e6, [25, 50, 75])
         moved = one.nbytes + M * K * args["x"].dtype.itemsize + 2 * M * N
         yield shape | {
             "contender": name, "us": float(median), "us_25": float(low), "us_75": float(high),
             "gb_per_s": moved / median / 1e3, "tflop_per_s": 2 * M * K * N / median / 1e6,
+            "kernel_us": kernels and sum(kernels.values()), "kernels": kernels,
             "error": errors[name], "weights": len(one.weights), "rounds": rounds,
         }  # fmt: skip
 
@@ -272,8 +321,13 @@ def capability_of(device: Any) -> int | None:
 
 def _line(row: dict[str, Any]) -> str:
     label = f"{row['form']} M={row['M']} {row['K']}x{row['N']}"
-    text = row.get("failed") or f"{row['us']:9.1f} µs  {row['gb_per_s']:7.0f} GB/s"
-    return f"{label:32} {row['contender']:30} {text}"
+    text = row.get("failed")
+    if text is None:
+        text = f"{row['us']:9.1f} µs  {row['gb_per_s']:7.0f} GB/s  error {row['error'] or 0:.1e}"
+        if row["kernels"]:
+            own = ", ".join(f"{n[:40]} {us:.1f}" for n, us in row["kernels"].items())
+            text += f"  kernels {row['kernel_us']:.1f}: {own}"
+    return f"{label:38} {row['contender']:30} {text}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -285,6 +339,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--shapes", nargs="*", help="such as 4096x6144; default: Llama-3 8B and 70B"
     )
+    parser.add_argument("--contenders", nargs="*", help="parts of names; default: all")
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--l2-bytes", type=float, default=L2_BYTES, help="of the GPU's L2 cache")
     parser.add_argument("--any-device", action="store_true", help="also where there is no GPU")
@@ -305,13 +360,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             form = known[name]
             for K, N in shapes:
                 for M in args.tokens:
-                    for row in timed(form, M, K, N, entries=contenders(form, capability)):
+                    entries = [
+                        entry
+                        for entry in contenders(form, capability)
+                        if args.contenders is None or any(c in entry.name for c in args.contenders)
+                    ]
+                    for row in timed(form, M, K, N, entries=entries):
                         print(json.dumps(about | row), file=out, flush=True)
-                        text = (
-                            row.get("failed") or f"{row['us']:9.1f} µs  {row['gb_per_s']:7.0f} GB/s"
-                        )
-                        label = f"{name} M={M} {K}x{N}"
-                        print(f"{label:32} {row['contender']:30} {text}", file=sys.stderr)
+                        print(_line(row), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

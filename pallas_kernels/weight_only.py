@@ -155,6 +155,8 @@ def matmul(
     x = hopper.padded_tokens(x, tuning.tile_m)
     group = min(K // G, tuning.tile_k)  # inputs of one step with one scale
     is_exact = tuning.scale_on == "accumulator"
+    # Sums of groups that are multiplied before the first one is waited for: there are registers.
+    at_once = tuning.tile_k // group if tuning.tile_m <= 16 else 1
     on_sums = G == 1 and nested is None and experts is None and stored.itemsize > 1
 
     def decoded(ref, *table):
@@ -162,9 +164,22 @@ def matmul(
             return few_bits.load(ref, packed, x.dtype, zero)
         return upcast(ref, x.dtype, *table)
 
+    # A part of a step is multiplied while the next one is decoded.
+    part = min(TILE_K, tuning.tile_k)
+    parts = range(tuning.tile_k // part)
+
+    def of_part(ref, i, *table, whole=None):
+        if whole is not None:
+            return whole[:, i * part : (i + 1) * part]
+        return decoded(ref.at[:, pl.ds(i * part, part)], *table)
+
     def step_without_scales(w_smem, x_smem, *rest):
         *table, rows, total = rest
-        plgpu.wgmma(total, decoded(w_smem.at[rows], *table), x_smem.T)
+        w_smem = w_smem.at[rows]
+        q = None if packed is None else decoded(w_smem)
+        for i in parts:
+            xt = x_smem.at[:, pl.ds(i * part, part)].T
+            plgpu.wgmma(total, of_part(w_smem, i, *table, whole=q), xt)
         plgpu.wgmma_wait(0)  # before the stage is released
         return total
 
@@ -175,26 +190,36 @@ def matmul(
 
     def step(w_smem, x_smem, s_smem, *rest):
         outer, (*table, rows, total) = ([], rest) if nested is None else (rest[:1], rest[1:])
-        groups = range(tuning.tile_k // group)
-        scales = (scales_of(s_smem.at[g, rows], g, *outer) for g in groups)
-        is_cut = is_exact and packed is None  # fewer registers than with all groups at once
-        q = None if is_cut else decoded(w_smem.at[rows], *table)
+        w_smem = w_smem.at[rows]
+        q = None if packed is None else decoded(w_smem, *table)
+        scale_of = lambda g: scales_of(s_smem.at[g, rows], g, *outer)
 
         def of_group(g):
             if q is None:
-                return decoded(w_smem.at[rows, pl.ds(g * group, group)], *table)
+                return decoded(w_smem.at[:, pl.ds(g * group, group)], *table)
             return q[:, g * group : (g + 1) * group]
 
+        def products(*sums):
+            for g, d in enumerate(sums, start=g0):
+                plgpu.wgmma(d, of_group(g), x_smem.at[:, pl.ds(g * group, group)].T)
+            return [d[...] for d in sums]  # waits
+
         if is_exact:
-            for g, s in zip(groups, scales, strict=True):
-                xt = x_smem.at[:, pl.ds(g * group, group)].T
-                total += scaled_product(of_group(g), xt, s)
+            for g0 in range(0, tuning.tile_k // group, at_once):
+                shape = plgpu.WGMMAAccumulatorRef((hopper.ROWS, tuning.tile_m), jnp.float32)
+                sums = pl.run_scoped(products, *[shape] * at_once)
+                for g, d in enumerate(sums, start=g0):
+                    total += d * lax.broadcast_in_dim(scale_of(g), d.shape, (0,))
             return total
-        parts = [
-            of_group(g) * lax.broadcast_in_dim(s.astype(x.dtype), (hopper.ROWS, group), (0,))
-            for g, s in zip(groups, scales, strict=True)
-        ]
-        plgpu.wgmma(total, jnp.concatenate(parts, axis=1), x_smem.T)
+        for i in parts:
+            own = of_part(w_smem, i, *table, whole=q)
+            groups = range(i * part // group, (i + 1) * part // group)
+            scales = [
+                lax.broadcast_in_dim(scale_of(g).astype(x.dtype), (hopper.ROWS, group), (0,))
+                for g in groups
+            ]
+            own *= scales[0] if len(scales) == 1 else jnp.concatenate(scales, axis=1)
+            plgpu.wgmma(total, own, x_smem.at[:, pl.ds(i * part, part)].T)
         plgpu.wgmma_wait(0)  # before the stage is released
         return total
 
@@ -203,16 +228,6 @@ def matmul(
             return read_scale(ref, scale.dtype)
         codes = as_float(plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1)))
         return codes * outer[0, 2 * g] + outer[0, 2 * g + 1]
-
-    def scaled_product(q, xt, s):
-        def product(d):
-            plgpu.wgmma(d, q, xt)
-            return d[...]  # waits
-
-        d = pl.run_scoped(
-            product, plgpu.WGMMAAccumulatorRef((hopper.ROWS, tuning.tile_m), jnp.float32)
-        )
-        return d * lax.broadcast_in_dim(s, d.shape, (0,))
 
     tile_columns = group if is_exact and not on_sums else tuning.tile_k
     w_width = None if packed is None else tuning.tile_k * packed // 8
@@ -230,7 +245,7 @@ def matmul(
         operands.append(
             Operand(outer, "n", shared_by=nested.columns, width=width, steps_per_row=steps)
         )
-    parts = hopper.product(
+    y = hopper.product(
         operands,
         step_without_scales if on_sums else step,
         scaled if on_sums else lambda total, *_: total,
@@ -238,9 +253,9 @@ def matmul(
         table=None if codebook is None else four_bits.table(codebook, x.dtype),
         in_tensor_core=None if is_exact and not on_sums else jnp.float32,
         experts=experts,
-        out_dtype=jnp.float32 if tuning.split_k > 1 else out_dtype,
+        out_dtype=out_dtype,
         sizes=(x.shape[0], K, N),
         tuning=tuning,
         interpret=interpret,
     )  # fmt: skip
-    return jnp.sum(parts, axis=0, dtype=jnp.float32).astype(out_dtype)[:M]
+    return y[:M]

@@ -55,7 +55,7 @@ class TestExperts(Laws):
         M = 12
         arrays = self.make(M, 256, 128, sizes=sizes, **INT4)
         with interpreter.interpreting() as races:
-            y = self.run(arrays, tuning=_FOR_ALL, interpret=interpreter.PARAMS)
+            y = self.run(arrays, tuning=_FOR_ALL, interpret=interpreter.params())
             y = np.asarray(y, np.float64)
         np.testing.assert_allclose(y, self.exact(arrays), rtol=1e-4, atol=1e-4)
         assert not y[sum(sizes) :].any()
@@ -92,7 +92,7 @@ class TestExperts(Laws):
         with interpreter.interpreting():
             y = self.run(
                 batch | {"x": arrays["x"].reshape(2, 3, -1)}, tuning=_FOR_ALL,
-                interpret=interpreter.PARAMS, product=experts.batched,
+                interpret=interpreter.params(), product=experts.batched,
             )  # fmt: skip
             y = np.asarray(y.reshape(6, -1), np.float64)
         np.testing.assert_allclose(y, self.exact(arrays), rtol=1e-4, atol=1e-4)
@@ -103,7 +103,7 @@ class TestExperts(Laws):
         with interpreter.interpreting() as races:
             dx = self.run(
                 arrays, tuning=dataclasses.replace(_FOR_ALL, scale_on="weight"),
-                interpret=interpreter.PARAMS,
+                interpret=interpreter.params(),
                 product=functools.partial(experts.matmul, transposed=True),
             )  # fmt: skip
             dx = np.asarray(dx, np.float64)

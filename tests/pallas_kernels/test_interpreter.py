@@ -20,7 +20,7 @@ def runs(body, *arrays, scratch=()):
     """Returns the result of a kernel of one warpgroup and whether there was a race."""
     call = plgpu.kernel(
         body, out_type=TILE, scratch_types=[*scratch], num_threads=1, thread_name="wg",
-        interpret=interpreter.PARAMS,
+        interpret=interpreter.params(),
     )  # fmt: skip
     with interpreter.interpreting() as races:
         y = np.asarray(call(*arrays), np.float32)
@@ -164,7 +164,7 @@ def test_pipelines_of_jax_order_the_loads_of_one_after_the_reads_of_another(step
     call = plgpu.kernel(
         kernel, out_type=jax.ShapeDtypeStruct((128, 64), jnp.bfloat16), num_threads=2,
         thread_name="wg", scratch_types=[plgpu.SMEM((64, 64), jnp.bfloat16)],
-        interpret=interpreter.PARAMS,
+        interpret=interpreter.params(),
     )  # fmt: skip
     with interpreter.interpreting() as races:
         y = np.asarray(call(x), np.float32)

@@ -24,7 +24,7 @@ _wanted = jax.jit(reference.by_token, static_argnums=1)
 
 def _run(x, dtype):
     with interpreter.interpreting() as races:
-        out = quantize_rows.by_token(x, dtype, interpret=interpreter.PARAMS)
+        out = quantize_rows.by_token(x, dtype, interpret=interpreter.params())
         out = jax.tree.map(np.asarray, out)
     assert not races.found
     return out
@@ -66,7 +66,7 @@ def test_a_skipped_row_is_an_error(monkeypatch):
 
 def _run_unchecked(x):  # two CTAs that write one row are a race as well
     with interpreter.interpreting():
-        out = quantize_rows.by_token(x, "int8", interpret=interpreter.PARAMS)
+        out = quantize_rows.by_token(x, "int8", interpret=interpreter.params())
         return jax.tree.map(np.asarray, out)
 
 
