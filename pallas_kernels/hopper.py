@@ -149,7 +149,9 @@ class Share:
     @property
     def fragments(self) -> Any:
         """How many tiles it computes, wholly or in part."""
-        return (self.start % self.steps + self.count + self.steps - 1) // self.steps
+        count = self.count
+        last = (self.start % self.steps + count - 1) // self.steps
+        return jnp.where(count == 0, 0, last + 1)
 
     def step(self, i: Any) -> tuple[Any, Any]:
         """Returns the tile and the step in it of the i-th step."""
@@ -189,7 +191,9 @@ def parts_of(share: Share, tile: Any) -> Any:
     return np.minimum(share.split, share.owner(last) - share.owner(first) + 1)
 
 
-def share_of(tuning: Tuning, sizes: tuple[int, int, int], cta: Any = 0, m_tiles: Any = None) -> Share:
+def share_of(
+    tuning: Tuning, sizes: tuple[int, int, int], cta: Any = 0, m_tiles: Any = None
+) -> Share:
     """Returns what a CTA of a product does.
 
     Args:
@@ -301,14 +305,7 @@ def product(
             count = share.count
             first = jnp.minimum(stages, count)
             lax.fori_loop(0, first, functools.partial(one, wait=False), 0)
-            slot = lax.fori_loop(first, count, functools.partial(one, wait=True), 0)
-
-            def drain(_, slot):  # so that no barrier is left in the middle of a phase
-                plgpu.barrier_wait(is_free.at[slot])
-                return after(slot)
-
-            # The buffer after the last is the oldest, if all were filled.
-            lax.fori_loop(0, first, drain, jnp.where(count < stages, 0, slot))
+            lax.fori_loop(first, count, functools.partial(one, wait=True), 0)
 
         def compute():
             """Empties it, two warpgroups."""

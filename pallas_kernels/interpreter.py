@@ -40,8 +40,8 @@ def params() -> Any:
     """Returns what a kernel takes as `interpret`; None on a GPU."""
     if on_gpu():
         return None
-    # Every copy and every wgmma takes one of the "TMA threads" in turn, a place in the clocks. There
-    # are more than a test has of those operations, as two that share a place can look ordered.
+    # Every copy and every wgmma takes one of the "TMA threads" in turn, a place in the clocks. Two
+    # that share one can look ordered, so there are more than a test has of those operations.
     return plgpu.InterpretGPUParams(
         detect_races=True, on_race="warn", num_tma_threads_per_device=1024
     )

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels import hopper
 
 
-class Nested(NamedTuple):
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["codes", "outer"], meta_fields=["columns"]
+)
+@dataclasses.dataclass(frozen=True)
+class Nested:
     """Scales [G, N] of a weight: code * factor + offset, of which `columns` features share both.
 
     Double quantization (Dettmers et al., 2023, QLoRA, section 3).

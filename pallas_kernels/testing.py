@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import Array
@@ -58,7 +59,7 @@ class Laws:
     def error(self, arrays: dict[str, Any], tuning: Tuning) -> tuple[float, bool]:
         """Returns the relative error of the kernel and whether there was a race.
 
-        It is interpreted; on a GPU it runs there, and a race is any run that differs from the first.
+        It is interpreted. On a GPU it runs there: a race is any run that differs from the first.
         """
         with interpreter.interpreting() as races:
             run = lambda: np.asarray(
@@ -71,6 +72,11 @@ class Laws:
         assert y.shape == wanted.shape
         return float(np.linalg.norm(y - wanted) / np.linalg.norm(wanted)), races.found
 
+    def budget_of(self, name: str) -> float:
+        """Returns the relative error that a format may have."""
+        del name
+        return self.budget
+
     def pytest_generate_tests(self, metafunc):
         if "name_of_format" in metafunc.fixturenames:
             metafunc.parametrize("name_of_format", self.formats)
@@ -78,7 +84,7 @@ class Laws:
     def test_agrees_with_float64_for_every_format(self, name_of_format):
         arrays = self.make(3, 256, 256, **self.formats[name_of_format])
         error, races = self.error(arrays, TUNINGS["one buffer"])
-        assert error <= self.budget, error
+        assert error <= self.budget_of(name_of_format), error
         assert not races
 
     @pytest.mark.parametrize("name", ["split_k", "long steps", "persistent"])
@@ -113,7 +119,10 @@ class Laws:
             try:
                 error, races = self.error(arrays, tuning)
             except Exception as e:
-                if "completed before kernel finished" in str(e):  # of copies that nothing waits for
+                # Copies that nothing waits for, phases of a barrier that somebody missed.
+                if any(
+                    what in str(e) for what in ("before kernel finished", "at phase", "phase 0")
+                ):
                     return True
                 raise
         return races or not error <= 0.05  # NaN: what was never written
@@ -127,7 +136,7 @@ def mutation(name: str | None) -> Iterator[list[str]]:
     """Breaks one thing in the kernels that are traced within; yields the names of all that can be.
 
     Every fence and wait that a kernel contains is one, left out; so is every operand, whose first
-    block is read again and again; and the last tile and the last step of every work item, skipped.
+    block is read again and again; and the last tile and the last step of every tile, left out.
     """
     possible: list[str] = []
 
@@ -146,13 +155,8 @@ def mutation(name: str | None) -> Iterator[list[str]]:
         return run
 
     class Stuck(Operand):
-        def block_spec(self, size, tile_k, first):
-            spec = super().block_spec(size, tile_k, first)
-            index = spec.index_map
-            return dataclasses.replace(spec, index_map=lambda k: index(k // 1000))
-
-        def cut(self, ref, tile, size):
-            return super().cut(ref, 0, size)
+        def at(self, ref, tile, k, size, tile_k):
+            return super().at(ref, 0, 0, size, tile_k)
 
     def product(operands, *args, original=hopper.product, **kwargs):
         operands = [
@@ -161,21 +165,23 @@ def mutation(name: str | None) -> Iterator[list[str]]:
         ]
         return original(operands, *args, **kwargs)
 
-    def nd_loop(grid, *, original=plgpu.nd_loop, **kwargs):
-        if is_broken("the last tile of features is skipped"):
-            grid = (grid[0] - 1, *grid[1:])
-        return original(grid, **kwargs)
+    def share_of(*args, original=hopper.share_of):
+        share = original(*args)
+        if is_broken("the last tile is skipped"):
+            return dataclasses.replace(share, tiles=share.tiles - 1)
+        return share
 
-    def pipeline(*args, grid, original=plgpu.emit_pipeline_warp_specialized, **kwargs):
-        if is_broken("the last step is skipped"):
-            grid = (grid[0] - 1,)
-        return original(*args, grid=grid, **kwargs)
+    def step(share, i, original=hopper.Share.step):
+        tile, k = original(share, i)
+        if is_broken("the last step is that before it"):
+            return tile, jnp.minimum(k, share.steps - 2)
+        return tile, k
 
     with contextlib.ExitStack() as patches:
         for function in _SYNCHRONIZATION:
             broken = unless_left_out(getattr(plgpu, function))
             patches.enter_context(mock.patch.object(plgpu, function, broken))
         patches.enter_context(mock.patch.object(hopper, "product", product))
-        patches.enter_context(mock.patch.object(plgpu, "nd_loop", nd_loop))
-        patches.enter_context(mock.patch.object(plgpu, "emit_pipeline_warp_specialized", pipeline))
+        patches.enter_context(mock.patch.object(hopper, "share_of", share_of))
+        patches.enter_context(mock.patch.object(hopper.Share, "step", step))
         yield possible

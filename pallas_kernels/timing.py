@@ -9,12 +9,16 @@ says how, and the others go on. Each result is compared with a float32 product f
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import json
 import math
+import os
 import random
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +36,7 @@ from pallas_kernels.bench import FORMS, SHAPES, Form
 from pallas_kernels.nested import Nested
 
 TOKENS = (1, 16, 64, 1024)
+ENOUGH_US = 1500  # of products in a program, so that its own launch counts for little
 L2_BYTES = 50e6  # of an H100; an A100 has 40, an RTX 4090 72
 
 
@@ -224,7 +229,7 @@ def copies_of(nbytes: int, l2_bytes: float, most: int = 64) -> int:
 
 
 class _Prepared:
-    """A compiled contender and its weights."""
+    """A compiled contender, its weights and its activations."""
 
     def __init__(self, contender: Contender, args: dict[str, Any], l2_bytes: float):
         prepare = jax.jit(contender.prepare)
@@ -236,18 +241,24 @@ class _Prepared:
         self.weights = [first] + [
             prepare(roll(args["w"], i), args["scale"]) for i in range(1, count)
         ]
-        self.x, self.x_scale = args["x"], args["x_scale"]
-        # One program for all: a launch from Python would take longer than a product.
+        (M, K), N = args["x"].shape, args["w"].shape[0]
+        least_us = max(self.nbytes / 3e6, 2 * M * K * N / 6e8)
+        laps = min(16, math.ceil(ENOUGH_US / least_us / count))
+        self.xs = [jnp.roll(args["x"], i, axis=0 if laps < M else 1) for i in range(laps)]
+        self.x_scale = args["x_scale"]
+        self.products = laps * count
+        # One program for all, as a launch from Python takes longer than a product; traced once.
+        product = jax.jit(contender.run)
         self.run = jax.jit(
-            lambda x, x_scale, weights: [contender.run(x, x_scale, *w) for w in weights]
+            lambda xs, x_scale, weights: [product(x, x_scale, *w) for x in xs for w in weights]
         )
-        self.first = jax.block_until_ready(self.run(self.x, self.x_scale, self.weights))[0]
+        self.first = jax.block_until_ready(self.run(self.xs, self.x_scale, self.weights))[0]
 
     def seconds(self) -> float:
         """Returns the seconds of a product, launches included."""
         start = time.perf_counter()
-        jax.block_until_ready(self.run(self.x, self.x_scale, self.weights))
-        return (time.perf_counter() - start) / len(self.weights)
+        jax.block_until_ready(self.run(self.xs, self.x_scale, self.weights))
+        return (time.perf_counter() - start) / self.products
 
     def kernels(self) -> dict[str, float] | None:
         """Returns the microseconds that each kernel takes for a product, as CUPTI counts them.
@@ -261,7 +272,7 @@ class _Prepared:
         times: dict[str, float] = {}
         for name, ms in found or ():
             name = re.sub(r"[_.]*\d+$", "", name)
-            times[name] = times.get(name, 0.0) + 1e3 * ms / len(self.weights)
+            times[name] = times.get(name, 0.0) + 1e3 * ms / self.products
         return times or None
 
 
@@ -278,10 +289,14 @@ def measure(
     entries: Sequence[Contender],
     rounds: int = 21,
     l2_bytes: float = L2_BYTES,
+    alone: contextlib.AbstractContextManager | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yields a row for every contender: its error, and the quartiles of its microseconds.
 
     The bfloat16 product with quantized activations has no scales of x, so no error either.
+
+    Args:
+      alone: entered while times are taken: a lock, where other processes use the GPU.
     """
     args = operands(form, M, K, N, seed=0)
     shape = {"form": form.name, "M": M, "K": K, "N": N}
@@ -297,11 +312,13 @@ def measure(
             yield shape | {"contender": entry.name, "failed": f"{type(e).__name__}: {e}"[:500]}
     seconds: dict[str, list[float]] = {name: [] for name in ready}
     order = random.Random(0)
-    for _ in range(rounds):
-        for name in order.sample(sorted(ready), len(ready)):
-            seconds[name].append(ready[name].seconds())
+    with alone or contextlib.nullcontext():
+        for _ in range(rounds):
+            for name in order.sample(sorted(ready), len(ready)):
+                seconds[name].append(ready[name].seconds())
+        of_kernels = {name: one.kernels() for name, one in ready.items()}
     for name, one in ready.items():
-        kernels = one.kernels()
+        kernels = of_kernels[name]
         low, median, high = np.percentile(np.array(seconds[name]) * 1e6, [25, 50, 75])
         moved = one.nbytes + M * K * args["x"].dtype.itemsize + 2 * M * N
         yield shape | {
@@ -342,32 +359,64 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--contenders", nargs="*", help="parts of names; default: all")
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--l2-bytes", type=float, default=L2_BYTES, help="of the GPU's L2 cache")
+    parser.add_argument("--workers", type=int, default=1, help="processes that compile at once")
+    parser.add_argument("--shard", help=argparse.SUPPRESS)
     parser.add_argument("--any-device", action="store_true", help="also where there is no GPU")
     args = parser.parse_args(argv)
-    device = jax.devices()[0]
-    capability = capability_of(device)
-    if capability is None and not args.any_device:
-        parser.error(f"no GPU, only {device.device_kind}: --any-device times XLA's forms there.")
     known = {f.name: f for f in FORMS}
     if unknown := set(args.forms) - set(known):
         parser.error(f"no form is called {', '.join(sorted(unknown))}; there are {list(known)}.")
     shapes = [tuple(map(int, s.split("x"))) for s in args.shapes or ()]
     shapes = shapes or [shape for model in SHAPES.values() for shape in model]
+    if args.workers > 1:
+        return _with_workers(list(sys.argv[1:] if argv is None else argv), args.workers)
+    device = jax.devices()[0]
+    capability = capability_of(device)
+    if capability is None and not args.any_device:
+        parser.error(f"no GPU, only {device.device_kind}: --any-device times XLA's forms there.")
     about = {"device": device.device_kind, "capability": capability, "jax": jax.__version__}
     timed = functools.partial(measure, rounds=args.rounds, l2_bytes=args.l2_bytes)
+    jobs = [(name, K, N, M) for name in args.forms for K, N in shapes for M in args.tokens]
+    which, of = map(int, (args.shard or "0/1").split("/"))
     with args.out.open("a", encoding="utf-8") as out:
-        for name in args.forms:
-            form = known[name]
-            for K, N in shapes:
-                for M in args.tokens:
-                    entries = [
-                        entry
-                        for entry in contenders(form, capability)
-                        if args.contenders is None or any(c in entry.name for c in args.contenders)
-                    ]
-                    for row in timed(form, M, K, N, entries=entries):
-                        print(json.dumps(about | row), file=out, flush=True)
-                        print(_line(row), file=sys.stderr, flush=True)
+        for name, K, N, M in jobs[which::of]:
+            entries = [
+                entry
+                for entry in contenders(known[name], capability)
+                if args.contenders is None or any(c in entry.name for c in args.contenders)
+            ]
+            lock = _Lock(args.out.with_suffix(".lock")) if of > 1 else None
+            for row in timed(known[name], M, K, N, entries=entries, alone=lock):
+                print(json.dumps(about | row), file=out, flush=True)
+                print(_line(row), file=sys.stderr, flush=True)
+
+
+class _Lock:
+    """A file that one process at a time has locked."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self):
+        self.file = self.path.open("w")
+        fcntl.flock(self.file, fcntl.LOCK_EX)
+
+    def __exit__(self, *_):
+        self.file.close()
+
+
+def _with_workers(argv: list[str], count: int) -> None:
+    """Runs as many processes, each with its share of the products; they take turns to time."""
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-m", "pallas_kernels.timing", *argv, "--workers", "1", "--shard",
+             f"{i}/{count}"],
+            env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+        )
+        for i in range(count)
+    ]  # fmt: skip
+    if failed := [worker.args for worker in workers if worker.wait()]:
+        raise SystemExit(f"{len(failed)} of {count} workers failed, the first: {failed[0]}")
 
 
 if __name__ == "__main__":

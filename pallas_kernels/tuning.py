@@ -1,4 +1,7 @@
-"""The tuning choices of every kernel, as one table and the rule that splits K over idle SMs."""
+"""The tuning choices of every kernel, as one table and the rule that cuts K for balance.
+
+Both are of measurements on an H100 SXM: README, "Kernels, measured".
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,8 @@ class Tuning:
       scale_on: "accumulator" multiplies the float32 sum of every group, which is exact and costs in
         proportion to the tokens; "weight" multiplies the weight in the activation's type, which
         costs the same for any number of tokens and one more rounding of every weight.
-      split_k: CTAs that share one output tile; their float32 sums are added by a second kernel.
+      split_k: pieces into which K of every output tile is cut, a divisor of its steps. All tiles'
+        pieces are dealt out evenly; sums of a tile on several CTAs are added by a second kernel.
       sms: CTAs of the persistent grid.
     """
 
@@ -37,9 +41,9 @@ class Tuning:
 # Most tokens -> tuning. The first row that is large enough is taken; more tokens are tiled by it.
 # Longer steps have fewer instructions a weight around the products, but need twice the buffers.
 WEIGHT_ONLY = {
-    8: Tuning(8, 6, 256),
-    16: Tuning(16, 6, 256),
-    32: Tuning(32, 5, 256),
+    8: Tuning(8, 4, 256),
+    16: Tuning(16, 4, 256),
+    32: Tuning(32, 4, 256),
     64: Tuning(64, 4, 256),
     math.inf: Tuning(128, 4, scale_on="weight"),
 }
@@ -84,12 +88,12 @@ def weight_only(
 
     Example:
       >>> weight_only(16, 4096, 4096)
-      Tuning(tile_m=16, stages=6, tile_k=256, scale_on='accumulator', split_k=8, sms=132)
+      Tuning(tile_m=16, stages=4, tile_k=256, scale_on='accumulator', split_k=8, sms=132)
     """
     t = _for_shape(WEIGHT_ONLY, M, K, N, group_size, bits, 16, out_bits, table_bytes, experts)
     # On the accumulator it takes tile_m / group_size instructions a weight, for which memory gives
-    # time in proportion to its bits.
-    is_dear = 4 * t.tile_m >= bits * group_size
+    # time in proportion to its bits; and a wait for every group, which costs as if of 32 tokens.
+    is_dear = 4 * max(t.tile_m, 32) >= bits * group_size
     on_weight = group_size == 16 or (scale_bits == 8 and bits == 4) or is_dear
     return dataclasses.replace(t, scale_on="weight") if on_weight else t
 
@@ -124,29 +128,60 @@ def _for_shape(
     if K % row.tile_k or (group_size % row.tile_k and row.tile_k % group_size):
         row = dataclasses.replace(row, tile_k=TILE_K)
     # As many buffers as fit beside the output tile, all scales being float32 at most.
-    scales = 4 * (TILE_N * max(1, row.tile_k // group_size) + row.tile_m)
+    scales = 4 * (TILE_N * max(1, row.tile_k // group_size) + max(row.tile_m, 32))
     stage = row.tile_k * (TILE_N * w_bits + row.tile_m * x_bits) // 8 + scales
     m_tiles = -(-M // row.tile_m) * experts
-    parts = split_k(m_tiles * (N // TILE_N), K // row.tile_k)
-    out = TILE_N * row.tile_m * (out_bits if parts == 1 else 32) // 8
+    pieces = split_k(
+        m_tiles * (N // TILE_N), K // row.tile_k, tile_k=row.tile_k, tile_m=row.tile_m,
+        w_bits=w_bits, x_bits=x_bits,
+    )  # fmt: skip
+    out = TILE_N * row.tile_m * (out_bits if pieces == 1 else 32) // 8
     fit = (SMEM_BYTES - out - table_bytes - 1024) // stage
-    return dataclasses.replace(row, stages=min(row.stages, fit), split_k=parts)
+    return dataclasses.replace(row, stages=min(row.stages, fit), split_k=pieces)
 
 
-def split_k(tiles: int, steps: int, sms: int = SMS) -> int:
-    """Returns into how many parts the contraction is split, a divisor of its `steps`.
+# What an H100 SXM was seen to do in a microsecond: bytes that it reads from memory, and weights
+# that an SM multiplies, by the tokens of a tile: decoded ones, and those that need no decoding.
+BYTES_PER_US = 3e6
+WEIGHTS_PER_US = {16: (40e3, 100e3), 64: (32e3, 65e3), 128: (21e3, 42e3)}
+SUMS_US = 1.0  # of starting the kernel that adds parts
 
-    Enough work items for all SMs first; then the shortest schedule, in pipeline steps of the
-    busiest SM with one for starting every item; then the fewest parts, as each writes its sums.
+
+def split_k(
+    tiles: int, steps: int, *, tile_k: int = 256, tile_m: int = 16, w_bits: int = 4,
+    x_bits: int = 16,
+) -> int:  # fmt: skip
+    """Returns into how many pieces K of every tile is cut, a divisor of its `steps`.
+
+    The fewest that take the least time: of the busiest SM, or of reading all weights if that is
+    longer, and of the sums. For tiles of up to 64 tokens there are enough pieces for all SMs.
+
+    Args:
+      tiles: of outputs.
+      steps: of a tile, of `tile_k` inputs.
+      tile_m: tokens of a tile.
+      w_bits, x_bits: of a weight and an activation.
 
     Example:
-      >>> split_k(tiles=32, steps=32)  # 4096 x 4096: 4 parts would leave 4 of 132 SMs idle
+      >>> split_k(tiles=32, steps=16)  # 4096 x 4096
       8
-      >>> split_k(tiles=224, steps=64)
+      >>> split_k(tiles=1792, steps=32, tile_m=128)
       1
     """
+    decoded, as_stored = next(rate for most, rate in WEIGHTS_PER_US.items() if most >= tile_m)
+    step = tile_k * TILE_N
+    step_us = step / (as_stored if w_bits == x_bits else decoded)
+    memory_us = tiles * steps * step * w_bits / 8 / BYTES_PER_US
+
+    def us(pieces: int) -> float:
+        busiest = -(-tiles * pieces // SMS) * (steps // pieces)
+        main = max(memory_us, busiest * step_us)
+        if pieces == 1:
+            return main
+        # A tile's pieces are on as many CTAs, or on those that an even share of all comes to.
+        parts = min(pieces, 1 + -(-SMS // tiles))
+        return main + SUMS_US + 4 * parts * tiles * TILE_N * tile_m / BYTES_PER_US
+
     divisors = [d for d in range(1, steps + 1) if steps % d == 0]
-    enough = [d for d in divisors if tiles * d >= sms] or [steps]
-    if tiles >= sms:
-        return 1
-    return min(enough, key=lambda d: (-(-tiles * d // sms) * (steps // d + 1), d))
+    enough = [d for d in divisors if tiles * d >= SMS] or [steps]
+    return min(enough if tile_m <= 64 else divisors, key=lambda d: (us(d), d))

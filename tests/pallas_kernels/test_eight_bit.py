@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import eight_bit, reference
+from pallas_kernels import eight_bit, interpreter, reference
 from pallas_kernels.interleave import of_int4
 from pallas_kernels.testing import Laws
 
@@ -59,6 +59,10 @@ class TestEightBit(Laws):
         x, w, sx, sw = (np.asarray(a).astype(np.float64) for a in arrays.values())
         K, g = x.shape[1], x.shape[1] // sw.shape[0]
         return (x * np.repeat(sx, K // sx.shape[1], axis=1)) @ (w.T * np.repeat(sw, g, axis=0))
+
+    def budget_of(self, name):
+        # Hopper's own sums of FP8 products keep fewer bits than float32: 2.1e-4 was seen.
+        return 2.0**-12 if interpreter.on_gpu() and name.startswith("fp8") else self.budget
 
     def test_the_reference_agrees_with_float64(self):
         arrays = self.make(3, 64, 5, w="float8_e4m3fn", groups=2)

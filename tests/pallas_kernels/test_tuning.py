@@ -33,8 +33,8 @@ def test_weight_only_fits_any_shape(M, bits, group):
 
 def test_scales_go_where_they_cost_least_or_else_where_they_are_exact():
     on = lambda bits, group, M: tuning.weight_only(M, 4096, 4096, group, bits).scale_on
-    assert on(4, 128, 64) == on(4, 32, 16) == on(2, 128, 32) == on(8, 4096, 64) == "accumulator"
-    assert on(4, 64, 64) == on(4, 32, 32) == on(2, 128, 64) == on(2, 32, 16) == "weight"
+    assert on(4, 128, 64) == on(4, 64, 16) == on(2, 128, 32) == on(8, 4096, 64) == "accumulator"
+    assert on(4, 64, 64) == on(4, 32, 1) == on(2, 128, 64) == on(2, 32, 16) == "weight"
 
 
 def test_tokens_are_tiled_by_the_first_row_that_is_large_enough():
