@@ -188,7 +188,8 @@ def parts_of(share: Share, tile: Any) -> Any:
     if share.split == 1:
         return tile * 0 + 1
     first, last = tile * share.split, (tile + 1) * share.split - 1
-    return np.minimum(share.split, share.owner(last) - share.owner(first) + 1)
+    minimum = np.minimum if isinstance(share.tiles, int) else jnp.minimum
+    return minimum(share.split, share.owner(last) - share.owner(first) + 1)
 
 
 def share_of(
