@@ -268,7 +268,8 @@ class _Prepared:
         """
         if jax.default_backend() != "gpu":
             return None
-        _, found = profiler.measure(self.run, aggregate=False)(self.x, self.x_scale, self.weights)  # pyright: ignore[reportArgumentType]
+        run = profiler.measure(self.run, aggregate=False)
+        _, found = run(self.xs, self.x_scale, self.weights)
         times: dict[str, float] = {}
         for name, ms in found or ():
             name = re.sub(r"[_.]*\d+$", "", name)

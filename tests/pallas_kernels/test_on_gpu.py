@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import bench, interpreter, timing
+from pallas_kernels import bench, timing
 
 pytestmark = pytest.mark.gpu
 
-TOKENS = (1, 5, 16, 33, 64, 300)
-SHAPES = ((4096, 4096), (14336, 4096), (4096, 28672))
+TOKENS = (1, 16, 64, 300)
+SHAPES = ((4096, 4096), (4096, 28672))
 RUNS = 20
 
 
@@ -19,16 +20,15 @@ RUNS = 20
 @pytest.mark.parametrize("form", bench.FORMS, ids=lambda form: form.name)
 def test_every_form_agrees_with_float32_for_any_tokens_and_repeats_its_bits(form, shape):
     capability = timing.capability_of(jax.devices()[0])
-    assert capability == 90
-    assert interpreter.on_gpu()
+    assert capability == 90, "the kernels are for an H100 or an H200"
     kernel, *_ = timing.contenders(form, capability)
+    prepare, product = jax.jit(kernel.prepare), jax.jit(kernel.run)
+    is_same = jax.jit(lambda a, b: jnp.all((a == b) | jnp.isnan(a) & jnp.isnan(b)))
     for M in TOKENS:
         args = timing.operands(form, M, *shape, seed=M)
-        kept = jax.jit(kernel.prepare)(args["w"], args["scale"])
-        run = jax.jit(lambda x, x_scale, kept: kernel.run(x, x_scale, *kept))
-        first = np.asarray(run(args["x"], args["x_scale"], kept))
+        kept = prepare(args["w"], args["scale"])
+        run = lambda args=args, kept=kept: product(args["x"], args["x_scale"], *kept)
+        first = run()
         # The result is bfloat16, and weights are rounded to it where scales are on the weight.
-        assert timing.error_of(first, args) <= 2.0**-8, M
-        for _ in range(RUNS):
-            again = np.asarray(run(args["x"], args["x_scale"], kept))
-            np.testing.assert_array_equal(again, first)  # else a race
+        assert timing.error_of(np.asarray(first), args) <= 2.0**-8, M
+        assert all([is_same(run(), first) for _ in range(RUNS)]), M  # else a race

@@ -52,6 +52,27 @@ def test_a_wrong_product_has_an_error():
     assert row["error"] > 0.1
 
 
+def test_times_of_kernels_are_those_of_a_product(monkeypatch):
+    def measured(run, *, aggregate):
+        assert not aggregate
+
+        def call(*args):
+            launched = [(f"product_{i}", 0.002) for i in range(len(run(*args)))]
+            return None, [*launched, ("pad.1", 0.003), ("pad.7", 0.003)]
+
+        return call
+
+    monkeypatch.setattr(timing.profiler, "measure", measured)
+    form = BY_NAME["W8A16"]
+    (entry,) = [e for e in contenders(form, None) if e.name == "bfloat16 dot"]
+    monkeypatch.setattr(timing.jax, "default_backend", lambda: "gpu")
+    (row,) = measure(form, 2, 128, 32, entries=[entry], rounds=1, l2_bytes=1e4)
+    products = 0.006 / (row["kernels"]["pad"] / 1e3)
+    assert row["kernels"]["product"] == pytest.approx(2.0)
+    assert row["kernel_us"] == pytest.approx(2.0 + 6.0 / products)
+    assert products >= row["weights"] >= 2
+
+
 def test_gpus_get_their_kernel_and_others_none():
     first = lambda form, capability: contenders(BY_NAME[form], capability)[0].name
     assert first("W4A16 g128", 90) == first("FP8", 90) == "Mosaic kernel"
