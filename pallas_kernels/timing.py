@@ -231,7 +231,9 @@ def copies_of(nbytes: int, l2_bytes: float, most: int = 64) -> int:
 class _Prepared:
     """A compiled contender, its weights and its activations."""
 
-    def __init__(self, contender: Contender, args: dict[str, Any], l2_bytes: float):
+    def __init__(
+        self, contender: Contender, args: dict[str, Any], l2_bytes: float, enough_us: float
+    ):
         prepare = jax.jit(contender.prepare)
         first = prepare(args["w"], args["scale"])
         self.nbytes = sum(_nbytes(a) for a in jax.tree.leaves(first))
@@ -243,7 +245,7 @@ class _Prepared:
         ]
         (M, K), N = args["x"].shape, args["w"].shape[0]
         least_us = max(self.nbytes / 3e6, 2 * M * K * N / 6e8)
-        laps = min(16, math.ceil(ENOUGH_US / least_us / count))
+        laps = max(1, min(16, math.ceil(enough_us / least_us / count)))
         self.xs = [jnp.roll(args["x"], i, axis=0 if laps < M else 1) for i in range(laps)]
         self.x_scale = args["x_scale"]
         self.products = laps * count
@@ -290,6 +292,7 @@ def measure(
     entries: Sequence[Contender],
     rounds: int = 21,
     l2_bytes: float = L2_BYTES,
+    enough_us: float = ENOUGH_US,
     alone: contextlib.AbstractContextManager | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yields a row for every contender: its error, and the quartiles of its microseconds.
@@ -297,6 +300,7 @@ def measure(
     The bfloat16 product with quantized activations has no scales of x, so no error either.
 
     Args:
+      enough_us: how long the products of one program take at least.
       alone: entered while times are taken: a lock, where other processes use the GPU.
     """
     args = operands(form, M, K, N, seed=0)
@@ -305,7 +309,7 @@ def measure(
     errors: dict[str, float | None] = {}
     for entry in entries:
         try:
-            ready[entry.name] = _Prepared(entry, args, l2_bytes)
+            ready[entry.name] = _Prepared(entry, args, l2_bytes, enough_us)
             has_value = form.is_weight_only or entry.run is not _bfloat16_dot
             errors[entry.name] = error_of(ready[entry.name].first, args) if has_value else None
         except Exception as e:

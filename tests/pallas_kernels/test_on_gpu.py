@@ -31,4 +31,4 @@ def test_every_form_agrees_with_float32_for_any_tokens_and_repeats_its_bits(form
         first = run()
         # The result is bfloat16, and weights are rounded to it where scales are on the weight.
         assert timing.error_of(np.asarray(first), args) <= 2.0**-8, M
-        assert all([is_same(run(), first) for _ in range(RUNS)]), M  # else a race
+        assert all(is_same(run(), first) for _ in range(RUNS)), M  # else a race
