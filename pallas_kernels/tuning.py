@@ -141,9 +141,9 @@ def _for_shape(
 
 
 # What an H100 SXM was seen to do in a microsecond: bytes that it reads from memory, and weights
-# that an SM multiplies, by the tokens of a tile: decoded ones, and those that need no decoding.
+# that an SM multiplies, by the tokens of a tile and the bits of an activation.
 BYTES_PER_US = 3e6
-WEIGHTS_PER_US = {16: (40e3, 100e3), 64: (32e3, 65e3), 128: (21e3, 42e3)}
+WEIGHTS_PER_US = {16: {16: 40e3, 8: 100e3}, 64: {16: 32e3, 8: 65e3}, 128: {16: 21e3, 8: 42e3}}
 SUMS_US = 1.0  # of starting the kernel that adds parts
 
 
@@ -168,9 +168,9 @@ def split_k(
       >>> split_k(tiles=1792, steps=32, tile_m=128)
       1
     """
-    decoded, as_stored = next(rate for most, rate in WEIGHTS_PER_US.items() if most >= tile_m)
+    rates = next(rates for most, rates in WEIGHTS_PER_US.items() if most >= tile_m)
     step = tile_k * TILE_N
-    step_us = step / (as_stored if w_bits == x_bits else decoded)
+    step_us = step / rates[x_bits]
     memory_us = tiles * steps * step * w_bits / 8 / BYTES_PER_US
 
     def us(pieces: int) -> float:

@@ -22,6 +22,7 @@ def test_a_kernel_of_few_instructions_is_bound_by_its_bytes(monkeypatch):
     assert row["bound"] == "memory"
     assert row["bytes"] == 4096 * 4096 + 4 * 4096 + 16 * 4096 + 2 * 16 * 4096
     assert row["us"] == pytest.approx(1e6 * row["bytes"] / 3.35e12)
+    assert row["expected us"] > row["us"] + bench.LAUNCH_US
 
 
 def test_one_of_many_is_bound_by_their_issue(monkeypatch):
