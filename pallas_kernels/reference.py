@@ -108,3 +108,13 @@ def by_token(x: Array, dtype: Any) -> tuple[Array, Array]:
     scale = jnp.where(jnp.isinf(largest), jnp.nan, largest / most)
     q = x / jnp.where(scale == 0, 1.0, scale)
     return jnp.clip(jnp.round(q) if is_int else q, -most, most).astype(dtype), scale
+
+
+def by_block(x: Array, dtype: Any) -> tuple[Array, Array]:
+    """Returns codes [M, K] and scales [M, K / 128] of x: `by_token` of every 128 values of a row.
+
+    Args:
+      x, dtype: as for `by_token`.
+    """
+    codes, scale = by_token(x.reshape(-1, 128), dtype)
+    return codes.reshape(x.shape), scale.reshape(len(x), -1)

@@ -168,17 +168,34 @@ def test_eight_bit(name):
     assert program.temporaries <= _workspace(t, M, 2) + ordered + 8 * max(M, t.tile_m) + 1024
 
 
+def _check_rounding(program, loads):
+    """Checks that a thread loads so many times 128 bits, and that XLA does nothing."""
+    (kernel,) = program.kernels
+    assert kernel.spills == kernel.stack == kernel.code["LDL"] == kernel.code["STL"] == 0
+    assert kernel.code["LDG"] + kernel.code["LD"] == loads
+    assert hlo.executed(program.hlo)["fusion"] == 0
+    assert program.temporaries <= 64
+    return kernel
+
+
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
 @pytest.mark.parametrize(("x", "columns"), [("bfloat16", 14336), ("float32", 16384)])
 def test_rows_are_read_once_to_round_them(x, columns, dtype):
     """XLA reads them twice, for the largest value and then for the codes, in three kernels."""
     f = functools.partial(quantize_rows.by_token, dtype=dtype)
-    program = h100.compile(f, _array(x, 2048, columns))
-    (kernel,) = program.kernels
-    assert kernel.spills == kernel.stack == kernel.code["LDL"] == kernel.code["STL"] == 0
-    assert kernel.code["LDG"] == columns * jnp.dtype(x).itemsize // 128 // 16  # of 128 bits
-    assert hlo.executed(program.hlo)["fusion"] == 0
-    assert program.temporaries <= 64
+    row = columns * jnp.dtype(x).itemsize
+    _check_rounding(h100.compile(f, _array(x, 2048, columns)), row // 128 // 16)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize(("x", "M"), [("bfloat16", 2048), ("float32", 2048), ("bfloat16", 1)])
+def test_blocks_are_read_once_to_round_them(x, M, dtype):
+    f = functools.partial(quantize_rows.by_block, dtype=dtype)
+    # A CTA has 16 KB, of one token 8 blocks.
+    nbytes = 16384 if M > 1 else 8 * quantize_rows.BLOCK * jnp.dtype(x).itemsize
+    kernel = _check_rounding(h100.compile(f, _array(x, M, 14336)), nbytes // 128 // 16)
+    # An SM has registers for four such CTAs, with 64 KB in flight.
+    assert kernel.registers <= 65536 // (4 * 128)
 
 
 # As `WEIGHT_ONLY`. A derivative has as many tokens as a batch: what counts is the tensor core.
