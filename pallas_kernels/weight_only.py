@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -154,32 +155,62 @@ def matmul(
     )  # fmt: skip
     x = hopper.padded_tokens(x, tuning.tile_m)
     group = min(K // G, tuning.tile_k)  # inputs of one step with one scale
-    is_exact = tuning.scale_on == "accumulator"
-    # Sums of groups that are multiplied before the first one is waited for: there are registers.
-    at_once = tuning.tile_k // group if tuning.tile_m <= 16 else 1
     on_sums = G == 1 and nested is None and experts is None and stored.itemsize > 1
+    on_accumulator = tuning.scale_on == "accumulator" and not on_sums
+    n_scales = 0 if on_sums else 1 if nested is None else 2
 
-    def decoded(ref, *table):
-        if packed is not None:
-            return few_bits.load(ref, packed, x.dtype, zero)
-        return upcast(ref, x.dtype, *table)
+    def columns_of(w_smem, *table):
+        """Returns a function (first, count) -> those columns of a block, decoded."""
+        if packed is None:
+            return lambda first, n: upcast(w_smem.at[:, pl.ds(first, n)], x.dtype, *table)
+        q = few_bits.load(w_smem, packed, x.dtype, zero)
+        return lambda first, n: q[:, first : first + n]
 
-    # A part of a step is multiplied while the next one is decoded.
-    part = min(TILE_K, tuning.tile_k)
-    parts = range(tuning.tile_k // part)
+    def scale_of(g, rows, s_smem, *outer):
+        s_smem = s_smem.at[g, rows]
+        if nested is None:
+            return read_scale(s_smem, scale.dtype)
+        (factors,) = outer
+        codes = as_float(plgpu.load(s_smem, layout=plgpu.Layout.WGMMA.reduce(1)))
+        return codes * factors[0, 2 * g] + factors[0, 2 * g + 1]
 
-    def of_part(ref, i, *table, whole=None):
-        if whole is not None:
-            return whole[:, i * part : (i + 1) * part]
-        return decoded(ref.at[:, pl.ds(i * part, part)], *table)
+    def step_on_accumulator(w_smem, x_smem, *rest):
+        scales, (*table, rows, total) = rest[:n_scales], rest[n_scales:]
+        columns = columns_of(w_smem.at[rows], *table)
+        groups = range(tuning.tile_k // group)
+        # All groups are multiplied before the first is waited for, if there are registers.
+        at_once = len(groups) if tuning.tile_m <= 16 else 1
+        shape = plgpu.WGMMAAccumulatorRef((hopper.ROWS, tuning.tile_m), jnp.float32)
+        for some in itertools.batched(groups, at_once):
 
-    def step_without_scales(w_smem, x_smem, *rest):
-        *table, rows, total = rest
-        w_smem = w_smem.at[rows]
-        q = None if packed is None else decoded(w_smem)
-        for i in parts:
-            xt = x_smem.at[:, pl.ds(i * part, part)].T
-            plgpu.wgmma(total, of_part(w_smem, i, *table, whole=q), xt)
+            def products(*sums, some=some):
+                for g, d in zip(some, sums, strict=True):
+                    xt = x_smem.at[:, pl.ds(g * group, group)].T
+                    plgpu.wgmma(d, columns(g * group, group), xt)
+                return [d[...] for d in sums]  # waits
+
+            for g, d in zip(some, pl.run_scoped(products, *[shape] * len(some)), strict=True):
+                s = scale_of(g, rows, *scales)
+                total += d * lax.broadcast_in_dim(s, d.shape, (0,))
+        return total
+
+    def step_in_tensor_core(w_smem, x_smem, *rest):
+        scales, (*table, rows, total) = rest[:n_scales], rest[n_scales:]
+        columns = columns_of(w_smem.at[rows], *table)
+        for first in range(0, tuning.tile_k, TILE_K):  # one is multiplied, the next one decoded
+            w = columns(first, TILE_K)
+            if scales:
+                width = min(group, TILE_K)
+                wide = [
+                    lax.broadcast_in_dim(
+                        scale_of(k // group, rows, *scales).astype(x.dtype),
+                        (hopper.ROWS, width),
+                        (0,),
+                    )
+                    for k in range(first, first + TILE_K, width)
+                ]
+                w *= wide[0] if len(wide) == 1 else jnp.concatenate(wide, axis=1)
+            plgpu.wgmma(total, w, x_smem.at[:, pl.ds(first, TILE_K)].T)
         plgpu.wgmma_wait(0)  # before the stage is released
         return total
 
@@ -188,48 +219,7 @@ def matmul(
         s = plgpu.load(s.at[0, features], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
         return total * lax.broadcast_in_dim(s.astype(jnp.float32), total.shape, (0,))
 
-    def step(w_smem, x_smem, s_smem, *rest):
-        outer, (*table, rows, total) = ([], rest) if nested is None else (rest[:1], rest[1:])
-        w_smem = w_smem.at[rows]
-        q = None if packed is None else decoded(w_smem, *table)
-        scale_of = lambda g: scales_of(s_smem.at[g, rows], g, *outer)
-
-        def of_group(g):
-            if q is None:
-                return decoded(w_smem.at[:, pl.ds(g * group, group)], *table)
-            return q[:, g * group : (g + 1) * group]
-
-        def products(*sums):
-            for g, d in enumerate(sums, start=g0):
-                plgpu.wgmma(d, of_group(g), x_smem.at[:, pl.ds(g * group, group)].T)
-            return [d[...] for d in sums]  # waits
-
-        if is_exact:
-            for g0 in range(0, tuning.tile_k // group, at_once):
-                shape = plgpu.WGMMAAccumulatorRef((hopper.ROWS, tuning.tile_m), jnp.float32)
-                sums = pl.run_scoped(products, *[shape] * at_once)
-                for g, d in enumerate(sums, start=g0):
-                    total += d * lax.broadcast_in_dim(scale_of(g), d.shape, (0,))
-            return total
-        for i in parts:
-            own = of_part(w_smem, i, *table, whole=q)
-            groups = range(i * part // group, (i + 1) * part // group)
-            scales = [
-                lax.broadcast_in_dim(scale_of(g).astype(x.dtype), (hopper.ROWS, group), (0,))
-                for g in groups
-            ]
-            own *= scales[0] if len(scales) == 1 else jnp.concatenate(scales, axis=1)
-            plgpu.wgmma(total, own, x_smem.at[:, pl.ds(i * part, part)].T)
-        plgpu.wgmma_wait(0)  # before the stage is released
-        return total
-
-    def scales_of(ref, g, outer=None):
-        if outer is None:
-            return read_scale(ref, scale.dtype)
-        codes = as_float(plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1)))
-        return codes * outer[0, 2 * g] + outer[0, 2 * g + 1]
-
-    tile_columns = group if is_exact and not on_sums else tuning.tile_k
+    tile_columns = group if on_accumulator else tuning.tile_k
     w_width = None if packed is None else tuning.tile_k * packed // 8
     per_step, steps = tuning.tile_k // group, K // G // group  # groups of a step, steps of a group
     operands = [
@@ -247,11 +237,11 @@ def matmul(
         )
     y = hopper.product(
         operands,
-        step_without_scales if on_sums else step,
+        step_on_accumulator if on_accumulator else step_in_tensor_core,
         scaled if on_sums else lambda total, *_: total,
         whole=(scale,) if on_sums else (),
         table=None if codebook is None else four_bits.table(codebook, x.dtype),
-        in_tensor_core=None if is_exact and not on_sums else jnp.float32,
+        in_tensor_core=None if on_accumulator else jnp.float32,
         experts=experts,
         out_dtype=out_dtype,
         sizes=(x.shape[0], K, N),
