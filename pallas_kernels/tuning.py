@@ -75,7 +75,7 @@ def weight_only(
     *,
     table_bytes: int = 0,
     scale_bits: int = 16,
-    experts: int = 1,
+    experts: int | None = None,
 ) -> Tuning:
     """Returns the tuning of a weight-only product of M tokens with a [K, N] weight.
 
@@ -84,7 +84,7 @@ def weight_only(
       table_bytes: of shared memory that a table takes.
       scale_bits: of a scale. One of 8 times a weight of 4 goes on the weight: exact in bfloat16 for
         e2m1, one more rounding for other levels. So do those of small groups and many tokens.
-      experts: as many products side by side, of M tokens each.
+      experts: as many products side by side, of M tokens each; None: there is one weight.
 
     Example:
       >>> weight_only(16, 4096, 4096)
@@ -99,7 +99,7 @@ def weight_only(
 
 
 def transposed(
-    M: int, N: int, K: int, bits: int = 4, *, table_bytes: int = 0, experts: int = 1
+    M: int, N: int, K: int, bits: int = 4, *, table_bytes: int = 0, experts: int | None = None
 ) -> Tuning:
     """Returns the tuning of a product of M tokens with the transpose of a [K, N] weight."""
     scratch = 2 * TILE_N * TILE_K  # bytes of one tile in 16 bits
@@ -122,7 +122,7 @@ def _for_shape(
     x_bits: int,
     out_bits: int,
     table_bytes: int,
-    experts: int = 1,
+    experts: int | None = None,
 ) -> Tuning:
     row = next(row for most, row in table.items() if most >= M)
     if K % row.tile_k or (group_size % row.tile_k and row.tile_k % group_size):
@@ -130,10 +130,10 @@ def _for_shape(
     # As many buffers as fit beside the output tile, all scales being float32 at most.
     scales = 4 * (TILE_N * max(1, row.tile_k // group_size) + max(row.tile_m, 32))
     stage = row.tile_k * (TILE_N * w_bits + row.tile_m * x_bits) // 8 + scales
-    m_tiles = -(-M // row.tile_m) * experts
+    m_tiles = -(-M // row.tile_m) * (experts or 1)
     pieces = split_k(
         m_tiles * (N // TILE_N), K // row.tile_k, tile_k=row.tile_k, tile_m=row.tile_m,
-        w_bits=w_bits, x_bits=x_bits,
+        w_bits=w_bits, x_bits=x_bits, most=8 if experts else None,
     )  # fmt: skip
     out = TILE_N * row.tile_m * (out_bits if pieces == 1 else 32) // 8
     fit = (SMEM_BYTES - out - table_bytes - 1024) // stage
@@ -149,7 +149,7 @@ SUMS_US = 1.0  # of starting the kernel that adds parts
 
 def split_k(
     tiles: int, steps: int, *, tile_k: int = 256, tile_m: int = 16, w_bits: int = 4,
-    x_bits: int = 16,
+    x_bits: int = 16, most: int | None = None,
 ) -> int:  # fmt: skip
     """Returns into how many pieces K of every tile is cut, a divisor of its `steps`.
 
@@ -161,6 +161,7 @@ def split_k(
       steps: of a tile, of `tile_k` inputs.
       tile_m: tokens of a tile.
       w_bits, x_bits: of a weight and an activation.
+      most: pieces, about. Few experts may be used, and each piece of a tile then be a part of it.
 
     Example:
       >>> split_k(tiles=32, steps=16)  # 4096 x 4096
@@ -184,4 +185,8 @@ def split_k(
 
     divisors = [d for d in range(1, steps + 1) if steps % d == 0]
     enough = [d for d in divisors if tiles * d >= SMS] or [steps]
+    if most is not None:
+        few = [d for d in divisors if d <= most]
+        enough = [d for d in enough if d <= most] or few[-1:]
+        divisors = few
     return min(enough if tile_m <= 64 else divisors, key=lambda d: (us(d), d))

@@ -41,3 +41,12 @@ def test_tokens_are_tiled_by_the_first_row_that_is_large_enough():
     assert [tuning.weight_only(M, 4096, 4096).tile_m for M in (1, 8, 9, 17, 64, 65, 999)] == [
         8, 8, 16, 32, 64, 128, 128,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("experts", [1, 8, 64])
+@pytest.mark.parametrize("M", [1, 16, 128, 2048])
+def test_sums_of_experts_are_few_whatever_their_weights(M, experts):
+    for K, N in ((4096, 4096), (7168, 2048), (28672, 128), (2048, 7168)):
+        t = tuning.weight_only(M, K, N, experts=experts)
+        assert t.split_k <= 8
+        assert K % (t.tile_k * t.split_k) == 0
