@@ -90,6 +90,7 @@ FORMS = (
     Form("W8A16", "int8", "bfloat16", None),
     Form("W8A16 FP8", "float8_e4m3fn", "bfloat16", 128),
     Form("W4A8 g128", "int4", "int8", 128),
+    Form("W4A8 FP8 g128", "int4", "float8_e4m3fn", 128),
     Form("W8A8", "int8", "int8", None, "float32"),
     Form("FP8", "float8_e4m3fn", "float8_e4m3fn", None, "float32"),
     Form("FP8 1x128", "float8_e4m3fn", "float8_e4m3fn", 128, "float32"),

@@ -1,4 +1,4 @@
-"""Products of 8-bit activations on Hopper: int8 with int8 or int4 weights, FP8 with FP8."""
+"""Products of 8-bit activations on Hopper: int8 with int8 or int4 weights, FP8 with FP8 or int4."""
 
 from __future__ import annotations
 
@@ -23,14 +23,17 @@ def supports(w_dtype: Any, x_dtype: Any, K: int, N: int, group_size: int) -> str
     Example:
       >>> supports("int8", "int8", 4096, 4096, 4096)
       >>> supports("int8", "float8_e4m3fn", 4096, 4096, 4096)
-      'weights of int8 with activations of float8_e4m3fn: int8 or int4 with int8, or both FP8'
+      'weights of int8 with activations of float8_e4m3fn: int4 with int8 or e4m3, int8s, or FP8s'
     """
     names = jnp.dtype(w_dtype).name, jnp.dtype(x_dtype).name
-    is_int = names[0] in ("int8", "int4") and names[1] == "int8"
-    if not is_int and not all(n in _FP8 for n in names):
+    if names[0] == "int4":
+        is_known = names[1] in ("int8", "float8_e4m3fn")
+    else:
+        is_known = names == ("int8", "int8") or all(n in _FP8 for n in names)
+    if not is_known:
         return (
-            f"weights of {names[0]} with activations of {names[1]}: int8 or int4 with int8, or both"
-            " FP8"
+            f"weights of {names[0]} with activations of {names[1]}: int4 with int8 or e4m3, int8s,"
+            " or FP8s"
         )
     if K % TILE_K or N % TILE_N:
         return f"K={K}, N={N}: both must be multiples of {TILE_K}"
@@ -81,8 +84,10 @@ def matmul(
     tile_m = tuning.tile_m
     total_dtype = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
     is_packed = w.dtype == jnp.int4
-    if is_packed:  # decoded as 16 times what they are
-        x, x_scale = interleave.for_bytes(x), x_scale.astype(jnp.float32) / 16
+    if is_packed and x.dtype == jnp.int8:  # decoded as 16 times what they are
+        x, x_scale = interleave.for_int8(x), x_scale.astype(jnp.float32) / 16
+    elif is_packed:
+        x = interleave.for_e4m3(x)
     x = hopper.padded_tokens(x, tile_m)
     rows_of_x = hopper.padded_tokens(x_scale.astype(jnp.float32), tile_m).T  # [G, M]
     has_groups, of_tokens = G > 1, x_scale.shape[1] == 1
@@ -97,7 +102,7 @@ def matmul(
         return lax.broadcast_in_dim(s, shape, (1,))
 
     def weight(w_smem, rows):
-        return four_bits.load_bytes(w_smem.at[rows]) if is_packed else w_smem.at[rows]
+        return four_bits.load_bytes(w_smem.at[rows], x.dtype) if is_packed else w_smem.at[rows]
 
     def step(w_smem, x_smem, rows, total):
         plgpu.wgmma(total, weight(w_smem, rows), x_smem.T)

@@ -18,6 +18,7 @@ from pallas_kernels.interleave import bytes_of_int4
 BANKS = 32  # of shared memory, 4 bytes wide; lane i of a warp reads its own, the i-th
 TABLE_BYTES = 256 * BANKS * 4
 UPPER = 0xF0F0F0F0  # halves of the bytes of a word
+SIGNS = 0x88888888  # of the codes of a word
 
 
 def table(levels: Sequence[float], dtype: Any) -> Array:
@@ -84,43 +85,112 @@ def load(ref: Any, dtype: Any, words: Any = None) -> Array:
     )(values)(q, *tables)
 
 
-def load_bytes(ref: Any) -> Array:
-    """Returns 16 times the integers of codes in shared memory, int8, inside a kernel.
+def load_bytes(ref: Any, dtype: Any) -> Array:
+    """Returns the integers of codes in shared memory, of 8 bits, inside a kernel.
 
-    In the layout of wgmma for bytes, and the order of inputs of `interleave.for_bytes`. A code in
-    the upper half of a byte is 16 times its value, sign and all; so three instructions are enough
-    for eight codes.
+    In the layout of wgmma for bytes. As int8 they are 16 times as large, and in the order of inputs
+    of `interleave.for_int8`; as e4m3, which has them all, in that of `interleave.for_e4m3`.
 
     Args:
       ref: int4 [R, C], interleaved.
+      dtype: of the values: int8 or float8_e4m3fn.
     """
+    dtype = jnp.dtype(dtype)
+    is_int = dtype == jnp.int8
+    halves = _sixteenfold if is_int else _looked_up_e4m3
     q = plgpu.load(ref, layout=plgpu.Layout.WGMMA_UPCAST_4X)
 
     def values(_, q):
-        i8, i32 = (ir.IntegerType.get_signless(n) for n in (8, 32))
-        four = ir.VectorType.get((4,), i8)
-        upper = arith.constant(i32, UPPER - 2**32)
+        i32 = ir.IntegerType.get_signless(32)
+        four = ir.VectorType.get((4,), mgpu.utils.dtype_to_ir_type(dtype))
         layout = plgpu.Layout.WGMMA_8BIT.to_mgpu()
         out = np.empty(layout.registers_shape(q.shape), object)
         by_block = out.reshape(-1, 2, 2)  # 32 columns, 16 of them, rows i and i + 8
         for (block, row), eight in np.ndenumerate(q.registers.reshape(-1, 2)):
-            word = mgpu.utils.bitcast(eight, i32)
-            shifted = arith.shli(word, arith.constant(i32, 4))
-            for half, codes in enumerate((shifted, word)):
-                by_block[block, half, row] = mgpu.utils.bitcast(arith.andi(codes, upper), four)
+            for half, bytes in enumerate(halves(mgpu.utils.bitcast(eight, i32))):
+                by_block[block, half, row] = mgpu.utils.bitcast(bytes, four)
         return mgpu.FragmentedArray(
-            _registers=by_block.reshape(out.shape), _layout=layout, _is_signed=True
+            _registers=by_block.reshape(out.shape),
+            _layout=layout,
+            _is_signed=True if is_int else None,
         )
 
     def reference(q):  # read by the interpreter
         words = q.astype(jnp.int8).reshape(q.shape[0], -1, 4, 4, 2)  # word, byte, half
-        return 16 * jnp.moveaxis(words, -1, 2).reshape(q.shape)
+        if is_int:
+            return 16 * jnp.moveaxis(words, -1, 2).reshape(q.shape)
+        pairs = words.reshape(q.shape[0], -1, 4, 2, 4)  # word, pair of bytes, code
+        return pairs.swapaxes(2, 3).reshape(q.shape).astype(dtype)
 
     values.reference = reference  # pyright: ignore[reportFunctionMemberAccess]
     return plgpu.inline_mgpu(
         arg_types=(plgpu.Layout.WGMMA_UPCAST_4X,),
-        return_type=plgpu.ShapeDtypeStruct(q.shape, jnp.dtype("int8"), plgpu.Layout.WGMMA_8BIT),
+        return_type=plgpu.ShapeDtypeStruct(q.shape, dtype, plgpu.Layout.WGMMA_8BIT),
     )(values)(q)
+
+
+def _sixteenfold(word: Any) -> tuple[Any, Any]:
+    """Returns 16 times the codes in the lower halves of a word's bytes, and those in the upper.
+
+    A code in the upper half of a byte is 16 times its value, sign and all; so three instructions
+    are enough for eight codes.
+    """
+    i32 = ir.IntegerType.get_signless(32)
+    upper = arith.constant(i32, UPPER - 2**32)
+    shifted = arith.shli(word, arith.constant(i32, 4))
+    return arith.andi(shifted, upper), arith.andi(word, upper)
+
+
+def _looked_up_e4m3(word: Any) -> tuple[Any, Any]:
+    """Returns the codes in the lower half of a word as e4m3, and those in the upper half."""
+    i32 = ir.IntegerType.get_signless(32)
+    firsts = [llvm.inline_asm(i32, [], hidden(n), "=r") for n in e4m3_tables()[::2]]
+    flipped = arith.xori(word, arith.constant(i32, SIGNS - 2**32))
+
+    def values(*codes):
+        return llvm.inline_asm(i32, [*codes, *firsts], e4m3_assembly(), "=r,r,r,r,r")
+
+    sixteen = arith.constant(i32, 16)
+    return values(word, flipped), values(*(arith.shrui(w, sixteen) for w in (word, flipped)))
+
+
+def e4m3_tables() -> list[int]:
+    """Returns the e4m3 bytes of codes 0 .. 7 in two words, then half those bytes of -8 .. -1."""
+    levels = (np.arange(16) ^ 8) - 8  # by code
+    bytes = levels.astype(jnp.float8_e4m3fn).view(np.uint8)
+    return np.where(np.arange(16) < 8, bytes, bytes // 2).astype(np.uint8).view("<u4").tolist()
+
+
+def e4m3_assembly() -> str:
+    """Returns PTX that makes e4m3, $0, of the four codes in the lower half of a word $1.
+
+    `prmt` reads a byte of 8 by the lower 3 bits of each code. Where the fourth is set, it repeats
+    the highest bit of that byte instead, here a 0: so all 16 are in two tables, of which one is
+    read by codes with their fourth bits flipped, $2. It has halves of bytes, all even, to keep that
+    bit free. $3 and $4 are the first words of the tables.
+    """
+    _, positive, _, negative = e4m3_tables()
+    return f"""{{
+.reg .b32 positive, negative;
+prmt.b32 positive, $3, {positive:#x}, $1;
+prmt.b32 negative, $4, {negative:#x}, $2;
+mad.lo.u32 $0, negative, 2, positive;
+}}"""
+
+
+def hidden(n: int) -> str:
+    """Returns PTX that puts a constant in $0, which the assembler does not see is one.
+
+    It would keep what it knows to be the same for all threads in a uniform register, and copy that
+    in front of every `prmt`, which cannot read it. Bit 1 of a square is 0.
+    """
+    return f"""{{
+.reg .b32 square;
+mov.u32 square, %tid.x;
+mul.lo.u32 square, square, square;
+and.b32 square, square, 2;
+or.b32 $0, square, {n:#x};
+}}"""
 
 
 def _looked_up(word: Any, byte: int, lane: Any, table: Any) -> Any:

@@ -22,19 +22,32 @@ def interleaved(codes: Array) -> Array:
     return codes.reshape(*lead, n // 16, 4, 4).swapaxes(-1, -2).reshape(codes.shape)
 
 
-def for_bytes(x: Array) -> Array:
-    """Returns inputs [.., K] in the order in which bytes meet them, `four_bits.load_bytes`.
+def for_int8(x: Array) -> Array:
+    """Returns inputs [.., K] in the order in which int8 meet them, `four_bits.load_bytes`.
 
     A wgmma takes from lane t of 4 the bytes 4t to 4t + 3 of every 16 inputs. A word holds 8 codes:
     its lower halves of bytes become those of one 16, its upper halves those of the next.
 
     Example:
-      >>> for_bytes(jnp.arange(32)).tolist()[:8]
+      >>> for_int8(jnp.arange(32)).tolist()[:8]
       [0, 8, 16, 24, 2, 10, 18, 26]
     """
     *lead, K = x.shape
     blocks = x.reshape(*lead, K // 32, 4, 4, 2)  # byte of a word, word, half
     return jnp.moveaxis(blocks, (-1, -2, -3), (-3, -2, -1)).reshape(x.shape)
+
+
+def for_e4m3(x: Array) -> Array:
+    """Returns inputs [.., K] in the order in which e4m3 meet them, `four_bits.load_bytes`.
+
+    As above, but a word's lower bytes become those of one 16, its upper bytes those of the next.
+
+    Example:
+      >>> for_e4m3(jnp.arange(32)).tolist()[:8]
+      [0, 1, 8, 9, 2, 3, 10, 11]
+    """
+    *lead, K = x.shape
+    return x.reshape(*lead, K // 16, 2, 4, 2).swapaxes(-2, -3).reshape(x.shape)
 
 
 def bytes_of_int4(w: Array) -> Array:

@@ -35,7 +35,7 @@ _CODES = {
     **dict.fromkeys(("nf4", "fp4", "e2m1", "iq4_nl"), (0, 0)),  # looked up
 }
 # Elements and quantized activations that are multiplied as they are.
-_PRODUCTS = (("int8", "int8"), ("int4", "int8"), ("e4m3", "e4m3"))
+_PRODUCTS = (("int8", "int8"), ("int4", "int8"), ("int4", "e4m3"), ("e4m3", "e4m3"))
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -165,8 +165,8 @@ def prepare(qparams: Any, device: Any = None) -> Any:
       them with bfloat16 or float16 activations run on `pallas_kernels.weight_only`, which rounds
       the levels of a table to that type.
 
-      int8 and int4 weights with int8 activations, and e4m3 with e4m3, per channel, per tensor or in
-      groups of 128. Their products run on `pallas_kernels.eight_bit`.
+      int8 and int4 weights with int8 activations, and e4m3 and int4 with e4m3, per channel, per
+      tensor or in groups of 128. Their products run on `pallas_kernels.eight_bit`.
 
     On one of capability 8.x (A100, RTX 3090, RTX 4090) they are int4, uint4, int8 and uint8
     weights, nf4 and other tables of 16 levels, in groups of 32, 64 or multiples of 128 or per

@@ -10,8 +10,8 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import four_bits
-from pallas_kernels.four_bits import UPPER
-from pallas_kernels.interleave import for_bytes, interleaved, of_int4, place
+from pallas_kernels.four_bits import SIGNS, UPPER
+from pallas_kernels.interleave import for_e4m3, for_int8, interleaved, of_int4, place
 from tests.pallas_kernels import ptx
 
 BYTES = np.arange(256, dtype=np.uint32)
@@ -26,6 +26,25 @@ def test_the_assembly_converts_every_byte_in_every_place(dtype, byte):
     pairs = out.view(jnp.dtype(dtype)).astype(np.float64).reshape(-1, 2)
     np.testing.assert_array_equal(pairs[:, 0], SIGNED(BYTES & 15))
     np.testing.assert_array_equal(pairs[:, 1], SIGNED(BYTES >> 4))
+
+
+def _as_e4m3(words):
+    """What `load_bytes` makes of the codes in the lower halves of words, a byte of each."""
+    first, _, second, _ = np.array(four_bits.e4m3_tables(), np.uint32)[:, None] + 0 * words
+    more = {"$2": words ^ np.uint32(SIGNS), "$3": first, "$4": second}
+    return ptx.run(four_bits.e4m3_assembly(), "$1", words, **more)["$0"].view(jnp.float8_e4m3fn)
+
+
+def test_the_assembly_looks_up_every_four_codes_as_e4m3():
+    words = np.arange(2**16, dtype=np.uint32) | np.uint32(0x5A3C0000)
+    codes = (words[:, None] >> np.arange(0, 16, 4, dtype=np.uint32)) & 15
+    np.testing.assert_array_equal(_as_e4m3(words).astype(np.int64).reshape(-1, 4), SIGNED(codes))
+
+
+def test_a_hidden_constant_is_one_in_every_thread():
+    threads = np.arange(1024, dtype=np.uint32)
+    for n in four_bits.e4m3_tables():
+        assert (ptx.run(four_bits.hidden(n), "%tid.x", threads)["$0"] == n).all()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -69,18 +88,26 @@ def test_every_lane_reads_the_codes_that_its_wgmma_takes():
     np.testing.assert_array_equal(words.swapaxes(3, 4), registers)
 
 
-def test_every_lane_makes_the_bytes_that_its_wgmma_takes():
-    """What `load_bytes` does with registers, codes being 16 times too large in the upper halves."""
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_every_lane_makes_the_bytes_that_its_wgmma_takes(dtype):
+    """What `load_bytes` does with registers; as int8 codes are 16 times too large."""
     R, C = 64, 128
     codes = np.random.default_rng(0).integers(-8, 8, (R, C))
     stored = np.asarray(of_int4(jnp.asarray(codes, jnp.int4))).astype(np.uint32) & 15
     read = of_threads(stored, plgpu.Layout.WGMMA_UPCAST_4X.to_mgpu())
     read = read.reshape(4, 32, C // 32, 2, 8)  # block, row, code
     word = np.sum(read << (4 * np.arange(8, dtype=np.uint32)), axis=-1, dtype=np.uint32)
-    halves = np.stack([(word << 4) & UPPER, word & UPPER], axis=3).astype(np.uint32)
-    made = halves[..., None].view(np.int8)  # thread, block, half, row, byte
-    wanted = np.asarray(for_bytes(jnp.asarray(16 * codes, jnp.int8)))
+    if dtype == "int8":
+        halves = [(word << 4) & UPPER, word & UPPER]
+        wanted = for_int8(jnp.asarray(16 * codes, jnp.int8))
+    else:
+        halves = [_as_e4m3(word.ravel()), _as_e4m3(word.ravel() >> np.uint32(16))]
+        halves = [half.view(np.uint32).reshape(word.shape) for half in halves]
+        wanted = for_e4m3(jnp.asarray(codes, dtype))
+    made = np.stack(halves, axis=3).astype(np.uint32)[..., None].view(wanted.dtype)
+    made, wanted = made.astype(np.int64), np.asarray(wanted).astype(np.int64)
     taken = of_threads(wanted, plgpu.Layout.WGMMA_8BIT.to_mgpu())
+    # Of `made` the axes are thread, block, half, row, byte.
     np.testing.assert_array_equal(made.reshape(taken.shape), taken)
 
 
