@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +16,8 @@ TILE = jax.ShapeDtypeStruct((64, 64), jnp.bfloat16)
 
 def runs(body, *arrays, scratch=()):
     """Returns the result of a kernel of one warpgroup and whether there was a race."""
+    if interpreter.on_gpu():
+        pytest.skip("a GPU does not say what was a race")
     call = plgpu.kernel(
         body, out_type=TILE, scratch_types=[*scratch], num_threads=1, thread_name="wg",
         interpret=interpreter.params(),
@@ -122,52 +122,3 @@ def test_what_was_written_is_read_by_a_wgmma_only_after_a_fence(has_fence):
         store(out, b)
 
     assert runs(body, X, Y, scratch=buffers(tiles=2))[1] is not has_fence
-
-
-@pytest.mark.parametrize("steps", [2, 3])
-def test_pipelines_of_jax_order_the_loads_of_one_after_the_reads_of_another(steps):
-    """Two work items on one set of barriers, which go on in the phase that the first left them in.
-
-    The sum of an item goes wrong, or the interpreter stops, where a phase is missed.
-    """
-    x = jax.random.normal(jax.random.key(2), (2 * 64, 64 * steps), jnp.bfloat16)
-
-    def kernel(x, out, out_buffer):
-        def pipeline(body, context, *refs, **kwargs):
-            made = plgpu.emit_pipeline_warp_specialized(
-                body, grid=(steps,), memory_registers=40, wg_axis="wg", num_compute_wgs=1,
-                max_concurrent_steps=2, compute_context=context,
-                in_specs=[plgpu.BlockSpec((64, 64), lambda k: (0, k), memory_space=plgpu.SMEM)],
-            )  # fmt: skip
-            return made(*refs, **kwargs) if kwargs else made.get_allocations(*refs)
-
-        nothing = lambda *_: None
-
-        @functools.partial(
-            pl.run_scoped, allocations=pipeline(nothing, nothing, x), collective_axes="wg"
-        )
-        def _(allocations):
-            @pl.loop(0, 2)
-            def _(item):
-                def body(_, block, total):
-                    total = total + block[...].astype(jnp.float32)
-                    plgpu.commit_smem()
-                    return total
-
-                def context(run):
-                    total = run(jnp.zeros((64, 64), jnp.float32))
-                    out_buffer[...] = total.astype(out_buffer.dtype)
-                    store(out.at[pl.ds(item * 64, 64)], out_buffer)
-
-                pipeline(body, context, x.at[pl.ds(item * 64, 64)], allocations=allocations)
-
-    call = plgpu.kernel(
-        kernel, out_type=jax.ShapeDtypeStruct((128, 64), jnp.bfloat16), num_threads=2,
-        thread_name="wg", scratch_types=[plgpu.SMEM((64, 64), jnp.bfloat16)],
-        interpret=interpreter.params(),
-    )  # fmt: skip
-    with interpreter.interpreting() as races:
-        y = np.asarray(call(x), np.float32)
-    wanted = np.asarray(x, np.float32).reshape(128, steps, 64).sum(1)
-    np.testing.assert_allclose(y, wanted, rtol=2**-7, atol=1e-2)
-    assert not races.found
