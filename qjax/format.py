@@ -11,7 +11,7 @@ from qjax import numerics, packing
 RULES = ("absmax", "absmax_full", "signed_absmax", "minmax", "mse", "absmean", "centered", "ggml")
 REMAINDERS = ("error", "ragged", "shrink")
 ACTIVATIONS = ("int8", "int4", "uint8", "uint4", "e4m3")
-ACTIVATION_SCALES = ("token", "tensor", "static")
+ACTIVATION_SCALES = ("token", "group", "tensor", "static")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -51,8 +51,9 @@ class Format:
         the same for activations that are never negative (after a ReLU), which spend no code on a
         sign: 0 is code 0, and what is below it becomes 0; or "e4m3".
       activation_scale: where the step of the activation's codes comes from: "token", the largest
-        magnitude of each token; "tensor", that of the whole activation; "static", the weight's
-        `act_scale`, measured on calibration data.
+        magnitude of each token; "group", that of each token in each group of rows of the weight
+        (DeepSeek-AI, 2024, DeepSeek-V3, section 3.3.2: 1 x 128); "tensor", that of the whole
+        activation; "static", the weight's `act_scale`, measured on calibration data.
       outliers: None, or the magnitude from which on an input channel counts as an outlier: it
         leaves the int8 product, in which it would set the step of every token, and is multiplied
         in float (Dettmers et al., 2022, LLM.int8(): 6.0).
@@ -178,6 +179,11 @@ class Format:
                 f"`activation_scale={self.activation_scale!r}` says how activations are quantized:"
                 f" set `activation` too, to one of {', '.join(ACTIVATIONS)}."
             )
+        if self.activation_scale == "group" and self.group_size is None:
+            raise ValueError(
+                "`activation_scale='group'` is a step for each group of the weight's rows: set"
+                " `group_size` too, such as 128, or use activation_scale='token'."
+            )
         capacity = self.outlier_capacity
         if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 1:
             raise ValueError(f"`outlier_capacity` must be a positive integer, got {capacity!r}.")
@@ -202,6 +208,11 @@ class Format:
             )
 
     # ---- derived ----
+
+    @property
+    def _per_channel(self) -> Format:
+        scale = "token" if self.activation_scale == "group" else self.activation_scale
+        return dataclasses.replace(self, group_size=None, activation_scale=scale)
 
     @property
     def weight_only(self) -> Format:
@@ -251,7 +262,7 @@ class Format:
             return self
         if self.remainder == "ragged":
             # One group over all of K is per channel: its scale then shards like one.
-            return self if g < K else dataclasses.replace(self, group_size=None)
+            return self if g < K else self._per_channel
         if self.remainder == "shrink":
             divisor = next(d for d in range(min(g, K), 0, -1) if K % d == 0)
             return dataclasses.replace(self, group_size=divisor)

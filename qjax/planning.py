@@ -286,7 +286,7 @@ class _Program:
         for path, leaf in flat:
             if _is_split_by_rows(path):
                 fmt = leaf.format if is_qtensor(leaf) else None
-                has_step = fmt and fmt.activation and fmt.activation_scale != "static"
+                has_step = fmt and fmt.activation and fmt.activation_scale in ("token", "tensor")
                 total += leaf.shape[0] * (2 if has_step else 1)  # layers lie stacked
         return total
 

@@ -16,6 +16,7 @@ FORMATS = [
     Format("int8", group_columns=None, activation="int8"),
     Format("int8", activation="int8", activation_scale="static"),
     Format("int4", activation="uint4", activation_scale="static"),
+    Format("e4m3", 128, 128, activation="e4m3", activation_scale="group"),
     Format("int8", activation="int8", outliers=6.0, outlier_capacity=8),
     Format("e4m3", 128, 128, remainder="shrink"),
     Format("int3", 32, zero_point=True),
@@ -126,9 +127,13 @@ def test_remainder_policies():
         ({"element": "int8", "activation": "e4m3", "zero_point": True}, "without zero point"),
         (
             {"element": "int8", "activation": "int8", "activation_scale": "row"},
-            "`activation_scale` must be one of token, tensor, static",
+            "`activation_scale` must be one of token, group, tensor, static",
         ),
         ({"element": "int8", "activation_scale": "static"}, "set `activation` too"),
+        (
+            {"element": "int8", "activation": "int8", "activation_scale": "group"},
+            "set `group_size` too",
+        ),
         ({"element": "int8", "activation": "int8", "outliers": -1.0}, "a positive magnitude"),
         ({"element": "int8", "activation": "int8", "outliers": True}, "a positive magnitude"),
         ({"element": "int8", "activation": "int8", "outlier_capacity": 8}, "set their threshold"),

@@ -54,10 +54,14 @@ QUANTIZED = {
     "w8a8 tensor": qjax.Format("int8", activation="int8", activation_scale="tensor"),
     "w4a8": qjax.Format("int4", group_size=128, scale="bfloat16", activation="int8"),
     "w4a8 channels": qjax.Format("int4", activation="int8"),
+    "w4a8 fp8": qjax.Format("int4", group_size=128, scale="bfloat16", activation="e4m3"),
+    "w4a8 fp8 channels": qjax.Format("int4", activation="e4m3"),
     "w8a8 groups": qjax.Format("int8", group_size=128, activation="int8"),
     "fp8": qjax.Format("e4m3", activation="e4m3"),
     "fp8 static": qjax.Format("e4m3", activation="e4m3", activation_scale="static"),
     "fp8 blocks": qjax.Format("e4m3", group_size=128, group_columns=128, activation="e4m3"),
+    "fp8 1x128": qjax.Format("e4m3", 128, 128, activation="e4m3", activation_scale="group"),
+    "w4a8 1x128": qjax.Format("int4", 128, activation="int8", activation_scale="group"),
     "fp8 shorter": qjax.Format("e4m3", group_size=128, remainder="ragged", activation="e4m3"),
     "llm-int8": qjax.Format(
         "int8", activation="int8", outliers=2.5, outlier_capacity=16, rule="absmax"
@@ -238,6 +242,8 @@ def test_explain_names_the_kernel_and_why_there_is_none():
     assert use.implementation.startswith("mosaic on CUDA")
     (use,) = qjax.explain(f)(x, qjax.prepare(_quantized_weight("w8a8"), "h100"))
     assert use.implementation.startswith("mosaic on CUDA, else xla, int8 activations per token")
+    (use,) = qjax.explain(f)(x, qjax.prepare(_quantized_weight("w4a8 fp8"), "h100"))
+    assert use.implementation.startswith("mosaic on CUDA, else xla, e4m3 activations per token")
     (use,) = qjax.explain(f, implementation="xla")(x, qjax.prepare(qt, "h100"))
     assert use.implementation.startswith("xla")
     back = lambda x, w: x @ w.T
@@ -302,9 +308,10 @@ def test_programs_for_an_h100_multiply_on_its_kernel_and_form_no_float_weight(na
 
 
 @pytest.mark.h100(code=False)
-def test_kernels_that_are_asked_for_round_the_activation_too():
+@pytest.mark.parametrize("name", ["w4a8", "fp8 1x128"])
+def test_kernels_that_are_asked_for_round_the_activation_too(name):
     x = jax.ShapeDtypeStruct((16, 4096), jnp.bfloat16)
-    quantized = lambda w: qjax.prepare(quantize_array(w, QUANTIZED["w4a8"]), "h100")
+    quantized = lambda w: qjax.prepare(quantize_array(w, QUANTIZED[name]), "h100")
     w = jax.eval_shape(quantized, jax.ShapeDtypeStruct((4096, 4096), jnp.float32))
     run = functools.partial(packed_dot, implementation="mosaic")
     rounding, product = sorted(

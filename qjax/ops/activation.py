@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from qjax import numerics
+from qjax.format import Format
 from qjax.qtensor import QTensor
 
 # Beyond the range of every element, and still finite.
@@ -63,7 +65,7 @@ def step_of(x: Float[Array, "*b *m K"], qt: QTensor) -> Float[Array, "*b *1"] | 
       ValueError: if the step is static, and the weight has none.
     """
     fmt, n_lead = qt.format, qt.data.ndim - 2
-    if fmt.activation is None or fmt.activation_scale == "token":
+    if fmt.activation is None or fmt.activation_scale in ("token", "group"):
         return None
     if fmt.activation_scale == "static":
         if qt.act_scale is None:
@@ -109,8 +111,8 @@ def in_steps(x: Float[Array, "*b *m K"], step: Float[Array, "*b *1"]) -> Float[A
 
 
 def quantize_tokens(
-    x: Float[Array, "M K"], element: str, axes: tuple[str, ...] = ()
-) -> tuple[Array, Float[Array, "M 1"]]:
+    x: Float[Array, "*m K"], element: str, axes: tuple[str, ...] = ()
+) -> tuple[Array, Float[Array, "*m 1"]]:
     """Quantizes each row of x: s = max |x| / qmax (max x for unsigned codes), codes = round(x / s).
 
     Args:
@@ -127,6 +129,35 @@ def quantize_tokens(
     scale = _step(lax.pmax(most, axes) if axes else most, element)
     safe = jnp.where(scale == 0, 1.0, scale)
     return _codes(x / safe, e), scale
+
+
+def quantize_groups(
+    x: Float[Array, "*m K"], element: str, group_size: int, axes: tuple[str, ...] = ()
+) -> tuple[Array, Float[Array, "*m G"]]:
+    """Quantizes each group of every row of x, the last of which may be shorter: `quantize_tokens`.
+
+    Args:
+      x, element: as there.
+      group_size: g, of G = ceil(K / g) groups.
+      axes: mesh axes over which the rows of x are split, in whole groups or as parts of one.
+
+    Returns:
+      The codes [*m, K], and the steps, NaN for a group with a NaN or Inf.
+    """
+    *m, K = x.shape
+    groups = jnp.pad(x, [(0, 0)] * len(m) + [(0, -K % group_size)]).reshape(*m, -1, group_size)
+    codes, scale = quantize_tokens(groups, element, axes if group_size > K else ())
+    return codes.reshape(*m, -1)[..., :K], scale[..., 0]
+
+
+def _dynamic(x: Float[Array, "*m K"], fmt: Format) -> tuple[Array, Array]:
+    """Returns codes of x in steps of its tokens or their groups, and those, [*m, 1] or [*m, K]."""
+    assert fmt.activation is not None
+    if fmt.activation_scale == "token":
+        return quantize_tokens(x, fmt.activation)
+    assert fmt.group_size is not None
+    codes, scale = quantize_groups(x, fmt.activation, fmt.group_size)
+    return codes, jnp.repeat(scale, fmt.group_size, axis=-1)[..., : x.shape[-1]]
 
 
 def _codes(x: Array, element: numerics.Element) -> Array:
@@ -190,13 +221,16 @@ def rounded(x: Float[Array, "*b *m K"], qt: QTensor) -> Rounded:
     x = scaled(x, qt)
     if fmt.activation is None or not math.prod(x.shape):
         return Rounded(x)
+    if fmt.activation_scale == "group" and qt.perm is not None:  # groups of the stored rows
+        plain = dataclasses.replace(qt, pre_scale=None, perm=None)
+        return jax.tree.map(lambda a: restored(a, qt), rounded(ordered(x, qt), plain))
     element = numerics.get_element(fmt.activation)
     outside = None
     if fmt.outliers is not None:
         x, outside, _ = split_outliers(x, fmt.outliers, qt.data.ndim - 2)
     step = step_of(x, qt)
     if step is None:
-        codes, step = quantize_tokens(x, fmt.activation)
+        codes, step = _dynamic(x, fmt)
         steps = in_steps(x, step)
     else:
         steps = in_steps(x, step)
@@ -230,6 +264,11 @@ def straight(
     """
     if qt.format.activation is None or qt.pre_scale is not None:
         return x
+    if qt.format.activation_scale == "group":
+        raise NotImplementedError(
+            f"{qt!r}: `activation_scale='group'` is for products. Groups of a convolution's kernel"
+            " run through its window; use activation_scale='token' for it."
+        )
     return _straight(act_rule, x, act_scale, qt)
 
 
@@ -293,8 +332,8 @@ def of_experts(x: Float[Array, "M K"], qt: QTensor, group_sizes: Int[Array, " E"
     outside = jnp.zeros_like(wide)
     if fmt.outliers is not None:
         wide, outside, _ = split_outliers(wide, fmt.outliers, 0)
-    if fmt.activation_scale == "token":
-        codes, s = quantize_tokens(wide, fmt.activation)
+    if fmt.activation_scale in ("token", "group"):
+        codes, s = _dynamic(wide, fmt)
     else:
         if fmt.activation_scale == "static":
             step_of(x[None], qt)  # says what is missing
@@ -320,7 +359,10 @@ def describe(qt: QTensor) -> str:
     if qt.pre_scale is not None:
         parts.append("x * pre_scale")
     if fmt.activation is not None:
-        how = {"token": "per token", "tensor": "per tensor", "static": "in static steps"}
+        how = {
+            "token": "per token", "group": f"per token and group of {fmt.group_size}",
+            "tensor": "per tensor", "static": "in static steps",
+        }  # fmt: skip
         parts.append(f"{fmt.activation} activations {how[fmt.activation_scale]}")
     if fmt.outliers is not None:
         room = fmt.outlier_capacity

@@ -147,7 +147,7 @@ def _mosaic(x, data, scale, zero=None, *, spec: Spec):
     if spec.transposed:
         return mosaic_dot.transposed(x, data, scale, zero, **options)
     if spec.format.activation is not None:
-        rounded = mosaic_dot.by_token(x, spec.format) if _rounds_rows(spec) else None
+        rounded = mosaic_dot.rounded(x, spec.format) if _rounds_rows(spec) else None
         rounded = _quantized_tokens(x, spec) if rounded is None else rounded
         return mosaic_dot.quantized(*rounded, data, scale, **options)
     return mosaic_dot.weight_only(x, data, scale, zero, **options)
@@ -165,17 +165,20 @@ def _triton(x, data, scale, zero=None, *, spec: Spec):
 
 
 def _rounds_rows(spec: Spec) -> bool:
-    """Returns whether a kernel of its own is to round x, whose rows are whole and have their step.
+    """Returns whether a kernel of its own is to round x, whose rows or their groups have steps.
 
     Only where kernels are asked for: XLA has three of its own for it, but joins them with what
     makes x, such as a norm, and shares them between products of one x.
     """
-    is_asked = spec.implementation == "mosaic"
-    return is_asked and spec.format.activation_scale == "token" and not spec.summed_over
+    if spec.implementation != "mosaic":
+        return False
+    # A row of which a shard has a part has a step that all its parts share.
+    scale = spec.format.activation_scale
+    return scale == "group" or (scale == "token" and not spec.summed_over)
 
 
 def _quantized_tokens(x, spec: Spec) -> tuple[Array, Array]:
-    """Returns the codes of x and the step of each row, [M, 1].
+    """Returns the codes of x and the step of each row, [M, 1], or of each of its groups, [M, G].
 
     With a step that all tokens share, x is already in such steps, and the caller multiplies by it.
     """
@@ -183,6 +186,9 @@ def _quantized_tokens(x, spec: Spec) -> tuple[Array, Array]:
     assert fmt.activation is not None
     if fmt.activation_scale == "token":
         return activation.quantize_tokens(x, fmt.activation, spec.summed_over)
+    if fmt.activation_scale == "group":
+        assert fmt.group_size is not None
+        return activation.quantize_groups(x, fmt.activation, fmt.group_size, spec.summed_over)
     # By a kernel every shard is multiplied by its own: NaN is in the sum of all.
     axes = spec.summed_over if spec.extra is None else ()
     return activation.round_steps(x, fmt.activation, axes)
@@ -280,7 +286,10 @@ def _reference(x, data, scale, zero, spec: Spec):
 
 
 def _activation_quantized(x, data, scale, spec: Spec):
-    """Returns s_x * sum_g (xq @ q)_g * scale_g; the inner product is exact in int32 or of FP8."""
+    """Returns sum_g s_x (xq @ q)_g * scale_g; the inner product is exact in int32 or of FP8.
+
+    Steps s_x of a token, which all its groups share, multiply the sum.
+    """
     fmt = spec.format
     assert fmt.activation is not None
     xq, sx = _quantized_tokens(x, spec)
@@ -311,17 +320,24 @@ def _activation_quantized(x, data, scale, spec: Spec):
 
     if G == 1:
         y = product(xq, q)
-        if spec.summed_over:  # one scale for all of K: the integers add up exactly
+        is_part = fmt.group_size is None or fmt.group_size > K  # of the rows with this scale
+        if spec.summed_over and is_part:  # one scale for all of K: the integers add up exactly
             y = lax.psum(y, spec.summed_over)
-        return (sx * (y.astype(jnp.float32) * wide)).astype(spec.out_dtype)
+        y = sx * (y.astype(jnp.float32) * wide)
+        if spec.summed_over and not is_part:  # every shard has a group of its own
+            y = lax.psum(y, spec.summed_over)
+        return y.astype(spec.out_dtype)
 
     # Group after group: one product batched over groups is up to 20 times slower on a CPU, where
     # only plain integer dots are fast, and holds [G, M, N] integers.
     def step(total, group):
-        xq, q, scale = group
-        return total + product(xq, q).astype(jnp.float32) * scale, None
+        xq, q, scale, *sx = group
+        y = product(xq, q).astype(jnp.float32) * scale
+        return total + (y * sx[0] if sx else y), None
 
     groups = (xq.reshape(-1, G, g).swapaxes(0, 1), q.reshape(G, g, N), wide)
+    if fmt.activation_scale == "group":
+        groups, sx = (*groups, sx.T[..., None]), 1.0
     y, _ = lax.scan(step, jnp.zeros((xq.shape[0], N), jnp.float32), groups)
     y = sx * y
     if spec.summed_over:  # every shard has groups of its own

@@ -221,12 +221,12 @@ def quantized(
 
     Args:
       xq: [M, K] int8 or e4m3.
-      step: [M, 1], or anything that broadcasts to it.
+      step: [M, 1], or [M, G] of groups.
     """
     from pallas_kernels import eight_bit as kernel
 
     data = kernel_codes(data, format.element)
-    (M, K), (N_, K_) = xq.shape, data.shape
+    K, (N_, K_) = xq.shape[1], data.shape
     N = N_ - extra[1]
     groups = K_ // TILE_K if scale.shape[0] > 1 else 1
     scale = blocked.per_column(scale, N, format.group_columns or N)
@@ -235,25 +235,29 @@ def quantized(
     y = kernel.matmul(
         jnp.pad(xq, ((0, 0), (0, K_ - K))),
         data,
-        jnp.broadcast_to(step, (M, 1)),
+        step,
         scale,
         out_dtype=out_dtype,
     )
     return y[:, :N]
 
 
-def by_token(x: Array, format: Format) -> tuple[Array, Array] | None:
-    """Returns the codes and steps of rows as `activation.quantize_tokens`, by one kernel; or None.
+def rounded(x: Array, format: Format) -> tuple[Array, Array] | None:
+    """Returns the codes and steps of rows, or of their groups, by one kernel; or None.
 
-    Only for some numbers of columns: a row is held in registers.
+    As `activation.quantize_tokens` and `quantize_groups` do, but only for some numbers of columns:
+    a row is held in registers, and there are no shorter groups.
     """
     from pallas_kernels import quantize_rows as kernel
 
     assert format.activation is not None
     dtype = numerics.get_element(format.activation).dtype
-    if kernel.supports(x.shape[1], x.dtype, dtype):
+    in_blocks = format.activation_scale == "group"
+    if in_blocks and format.group_size != kernel.BLOCK:
         return None
-    return kernel.by_token(x, dtype)
+    if kernel.supports(x.shape[1], x.dtype, dtype, in_blocks=in_blocks):
+        return None
+    return (kernel.by_block if in_blocks else kernel.by_token)(x, dtype)
 
 
 def read(

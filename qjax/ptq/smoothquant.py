@@ -21,7 +21,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from qjax import numerics, scales
-from qjax.format import Format
+from qjax.format import ACTIVATION_SCALES, Format
+from qjax.ops import activation as activations
 from qjax.qtensor import dequantize_canonical, quantize_array
 from qjax.transform.fold import tie
 from qjax.transform.scaling import Piece
@@ -75,9 +76,15 @@ def smoothing(
     return tie(jnp.clip(s, 1 / _LARGEST, _LARGEST), tied)
 
 
-def _quantized(x: Array, absmax: Array, element: str, activation_scale: str) -> Array:
+def _quantized(
+    x: Array, absmax: Array, element: str, activation_scale: str, group_size: int
+) -> Array:
     """Returns x [*lead, R, K] as its codes stand for it."""
     e = numerics.get_element(element)
+    if activation_scale == "group":
+        codes, step = activations.quantize_groups(x, element, group_size)
+        wide = jnp.repeat(step, group_size, axis=-1)[..., : x.shape[-1]]
+        return codes.astype(jnp.float32) * wide
     if activation_scale == "token":
         largest = jnp.max(jnp.abs(x), -1, keepdims=True)
     elif activation_scale == "tensor":
@@ -118,16 +125,17 @@ def search(
         each leading index for itself, unless ties span them. Static.
       grid: steps of alpha. Static.
       activation: element type of the activations. Static.
-      activation_scale: "token", a step for each row; "tensor", one for the sample; "static", one
-        from `absmax`. Static.
+      activation_scale: "token", a step for each row; "group", for each of its groups, as `fmt` has
+        them; "tensor", one for the sample; "static", one from `absmax`. Static.
       tied: `group.tied` of the group. Static.
 
     Raises:
       ValueError: for another `activation_scale`, or an `alpha` outside of [0, 1].
     """
-    if activation_scale not in ("token", "tensor", "static"):
+    if activation_scale not in ACTIVATION_SCALES:
         raise ValueError(
-            f"`activation_scale` must be token, tensor or static, got {activation_scale!r}."
+            f"`activation_scale` must be one of {', '.join(ACTIVATION_SCALES)},"
+            f" got {activation_scale!r}."
         )
     if alpha is not None and not 0 <= alpha <= 1:
         raise ValueError(f"`alpha` must be in [0, 1], or None to search, got {alpha}.")
@@ -148,7 +156,8 @@ def search(
     wanted = [output(sample, w) for w in weights]
 
     def loss(s):
-        x = _quantized(sample / s[..., None, :], absmax / s, activation, activation_scale)
+        x = sample / s[..., None, :]
+        x = _quantized(x, absmax / s, activation, activation_scale, fmt.fit(K).group_size or K)
         importance = second / (s * s)
         rounded = (
             dequantize_canonical(quantize_array(w * s[..., None], fmt, importance=importance))

@@ -227,6 +227,12 @@ REFUSED = {
     "activations": (
         lambda: quantized(CASES["ct-w8a8"][1]), "gptq", "inputs are quantized to int8.*compressed"
     ),
+    "groups of inputs": (
+        lambda: quantized(
+            Format("e4m3", 128, remainder="shrink", activation="e4m3", activation_scale="group")
+        ),
+        "compressed-tensors", "a step for each group",
+    ),
     "outliers": (
         lambda: quantized(CASES["bnb-int8"][1]), "compressed-tensors", "outlier.*bitsandbytes"
     ),

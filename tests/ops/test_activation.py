@@ -29,7 +29,11 @@ FP8_STATIC = dataclasses.replace(FP8, activation_scale="static")
 FP8_GROUPS = Format("int4", 16, activation="e4m3", activation_scale="tensor")
 OUTLIERS = Format("int8", activation="int8", outliers=6.0, outlier_capacity=4)
 OUTLIER_GROUPS = dataclasses.replace(OUTLIERS, element="int4", group_size=16)
+BY_GROUP = dataclasses.replace(GROUPS, activation_scale="group")
+RAGGED_BY_GROUP = dataclasses.replace(RAGGED, activation_scale="group")
+FP8_BLOCKS = Format("e4m3", 16, 16, remainder="ragged", activation="e4m3", activation_scale="group")
 QUANTIZED = [W8A8, TENSOR, STATIC, GROUPS, RAGGED, FP8, FP8_STATIC, FP8_GROUPS]
+QUANTIZED += [BY_GROUP, RAGGED_BY_GROUP, FP8_BLOCKS]
 
 packed = jax.jit(packed_dot, static_argnames=("transposed", "out_dtype", "implementation"))
 
@@ -69,6 +73,10 @@ def reference(x, qt):
         s = np.asarray(qt.act_scale)
     elif fmt.activation_scale == "tensor":
         s = np.abs(x).max() / np.float32(qmax)
+    elif fmt.activation_scale == "group":
+        starts = np.arange(0, x.shape[-1], fmt.group_size)
+        s = np.maximum.reduceat(np.abs(x), starts, axis=-1) / np.float32(qmax)
+        s = np.repeat(s, fmt.group_size, axis=-1)[..., : x.shape[-1]]
     else:
         s = np.abs(x).max(-1, keepdims=True) / np.float32(qmax)
     s = np.where(s == 0, np.float32(1), s)
@@ -80,10 +88,10 @@ def reference(x, qt):
     w = np.asarray(dequantize_canonical(inner), np.float64)
     if fmt.activation == "int8" and fmt.group_size is None:
         codes = np.asarray(read_codes(qt)).astype(np.int32)
-        y = (xq @ codes) * np.asarray(qt.scale, np.float64)
+        y = s * ((xq @ codes) * np.asarray(qt.scale, np.float64))
     else:
-        y = xq.astype(np.float64) @ w
-    return s * y + outside.astype(np.float64) @ w
+        y = (s * xq.astype(np.float64)) @ w
+    return y + outside.astype(np.float64) @ w
 
 
 def assert_exact(got, want, k=1):
@@ -175,6 +183,35 @@ def test_derivatives_are_those_without_rounding(fmt):
     assert_exact(back, np.asarray(ct) @ w.T, 64)
     _, tangent = jax.jvp(dot, (x,), (x,))
     assert_exact(tangent, np.asarray(x) @ w, 64)
+
+
+@pytest.mark.parametrize("fmt", [BY_GROUP, FP8_BLOCKS], ids=str)
+def test_groups_of_an_activation_are_those_of_the_stored_rows(fmt):
+    perm = jax.random.permutation(jax.random.key(3), 64)
+    qt = dataclasses.replace(make(fmt, 64, 24), perm=perm)
+    x = normal(5, 64) * factors(64)
+    plain = dataclasses.replace(qt, perm=None)
+    np.testing.assert_array_equal(packed(x, qt), packed(x[:, perm], plain))
+    value = np.asarray(activation.rounded(x, qt).value, np.float64)
+    assert_exact(packed(x, qt), value @ np.asarray(dequantize_canonical(qt), np.float64), 64)
+
+
+def test_an_outlier_sets_the_step_of_its_group_alone():
+    x = normal(5, 64).at[:, 3].set(1e4)
+    for i, group in enumerate(jnp.split(x, 4, axis=1)):
+        codes, step = activation.quantize_groups(x, "int8", 16)
+        own, wanted = activation.quantize_tokens(group, "int8")
+        np.testing.assert_array_equal(codes[:, 16 * i : 16 * i + 16], own)
+        np.testing.assert_array_equal(step[:, i : i + 1], wanted)
+
+
+def test_a_convolution_has_no_groups_of_activations():
+    kernel = quantize_array(normal(1, 3, 16, 24), BY_GROUP, "kkkn")
+    conv = lambda w, x: lax.conv_general_dilated(
+        x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    with pytest.raises(NotImplementedError, match="use activation_scale='token' for it"):
+        qjax.apply(conv)(kernel, normal(1, 1, 5, 16))
 
 
 # ---- outliers -----------------------------------------------------------------------------------
@@ -269,7 +306,7 @@ def test_every_use_honours_the_pre_scale(name, fmt):
     assert_exact(jax.jit(qjax.apply(fn))({"w": qt}["w"], x), want, 192)
 
 
-@pytest.mark.parametrize("fmt", [STATIC, W8A8, OUTLIERS], ids=str)
+@pytest.mark.parametrize("fmt", [STATIC, W8A8, BY_GROUP, OUTLIERS], ids=str)
 def test_experts_are_rounded_as_each_alone(fmt):
     qt, sizes = make(fmt, 4, 64, 48, pre_scale=True), (2, 0, 1, 2)
     x = normal(5, 64)
@@ -290,6 +327,11 @@ BOTH = (AxisType.Auto, AxisType.Explicit)
 SPLITS = [(fmt, P("y", "x"), kind) for fmt in (PLAIN[0], STATIC, OUTLIERS) for kind in BOTH]
 SPLITS += [(fmt, P(("x", "y")), BOTH[0]) for fmt in (TENSOR, GROUPS, FP8, OUTLIER_GROUPS)]
 SPLITS += [(OUTLIERS, P(None, "y"), BOTH[1])]
+# A group for each of 8 parts of K, two for each, and two parts for each.
+SPLITS += [(dataclasses.replace(GROUPS, group_size=32), P(("x", "y")), BOTH[0])]
+SPLITS += [
+    (dataclasses.replace(BY_GROUP, group_size=g), P(("x", "y")), BOTH[0]) for g in (16, 32, 256)
+]
 
 
 @pytest.mark.parametrize(("fmt", "spec", "kind"), SPLITS, ids=str)
@@ -323,6 +365,10 @@ def test_a_split_weight_gives_the_same(fmt, spec, kind):
         (TENSOR, "xla, x * pre_scale, int8 activations per tensor, int32 accumulator"),
         (STATIC, "xla, x * pre_scale, int8 activations in static steps, int32 accumulator"),
         (FP8, "xla, x * pre_scale, e4m3 activations per token, FP8 values"),
+        (
+            BY_GROUP,
+            "xla, x * pre_scale, int8 activations per token and group of 16, int32 accumulator",
+        ),
         (
             OUTLIERS,
             "xla, x * pre_scale, int8 activations per token, CHANNELS, int32 accumulator",

@@ -48,22 +48,24 @@ def test_dead_channels_stay_finite():
     assert (nothing.scale == 1).all()
 
 
-@pytest.mark.parametrize("activation_scale", ["token", "tensor", "static"])
+@pytest.mark.parametrize("activation_scale", ["token", "group", "tensor", "static"])
 def test_the_error_is_that_of_rounded_products(activation_scale):
     weights, absmax, x = problem()
     absmax = 1.5 * absmax  # the sample is not all there was
-    found = smoothquant.search(weights, absmax, x, W8, activation_scale=activation_scale)
+    fmt = qjax.Format("int8", 8) if activation_scale == "group" else W8
+    found = smoothquant.search(weights, absmax, x, fmt, activation_scale=activation_scale)
     for s, error in ((jnp.ones(K), found.before), (found.scale, found.after)):
         scaled = np.asarray(x / s, np.float64)
         step = {
             "token": np.abs(scaled).max(-1, keepdims=True) / 127,
+            "group": np.repeat(np.abs(scaled.reshape(R, -1, 8)).max(-1), 8, -1) / 127,
             "tensor": np.abs(scaled).max() / 127,
             "static": float(jnp.max(absmax / s)) / 127,
         }[activation_scale]
         rounded = np.clip(np.round(scaled / step), -128, 127) * step
         num = den = 0.0
         for w in weights:
-            q = dequantize_canonical(quantize_array(w * s[:, None], W8))
+            q = dequantize_canonical(quantize_array(w * s[:, None], fmt))
             y = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
             num, den = num + np.sum((rounded @ np.asarray(q) - y) ** 2), den + np.sum(y**2)
         np.testing.assert_allclose(error, num / den, rtol=0.02)  # a float32 tie may go elsewhere

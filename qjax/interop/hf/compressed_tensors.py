@@ -226,6 +226,8 @@ class CompressedTensors(Codec):
             raise Unfit(f"its shape {(*lead, K, N)} is not [K, N]")
         if fmt.outliers is not None:
             raise Unfit("outlier channels of its inputs are multiplied in float")
+        if fmt.activation_scale == "group":
+            raise Unfit("its inputs have a step for each group of them")
         if fmt.activation_scale == "static" and qt.act_scale is None:
             raise Unfit("its static step (`act_scale`) is missing")
         plain = fmt.weight_only

@@ -27,7 +27,7 @@ class FP8(Codec):
 
     w[n, k] = weight[n, k] weight_scale_inv[n div 128, k div 128]. One scale for each row [N], and
     one for the whole weight, are read too. Readers quantize activations to E4M3 in groups of 128
-    for each token; a Format has no such groups, so that weights are read, and written, weight-only.
+    for each token, Format(activation_scale="group"); weights are read, and written, weight-only.
     """
 
     name = "fp8"
