@@ -23,6 +23,7 @@ from pathlib import Path
 import hypothesis
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 # XLA compiles inside a test: a deadline would only measure that.
 hypothesis.settings.register_profile("dev", deadline=None)
@@ -66,6 +67,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             continue
         if no_code if h100.kwargs.get("code", True) else no_compiler:
             item.add_marker(pytest.mark.skip(reason="needs the wheels of `--extra h100`"))
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory: pytest.TempPathFactory):
+    """Programs that a module compiles again, for functions made anew, come out of a cache."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0.1), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 # Linux allows a process 65,530 mappings of memory. XLA takes several for every compiled program and

@@ -14,6 +14,7 @@ from qjax.cli import app
 
 GOLDEN = Path(__file__).parent / "golden"
 TEXT = "The quick brown fox jumps over the lazy dog. " * 8  # one token a character
+pytestmark = pytest.mark.usefixtures("compiled_once")
 FEW = ["--window", "16", "--windows", "2"]
 
 
@@ -135,9 +136,34 @@ def test_quantize_in_bfloat16(tiny, tmp_path):
 CALIBRATED = ["--calibration-windows", "4", "--calibration-window", "16"]
 
 
-def test_a_recipe_with_data_reports_every_weight(tiny, text, tmp_path):
+# GPTQ alone, the quickest of recipes to compile.
+RECIPE = """
+[[rules]]
+match = ["*embed*", "*lm_head*", "*norm*"]
+skip = true
+min_ndim = 0
+
+[[rules]]
+match = "*"
+format = { element = "int4", group_size = 16 }
+
+[recipe]
+rounding = "gptq"
+damping = 0.1
+sweeps = 0
+refit = false
+asymmetric = false
+"""
+
+
+@pytest.mark.parametrize(
+    "recipe", ["mine.toml", pytest.param("w4a16-gptq", marks=pytest.mark.slow)]
+)
+def test_a_recipe_with_data_reports_every_weight(tiny, text, tmp_path, monkeypatch, recipe):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.toml").write_text(RECIPE)
     out = tmp_path / "q"
-    args = ["quantize", tiny, "--recipe", "w4a16-gptq", "-c", text, *CALIBRATED, "-o", out]
+    args = ["quantize", tiny, "--recipe", recipe, "-c", text, *CALIBRATED, "-o", out]
     made = json.loads(run(*args, "--text", text, *FEW, "--json").stdout)
     assert len(made["report"]["solved"]) == 14  # seven weights in each of two layers
     assert all(s["final"] <= s["rtn"] for s in made["report"]["solved"] if s["strength"] == 0)
