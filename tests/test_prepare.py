@@ -182,13 +182,18 @@ def test_the_kernel_agrees_with_float64(name):
     prepared = qjax.prepare(qt, "h100")
     y = np.asarray(_by_the_kernel(x, prepared), np.float64)
     wanted = np.asarray(x, np.float64) @ np.asarray(qjax.dequantize(qt), np.float64)
-    # Levels of nf4 and fp4 are rounded to bfloat16, of 8 places.
-    budget = 2.0**-9 if qt.format.element in ("nf4", "fp4") else 2e-6
+    # Levels of nf4 and fp4 are rounded to bfloat16, of 8 places. So are weights times the scales of
+    # small groups, and those that are float32.
+    once = 2.0**-9
+    rounded = {"nf4": once, "nf4-dq": once, "fp4": once, "uint3": once}
+    rounded |= {"offset": 2 * once, "uint2": 2 * once}
+    budget = rounded.get(name, 2e-6)
     assert np.linalg.norm(y - wanted) <= budget * np.linalg.norm(wanted)
 
 
 @pytest.mark.parametrize(
-    "name", ["zero point", "last group shorter", "nf4", "nf4-dq", "mxfp4", "channels"]
+    "name",
+    ["zero point", "last group shorter", "nf4", "nf4-dq", "mxfp4", "channels", "int2", "uint2"],
 )
 def test_the_transposed_kernel_agrees_with_float64(name):
     qt = _weight(name)
@@ -251,6 +256,8 @@ def test_explain_names_the_kernel_and_why_there_is_none():
     assert use.implementation.startswith("mosaic on CUDA")
     (use,) = qjax.explain(back)(jnp.ones((3, 128)), qjax.prepare(_weight("nvfp4"), "h100"))
     assert "no kernel for x @ Wᵀ in groups of 16" in use.implementation
+    (use,) = qjax.explain(back)(jnp.ones((3, 128)), qjax.prepare(_weight("int2"), "h100"))
+    assert use.implementation.startswith("mosaic on CUDA")
     (use,) = qjax.explain(f)(x, qjax.prepare(_weight("int3"), "h100"))
     assert use.implementation.startswith("mosaic on CUDA")
     (use,) = qjax.explain(back)(jnp.ones((3, 128)), qjax.prepare(_weight("int3"), "h100"))
