@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import eight_bit as eight_bit_kernel
-from pallas_kernels import four_bits, h100, hopper, tuning, weight_only
+from pallas_kernels import four_bits, h100, hopper, shares, tuning, weight_only
 from pallas_kernels.nested import Nested
 from pallas_kernels.tuning import SMS, TILE_N, Tuning
 
@@ -141,7 +141,7 @@ def predict(form: Form, M: int, K: int, N: int) -> dict[str, Any]:
     weights += sum(math.prod(s.shape) * s.dtype.itemsize for s in form.scales(G, N))
     m_tiles = -(-M // t.tile_m)
     # Sums of the parts of K, padded to whole tiles: written and read once, in L2 if they fit.
-    parts = hopper.most_parts(t, (m_tiles * t.tile_m, K, N))
+    parts = shares.most_parts(t, (m_tiles * t.tile_m, K, N))
     workspace = 0 if parts == 1 else 4 * parts * m_tiles * t.tile_m * N
     moved = weights + M * K * x_bytes + 2 * M * N
     items = m_tiles * (N // TILE_N) * t.split_k

@@ -9,7 +9,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import four_bits, hopper, interleave
+from pallas_kernels import four_bits, hopper, interleave, shares
 from pallas_kernels import tuning as tunings
 from pallas_kernels.hopper import Operand
 from pallas_kernels.tuning import TILE_K, TILE_N, Tuning
@@ -140,7 +140,7 @@ def matmul(
             operands += [Operand(tiles, "m", is_row=True, width=width)]
             late.pop()
     sizes = x.shape[0], K, N
-    in_epilogue = bool(late) and hopper.most_parts(tuning, sizes) == 1
+    in_epilogue = bool(late) and shares.most_parts(tuning, sizes) == 1
     # Sums over all of K are scaled when they are complete: parts of integers are added exactly.
     is_scaled = in_epilogue or not late
     y = hopper.product(

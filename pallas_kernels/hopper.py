@@ -4,9 +4,10 @@ A kernel computes the transpose, yᵀ [N, M] = W [N, K] xᵀ [K, M], and stores 
 left operand from registers, which is where dequantized weights are born, and has 64 rows: here
 output features. The tokens become its n, a multiple of 8, so that decoding wastes little.
 
-Each CTA has one warpgroup that loads tiles by TMA into a ring of buffers in shared memory, and two
-that multiply. CTAs are persistent and walk over work items: an output tile and a part of K. Every
-part writes its own sums, which XLA adds afterwards.
+Each CTA has one warpgroup that loads blocks by TMA into a ring of buffers in shared memory, and two
+that multiply. CTAs are persistent: each walks through the steps of its `shares.Share`, and the ring
+goes on from one output tile to the next. What a CTA computes of a tile is one sum; where a tile is
+on several CTAs, XLA adds their sums afterwards.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.shares import added, most_parts, share_of
 from pallas_kernels.tuning import TILE_N, Tuning
 
 ROWS = 64  # of a wgmma: the output features of one warpgroup
@@ -109,110 +110,6 @@ def padded_tokens(x: Array, tile_m: int) -> Array:
     return jnp.pad(x, ((0, -x.shape[0] % tile_m), (0, 0)))
 
 
-@dataclasses.dataclass(frozen=True)
-class Share:
-    """The steps that a CTA computes, in order.
-
-    K of every tile is cut into `split` pieces. With one, a CTA computes every C-th tile, so that
-    neighbours read the same weights at once. With more, the pieces of all tiles are dealt out in
-    order and as evenly as can be; those of one tile on one CTA are a fragment, with one sum
-    (Osama et al., 2023, "Stream-K", section 4).
-
-    Attributes:
-      cta, ctas: its number, and how many there are.
-      tiles: how many there are; traced for experts.
-      steps: of a tile.
-      split: pieces of a tile, a divisor of `steps`.
-    """
-
-    cta: Any
-    ctas: int
-    tiles: Any
-    steps: int
-    split: int
-
-    @property
-    def start(self) -> Any:
-        """The first step, counted through all tiles."""
-        if self.split == 1:
-            return self.cta * self.steps
-        return self.cta * (self.tiles * self.split) // self.ctas * (self.steps // self.split)
-
-    @property
-    def count(self) -> Any:
-        """How many steps there are."""
-        if self.split == 1:
-            mine = (self.tiles - self.cta + self.ctas - 1) // self.ctas
-            return jnp.maximum(mine, 0) * self.steps
-        return dataclasses.replace(self, cta=self.cta + 1).start - self.start
-
-    @property
-    def fragments(self) -> Any:
-        """How many tiles it computes, wholly or in part."""
-        count = self.count
-        last = (self.start % self.steps + count - 1) // self.steps
-        return jnp.where(count == 0, 0, last + 1)
-
-    def step(self, i: Any) -> tuple[Any, Any]:
-        """Returns the tile and the step in it of the i-th step."""
-        i = self.start % self.steps + i
-        return self.tile(i // self.steps), i % self.steps
-
-    def tile(self, i: Any) -> Any:
-        """Returns the tile of fragment i."""
-        return self.start // self.steps + i * (self.ctas if self.split == 1 else 1)
-
-    def bounds(self, i: Any) -> tuple[Any, Any]:
-        """Returns the first step of fragment i in its tile, and the one after the last."""
-        skipped = self.start % self.steps
-        first = jnp.where(i == 0, skipped, 0)
-        return first, jnp.minimum(self.steps, skipped + self.count - i * self.steps)
-
-    def part(self, i: Any) -> Any:
-        """Returns which of the sums of its tile fragment i is."""
-        if self.split == 1:
-            return 0
-        piece = self.bounds(i)[0] // (self.steps // self.split)
-        # Where there are fewer pieces than CTAs, some of these have none.
-        return jnp.minimum(piece, self.cta - self.owner(self.tile(i) * self.split))
-
-    def owner(self, piece: Any) -> Any:
-        """Returns the CTA that computes a piece, of all tiles' pieces."""
-        pieces = self.tiles * self.split
-        # Its start is the last one that is not after the piece.
-        return ((piece + 1) * self.ctas - 1) // pieces
-
-
-def parts_of(share: Share, tile: Any) -> Any:
-    """Returns how many sums a tile has."""
-    if share.split == 1:
-        return tile * 0 + 1
-    first, last = tile * share.split, (tile + 1) * share.split - 1
-    minimum = np.minimum if isinstance(share.tiles, int) else jnp.minimum
-    return minimum(share.split, share.owner(last) - share.owner(first) + 1)
-
-
-def share_of(
-    tuning: Tuning, sizes: tuple[int, int, int], cta: Any = 0, m_tiles: Any = None
-) -> Share:
-    """Returns what a CTA of a product does.
-
-    Args:
-      m_tiles: tiles of tokens, if they are fewer than there may be.
-    """
-    M, K, N = sizes
-    most = N // TILE_N * (M // tuning.tile_m)
-    tiles = most if m_tiles is None else N // TILE_N * m_tiles
-    ctas = min(tuning.sms, most * tuning.split_k)
-    return Share(cta, ctas, tiles, K // tuning.tile_k, tuning.split_k)
-
-
-def most_parts(tuning: Tuning, sizes: tuple[int, int, int]) -> int:
-    """Returns the most sums that a tile has, however many tiles of tokens there are."""
-    share = share_of(tuning, sizes)
-    return int(np.max(parts_of(share, np.arange(share.tiles))))
-
-
 def product(
     operands: Sequence[Operand],
     step: Callable[..., Any],
@@ -296,7 +193,7 @@ def product(
                     plgpu.barrier_wait(is_free.at[slot])
                 expert = None if expert_of is None else expert_of[at["m"]]
                 for o, ref, ring in zip(operands, ins, rings, strict=True):
-                    if o.array.ndim == 3:
+                    if expert is not None and o.array.ndim == 3:
                         n = o.array.shape[1]
                         ref = ref.at[pl.ds(expert * n, n)]
                     block = o.at(ref, at[o.of], k, size[o.of], tuning.tile_k)
@@ -396,15 +293,4 @@ def product(
     if parts == 1:
         return sums[0]
     m_tiles = M // tile_m if experts is None else experts[-1]
-    return _added(sums, share_of(tuning, sizes, m_tiles=m_tiles), tile_m).astype(out_dtype)
-
-
-def _added(sums: Array, share: Share, tile_m: int) -> Array:
-    """Returns the sum over the parts that each tile has, [M, N]; there is no number in others."""
-    P, M, N = sums.shape
-    tile = np.arange(N // TILE_N) * share.tiles // (N // TILE_N) + np.arange(M // tile_m)[:, None]
-    has = parts_of(share, tile)
-    tiles = sums.reshape(P, M // tile_m, tile_m, N // TILE_N, TILE_N)
-    is_part = jnp.arange(P)[:, None, None] < has
-    tiles = jnp.where(is_part[:, :, None, :, None], tiles, 0)
-    return jnp.sum(tiles, axis=0, dtype=sums.dtype).reshape(M, N)
+    return added(sums, share_of(tuning, sizes, m_tiles=m_tiles), tile_m).astype(out_dtype)

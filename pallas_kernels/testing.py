@@ -18,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper, interpreter
 from pallas_kernels.hopper import Operand
+from pallas_kernels.shares import Share
 from pallas_kernels.tuning import Tuning
 
 # Two CTAs at most, and as few steps as show the ring of buffers at work. In each but "decode" a CTA
@@ -171,7 +172,7 @@ def mutation(name: str | None) -> Iterator[list[str]]:
             return dataclasses.replace(share, tiles=share.tiles - 1)
         return share
 
-    def step(share, i, original=hopper.Share.step):
+    def step(share, i, original=Share.step):
         tile, k = original(share, i)
         if is_broken("the last step is that before it"):
             return tile, jnp.minimum(k, share.steps - 2)
@@ -183,5 +184,5 @@ def mutation(name: str | None) -> Iterator[list[str]]:
             patches.enter_context(mock.patch.object(plgpu, function, broken))
         patches.enter_context(mock.patch.object(hopper, "product", product))
         patches.enter_context(mock.patch.object(hopper, "share_of", share_of))
-        patches.enter_context(mock.patch.object(hopper.Share, "step", step))
+        patches.enter_context(mock.patch.object(Share, "step", step))
         yield possible

@@ -7,8 +7,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from pallas_kernels import tuning as hopper
-
 TILE_N = 128  # N is a multiple of it, as prepared weights are padded
 TILE_K = 128  # inputs of one step of the loop
 # Streaming multiprocessors: of an A100, RTX A6000, RTX 4090 and H100. Kernels query no device.
@@ -73,5 +71,24 @@ def for_shape(table: dict[float, Tuning], M: int, K: int, N: int, capability: in
     """
     row = next(row for most, row in table.items() if most >= M)
     tiles = -(-M // row.tile_m) * (N // row.tile_n)
-    parts = hopper.split_k(tiles, K // TILE_K, SMS.get(capability or 80, 108))
+    parts = split_k(tiles, K // TILE_K, SMS.get(capability or 80, 108))
     return dataclasses.replace(row, split_k=parts)
+
+
+def split_k(tiles: int, steps: int, sms: int) -> int:
+    """Returns into how many parts the contraction is split, a divisor of its `steps`.
+
+    One if there are tiles for all processors. Else enough parts for them first; then the shortest
+    schedule, in steps of the busiest one with another for every part; then the fewest parts.
+
+    Example:
+      >>> split_k(tiles=32, steps=32, sms=108)
+      8
+      >>> split_k(tiles=224, steps=64, sms=108)
+      1
+    """
+    if tiles >= sms:
+        return 1
+    divisors = [d for d in range(1, steps + 1) if steps % d == 0]
+    enough = [d for d in divisors if tiles * d >= sms] or [steps]
+    return min(enough, key=lambda d: (-(-tiles * d // sms) * (steps // d + 1), d))

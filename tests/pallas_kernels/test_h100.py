@@ -14,8 +14,8 @@ from pallas_kernels import (
     four_bits,
     h100,
     hlo,
-    hopper,
     quantize_rows,
+    shares,
     transposed,
     tuning,
     weight_only,
@@ -133,7 +133,7 @@ def _check(program, mma):
 def _workspace(t, M, out_bytes):
     """Bytes of the sums of every part of K, all that may be allocated."""
     padded = -(-M // t.tile_m) * t.tile_m
-    parts = hopper.most_parts(t, (padded, K, N))
+    parts = shares.most_parts(t, (padded, K, N))
     return parts * padded * N * 4 if parts > 1 else (padded != M) * padded * N * out_bytes
 
 
