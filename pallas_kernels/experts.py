@@ -85,6 +85,7 @@ def matmul(
     transposed: bool = False,
     codebook: Sequence[float] | None = None,
     zero: int | None = None,
+    bits: int | None = None,
     out_dtype: Any = None,
     tuning: Tuning | None = None,
     interpret: Any = None,
@@ -96,6 +97,7 @@ def matmul(
       w: [E, N, K], scale: [E, G, N], codebook, zero: as for `weight_only.matmul`.
       group_sizes: [E] integers, how many tokens each expert has.
       transposed: return y[m] = x[m] @ W[expert of m]ᵀ, by the kernel of `transposed`.
+      bits: as for it; else x tells.
       out_dtype: of y, bfloat16, float16 or float32; default: x's.
       tuning: default: that of the kernel for twice as many tokens as an expert has on average.
       interpret: `plgpu.InterpretGPUParams` to run on a CPU.
@@ -108,12 +110,14 @@ def matmul(
         raise ValueError(f"`group_sizes` must be [{E}], one for each expert of w {w.shape}.")
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     if not M:
-        return jnp.zeros((0, w.shape[2 if transposed else 1]), out_dtype)
+        return jnp.zeros((0, _inputs(w, bits) if transposed else w.shape[1]), out_dtype)
     if tuning is None:
         # Some experts have more than others; while memory is the bound, larger tiles are free.
-        tuning = _tuning(x, w, scale, 2 * -(-M // E), min(E, M), codebook, out_dtype, transposed)
+        tuning = _tuning(
+            x, w, scale, 2 * -(-M // E), min(E, M), codebook, out_dtype, transposed, bits
+        )
     tiles = tiles_of(group_sizes, M, tuning.tile_m)
-    y = _kernel(transposed, zero)(
+    y = _kernel(transposed, zero, bits)(
         x[tiles.tokens], w, scale, codebook=codebook, experts=tiles.experts, out_dtype=out_dtype,
         tuning=tuning, interpret=interpret,
     )  # fmt: skip
@@ -128,6 +132,7 @@ def batched(
     transposed: bool = False,
     codebook: Sequence[float] | None = None,
     zero: int | None = None,
+    bits: int | None = None,
     out_dtype: Any = None,
     tuning: Tuning | None = None,
     interpret: Any = None,
@@ -138,11 +143,11 @@ def batched(
     """
     E, M, _ = x.shape
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
-    tuning = tuning or _tuning(x, w, scale, M, E, codebook, out_dtype, transposed)
+    tuning = tuning or _tuning(x, w, scale, M, E, codebook, out_dtype, transposed, bits)
     of_each = -(-M // tuning.tile_m)
     padded = jnp.pad(x, ((0, 0), (0, -M % tuning.tile_m), (0, 0)))
     expert = jnp.repeat(jnp.arange(E, dtype=jnp.int32), of_each)
-    y = _kernel(transposed, zero)(
+    y = _kernel(transposed, zero, bits)(
         padded.reshape(-1, x.shape[-1]), w, scale, codebook=codebook,
         experts=jnp.append(expert, E * of_each), out_dtype=out_dtype, tuning=tuning,
         interpret=interpret,
@@ -150,19 +155,23 @@ def batched(
     return y.reshape(*padded.shape[:2], -1)[:, :M]
 
 
-def _kernel(transposed: bool, zero: int | None) -> Any:
+def _kernel(transposed: bool, zero: int | None, bits: int | None) -> Any:
     if transposed:
-        return transposed_kernel.matmul
+        return functools.partial(transposed_kernel.matmul, zero=zero, bits=bits)
     return functools.partial(weight_only.matmul, zero=zero)
+
+
+def _inputs(w: Array, bits: int | None) -> int:
+    return w.shape[-1] if bits is None else w.shape[-1] * 8 // bits
 
 
 def _tuning(
     x: Array, w: Array, scale: Array, M: int, experts: int, codebook: Any, out_dtype: Any,
-    transposed: bool,
+    transposed: bool, bits: int | None,
 ) -> Tuning:  # fmt: skip
     """Returns the tuning for M tokens of each expert."""
     (N, columns), G = w.shape[-2:], scale.shape[-2]
-    K = columns if transposed else x.shape[-1]
+    K = _inputs(w, bits) if transposed else x.shape[-1]
     bits = columns * hopper.bits(w.dtype) // K
     table_bytes = 0 if codebook is None else four_bits.TABLE_BYTES
     if transposed:

@@ -7,9 +7,10 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import four_bits, hopper, weight_only
+from pallas_kernels import few_bits, four_bits, hopper, weight_only
 from pallas_kernels import tuning as tunings
 from pallas_kernels.hopper import Operand
 from pallas_kernels.tuning import TILE_K, TILE_N, Tuning
@@ -21,6 +22,8 @@ def matmul(
     scale: Array,
     *,
     codebook: Sequence[float] | None = None,
+    zero: int | None = None,
+    bits: int | None = None,
     experts: Array | None = None,
     out_dtype: Any = None,
     tuning: Tuning | None = None,
@@ -35,8 +38,9 @@ def matmul(
 
     Args:
       dy: [M, N] bfloat16 or float16.
-      w, scale, codebook, experts: as for `weight_only.matmul`, groups of 32, 64 or a multiple of
-        128.
+      w, scale, codebook, zero, experts: as for `weight_only.matmul`, groups of 32, 64 or a multiple
+        of 128.
+      bits: of codes in bytes, which do not tell by themselves: 2; or None for all other types.
       out_dtype: of dx, bfloat16, float16 or float32; default: dy's.
       tuning: default: `tuning.transposed`.
       interpret: `plgpu.InterpretGPUParams` to run on a CPU.
@@ -44,26 +48,38 @@ def matmul(
     Raises:
       ValueError: for shapes or types that it does not take.
     """
-    (M, N), (_, K), (G, _) = dy.shape, w.shape[-2:], scale.shape[-2:]
+    (M, N), (_, columns), (G, _) = dy.shape, w.shape[-2:], scale.shape[-2:]
     stack = () if experts is None else w.shape[:1]
-    if w.shape != (*stack, N, K) or scale.shape != (*stack, G, N) or K % G:
+    K = columns if bits is None else columns * 8 // bits
+    if w.shape != (*stack, N, columns) or scale.shape != (*stack, G, N) or K % G:
         raise ValueError(
             f"dy {dy.shape}, w {w.shape} and scale {scale.shape} must be [M, N], [N, K] and [G, N],"
             " the latter two stacked for experts."
         )
     if reason := supports(w.dtype, dy.dtype, K, N, K // G, scale.dtype):
         raise ValueError(f"pallas_kernels.transposed: {reason}.")
+    if bits != (2 if w.dtype == jnp.uint8 else None):
+        raise ValueError(
+            f"pallas_kernels.transposed: bits={bits} with {w.dtype.name}: it takes 2 with uint8,"
+            " None with all others."
+        )
     out_dtype = jnp.dtype(dy.dtype if out_dtype is None else out_dtype)
     tuning = tuning or tunings.transposed(
-        M, N, K, hopper.bits(w.dtype), table_bytes=0 if codebook is None else four_bits.TABLE_BYTES
-    )
+        M, N, K, bits or hopper.bits(w.dtype),
+        table_bytes=0 if codebook is None else four_bits.TABLE_BYTES,
+    )  # fmt: skip
     dy = hopper.padded_tokens(dy, tuning.tile_m)
     group = min(K // G, hopper.ROWS)  # features of one warpgroup with one scale
     rows_of_scales = max(1, TILE_N * G // K)
+    own_columns = hopper.ROWS * columns // K  # of a warpgroup
 
     def step(w_smem, dy_smem, s_smem, *rest):
         *table, tile, features, total = rest
-        q = weight_only.upcast(w_smem.at[:, features], dy.dtype, *table)
+        if bits is None:
+            q = weight_only.upcast(w_smem.at[:, features], dy.dtype, *table)
+        else:  # 64 inputs are those of one unit
+            own = pl.ds(lax.axis_index("wg") * own_columns, own_columns)
+            q = few_bits.load(w_smem.at[:, own], bits, dy.dtype, zero)
         first = lax.axis_index("wg") * hopper.ROWS * rows_of_scales // TILE_N
         parts = []
         for i in range(hopper.ROWS // group):
@@ -78,7 +94,14 @@ def matmul(
 
     y = hopper.product(
         [
-            Operand(w, "n", is_row=True, rows=tuning.tile_k, columns=hopper.ROWS),
+            Operand(
+                w,
+                "n",
+                is_row=True,
+                rows=tuning.tile_k,
+                columns=own_columns,
+                width=2 * own_columns,
+            ),
             Operand(dy, "m", columns=64),
             Operand(weight_only.as_bits(scale), "n", shared_by=K // G),
         ],

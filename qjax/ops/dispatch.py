@@ -126,8 +126,8 @@ def against_transposed(fmt: Format, capability: int | None) -> str | None:
     if capability is not None:
         return "on GPUs before Hopper"
     bits = numerics.get_element(fmt.element).bits
-    if bits < 4:
-        return f"of weights of {bits} bits"
+    if bits == 3:
+        return "of weights of 3 bits"
     return "in groups of 16" if fmt.group_size == 16 else None
 
 

@@ -78,13 +78,19 @@ def transposed(
     from pallas_kernels import transposed as kernel
 
     scale, zero = _decoded(scale, zero, format)
+    N_, K_ = _sizes(data, format)
     data, padded, b, codebook = _weight(data, scale, zero, dy.dtype, format, extra)
-    N_, K_ = data.shape
     K, N = K_ - extra[0], dy.shape[1]
     padded_dy = jnp.pad(dy, ((0, 0), (0, N_ - N)))
-    dx = kernel.matmul(padded_dy, data, padded, codebook=codebook, out_dtype=_summed(b, out_dtype))[
-        :, :K
-    ]
+    dx = kernel.matmul(
+        padded_dy,
+        data,
+        padded,
+        codebook=codebook,
+        zero=zero_of(format.element),
+        bits=_bits_in_bytes(format),
+        out_dtype=_summed(b, out_dtype),
+    )[:, :K]
     if b is not None:
         of_groups = jnp.dot(dy.astype(jnp.float32), b.T, precision=lax.Precision.HIGHEST)
         dx = dx + jnp.repeat(of_groups, K_ // padded.shape[0], axis=1)[:, :K]
@@ -122,8 +128,8 @@ def experts(
     unpadded = [(0, 0)] * (x.ndim - 1)
     filled = jnp.pad(x, (*unpadded, (0, inner - x.shape[-1])))
     options = {
-        "codebook": codebook, "zero": zero_of(format.element), "transposed": transposed,
-        "out_dtype": _summed(b, out_dtype),
+        "codebook": codebook, "zero": zero_of(format.element), "bits": _bits_in_bytes(format),
+        "transposed": transposed, "out_dtype": _summed(b, out_dtype),
     }  # fmt: skip
     if group_sizes is None:
         y = kernel.batched(filled, data, padded, **options)
@@ -149,6 +155,12 @@ def _sizes(data: Array, format: Format) -> tuple[int, int]:
     """Returns N' and K' of prepared codes."""
     *_, N, columns = data.shape
     return N, columns * 8 // numerics.get_element(format.element).bits
+
+
+def _bits_in_bytes(format: Format) -> int | None:
+    """Returns how many bits codes have that kernels take in bytes, several in each; else None."""
+    bits = numerics.get_element(format.element).bits
+    return bits if bits < 4 else None
 
 
 def _weight(

@@ -19,6 +19,7 @@ from pallas_kernels.tuning import Tuning
 from tests.pallas_kernels import test_weight_only as one
 
 INT4 = {"w": "int4", "group": 128}
+INT2 = {"w": "int8", "group": 128, "bits": 2}
 _FOR_ALL = Tuning(8, 2, sms=8)  # one item for every CTA, so that races can be looked for
 
 
@@ -39,7 +40,8 @@ class TestExperts(Laws):
     def run(self, arrays, *, tuning, interpret, product=experts.matmul):
         if arrays["scale"].dtype.itemsize == 1:
             tuning = dataclasses.replace(tuning, scale_on="weight")
-        arrays = arrays | {"w": jnp.stack([one.in_order(w) for w in arrays["w"]])}
+        in_order = functools.partial(one.in_order, bits=arrays.get("bits"))
+        arrays = arrays | {"w": jnp.stack([in_order(w) for w in arrays["w"]])}
         return product(**arrays, out_dtype=jnp.float32, tuning=tuning, interpret=interpret)
 
     def exact(self, arrays):
@@ -97,8 +99,9 @@ class TestExperts(Laws):
             y = np.asarray(y.reshape(6, -1), np.float64)
         np.testing.assert_allclose(y, self.exact(arrays), rtol=1e-4, atol=1e-4)
 
-    def test_derivatives_meet_the_transposed_weight(self):
-        arrays = self.make(3, 128, 256, sizes=(1, 0, 2), **INT4)
+    @pytest.mark.parametrize("weight", [INT4, INT2], ids=["int4", "int2"])
+    def test_derivatives_meet_the_transposed_weight(self, weight):
+        arrays = self.make(3, 128, 256, sizes=(1, 0, 2), **weight)
         arrays["x"] = jax.random.normal(jax.random.key(9), (3, 256), jnp.bfloat16)
         with interpreter.interpreting() as races:
             dx = self.run(

@@ -23,6 +23,9 @@ class TestTransposed(Laws):
         "a codebook": {"w": "int4", "group": 64, "codebook": forward.LEVELS},
         "powers of two": {"w": "int4", "group": 32, "codebook": forward.E2M1, "scale": "uint8"},
         "int8 channels": {"w": "int8", "group": 256},
+        "int2 groups of 64": {"w": "int8", "group": 64, "bits": 2},
+        "int2 groups of 32, float16": {"w": "int8", "group": 32, "bits": 2, "x": "float16"},
+        "int2 channels": {"w": "int8", "group": 256, "bits": 2},
     }
     budget = 2.0**-9  # weights times scales are rounded to bfloat16, of 8 places
 
@@ -36,7 +39,7 @@ class TestTransposed(Laws):
         arrays = dict(arrays)
         return transposed.matmul(
             arrays.pop("x"),
-            forward.in_order(arrays.pop("w")),
+            forward.in_order(arrays.pop("w"), arrays.get("bits")),
             **arrays,
             out_dtype=jnp.float32,
             tuning=tuning,
@@ -57,3 +60,7 @@ class TestTransposed(Laws):
         arrays = self.make(8, 256, 256, w="int4", group=16)
         with pytest.raises(ValueError, match="groups of 16"):
             transposed.matmul(arrays["x"], arrays["w"], arrays["scale"])
+        arrays = self.make(8, 256, 256, w="int8", group=128, bits=3)
+        codes = forward.in_order(arrays["w"], 3)
+        with pytest.raises(ValueError, match="bits=3 with uint8: it takes 2"):
+            transposed.matmul(arrays["x"], codes, arrays["scale"], bits=3)
