@@ -88,6 +88,10 @@ EIGHT_BIT = {
     "fp8 gradients M=1024": (1024, "float8_e4m3fn", "float8_e5m2", 1, 1.1, 0.3),
     "fp8 blocks M=16": (16, "float8_e4m3fn", "float8_e4m3fn", K // 128, 1.1, None),
     "fp8 blocks M=1024": (1024, "float8_e4m3fn", "float8_e4m3fn", K // 128, 2.0, 0.5),
+    # A step for every 128 values of a token, too: a product of two scales for each sum.
+    "fp8 1x128 M=16": (16, "float8_e4m3fn", "float8_e4m3fn", K // 128, 1.15, None),
+    "fp8 1x128 M=1024": (1024, "float8_e4m3fn", "float8_e4m3fn", K // 128, 3.1, 0.8),
+    "int4 x int8 1x128 M=16": (16, "int4", "int8", K // 128, 1.6, None),
 }
 
 
@@ -108,11 +112,10 @@ def compiled_weight_only(M, dtype, group, x, scale="bfloat16", codebook=None):
     return h100.compile(f, *operands, _array(scale, K // group, N))
 
 
-def compiled_eight_bit(M, w, x, groups):
+def compiled_eight_bit(M, w, x, groups, steps=1):
     f = lambda *a: eight_bit.matmul(*a)
-    return h100.compile(
-        f, _array(x, M, K), _array(w, N, K), _array("float32", M, 1), _array("float32", groups, N)
-    )
+    x_scale, w_scale = _array("float32", M, steps), _array("float32", groups, N)
+    return h100.compile(f, _array(x, M, K), _array(w, N, K), x_scale, w_scale)
 
 
 def _check(program, mma):
@@ -163,14 +166,16 @@ def test_weight_only(name):
 @pytest.mark.parametrize("name", EIGHT_BIT)
 def test_eight_bit(name):
     M, w, x, groups, total, prefill = EIGHT_BIT[name]
-    program = compiled_eight_bit(M, w, x, groups)
+    steps = groups if "1x128" in name else 1  # of a token
+    program = compiled_eight_bit(M, w, x, groups, steps)
     kernel = _check(program, "IGMMA" if x == "int8" else "QGMMA")
     t = tuning.eight_bit(M, K, N, 4 if w == "int4" else 8)
     assert kernel.per_weight(64 * t.tile_k) <= total
     if prefill:  # the tensor core has 4096 products of bytes a cycle
         assert kernel.loop.total() / (64 * t.tile_k * t.tile_m / 4096) <= prefill
     ordered = K * max(M, t.tile_m) if w == "int4" else 0  # of what quantizes x, in a program
-    assert program.temporaries <= _workspace(t, M, 2) + ordered + 8 * max(M, t.tile_m) + 1024
+    scales = 8 * steps * max(M, t.tile_m, 32)
+    assert program.temporaries <= _workspace(t, M, 2) + ordered + scales + 1024
 
 
 def _check_rounding(program, loads):
@@ -209,19 +214,21 @@ TRANSPOSED = {
     "int4 g128 M=1024": (1024, "int4", 128, "bfloat16", None),
     "nf4 g64 M=1024": (1024, "int4", 64, "bfloat16", LEVELS),
     "int8 channels M=1024": (1024, "int8", K, "bfloat16", None),
+    "int2 g128 M=64": (64, "int2", 128, "bfloat16", None),
+    "int2 g128 M=1024": (1024, "int2", 128, "bfloat16", None),
 }
 
 
 @pytest.mark.parametrize("name", TRANSPOSED)
 def test_transposed(name):
     M, dtype, group, scale, codebook = TRANSPOSED[name]
-    f = functools.partial(transposed.matmul, codebook=codebook)
+    f = functools.partial(transposed.matmul, codebook=codebook, bits=2 if dtype == "int2" else None)
     program = h100.compile(
         f, _array("bfloat16", M, N), _array(dtype, N, K), _array(scale, K // group, N)
     )
     kernel = _check(program, "HGMMA")
     t = tuning.transposed(
-        M, N, K, 4 if dtype == "int4" else 8,
+        M, N, K, BITS.get(dtype, 8),
         table_bytes=four_bits.TABLE_BYTES if codebook else 0,
     )  # fmt: skip
     assert kernel.per_weight(64 * t.tile_k) <= 6
