@@ -26,6 +26,7 @@ FORMATS = {
     "w4a4": Format("int4", 16, scale="bfloat16", activation="int4"),
     "w4a8u": Format("int4", 16, activation="uint8", activation_scale="tensor"),
     "w2a8": Format("int2", 16, activation="int8"),
+    "w4a8 groups": Format("int4", 16, activation="int8", activation_scale="group"),
     "bitnet": Format("ternary", None, None, activation="int8"),
     "llm.int8": Format("int8", activation="int8", outliers=2.0),
 }
