@@ -122,7 +122,7 @@ def compiled(form: Form, tile: Tuning) -> h100.Kernel:
         operands += form.scales(G, N)
     else:
         f = functools.partial(eight_bit_kernel.matmul, tuning=tile)
-        operands += [array("float32", M, 1), array(form.scale, G, N)]
+        operands += [array("float32", M, G), array(form.scale, G, N)]
     (kernel,) = h100.compile(f, *operands).kernels
     return kernel
 
