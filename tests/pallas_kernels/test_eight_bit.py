@@ -12,35 +12,41 @@ import pytest
 from pallas_kernels import eight_bit, interpreter, reference
 from pallas_kernels.interleave import of_int4
 from pallas_kernels.testing import Laws
+from pallas_kernels.tuning import Tuning
 
 
 class TestEightBit(Laws):
     formats: ClassVar = {
-        "int8 rows x columns": {"w": "int8", "groups": 1},
-        "int8 groups": {"w": "int8", "groups": 2},
-        "fp8 rows x columns": {"w": "float8_e4m3fn", "groups": 1},
-        "fp8 blocks": {"w": "float8_e4m3fn", "groups": 2},
+        "int8 rows x columns": {"w": "int8"},
+        "int8 groups": {"w": "int8", "group": 128},
+        "fp8 rows x columns": {"w": "float8_e4m3fn"},
+        "fp8 blocks": {"w": "float8_e4m3fn", "group": 128},
         "int4 groups": {
             "w": "int4",
-            "groups": 2,
+            "group": 128,
             "x": "int8",
             "of_tokens": True,
             "scale": "bfloat16",
         },
-        "int4 columns": {"w": "int4", "groups": 1, "x": "int8"},
+        "int4 columns": {"w": "int4", "x": "int8"},
         "int4 x fp8 groups": {
             "w": "int4",
-            "groups": 2,
+            "group": 128,
             "x": "float8_e4m3fn",
             "of_tokens": True,
             "scale": "bfloat16",
         },
-        "int4 x fp8 columns": {"w": "int4", "groups": 1, "x": "float8_e4m3fn"},
-        "int8 groups, tokens": {"w": "int8", "groups": 2, "of_tokens": True},
-        "fp8 gradients": {"w": "float8_e4m3fn", "groups": 1, "x": "float8_e5m2"},
+        "int4 x fp8 columns": {"w": "int4", "x": "float8_e4m3fn"},
+        "int8 groups, tokens": {"w": "int8", "group": 128, "of_tokens": True},
+        "fp8 gradients": {"w": "float8_e4m3fn", "x": "float8_e5m2"},
     }
+    mutated: ClassVar = (
+        (None, Tuning(8, 2, sms=1)),
+        ("int4 x fp8 groups", Tuning(8, 2, sms=1)),  # loads blocks, scales among them
+    )
 
-    def make(self, M, K, N, seed=0, *, w, groups, x=None, of_tokens=False, scale="float32"):
+    def make(self, M, K, N, seed=0, *, w, group=None, x=None, of_tokens=False, scale="float32"):
+        groups = K // (group or K)
         keys = jax.random.split(jax.random.key(seed), 4)
 
         def values(key, shape, dtype):
@@ -73,10 +79,11 @@ class TestEightBit(Laws):
         return 2.0**-12 if interpreter.on_gpu() and "fp8" in name else self.budget
 
     def test_the_reference_agrees_with_float64(self):
-        arrays = self.make(3, 64, 5, w="float8_e4m3fn", groups=2)
+        arrays = self.make(3, 64, 5, w="float8_e4m3fn", group=32)
         np.testing.assert_allclose(reference.eight_bit(**arrays), self.exact(arrays), rtol=1e-4)
 
     def test_refuses_what_it_cannot_compute(self):
-        arrays = self.make(8, 256, 256, w="int8", groups=1)
-        with pytest.raises(ValueError, match="int4 with int8 or e4m3"):
-            eight_bit.matmul(**(arrays | {"x": arrays["x"].astype(jnp.bfloat16)}))
+        for w, x in {"int8": "bfloat16", "int4": "float8_e5m2", "float8_e4m3fn": "int8"}.items():
+            arrays = self.make(8, 256, 256, w=w, x=x)
+            with pytest.raises(ValueError, match="int4 with int8 or e4m3"):
+                eight_bit.matmul(**arrays)
