@@ -8,9 +8,14 @@ import sys
 
 # Tests see 8 CPU devices. `pytest -m h100` compiles for a GPU and runs on the CPU like all others.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-_DEVICES = "--xla_force_host_platform_device_count"
-if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
+_FLAGS = {
+    "--xla_force_host_platform_device_count": 8,
+    # As many compilers as workers: LLVM in 32 parts for every program costs a tenth more.
+    "--xla_cpu_parallel_codegen_split_count": 1,
+}
+for _name, _value in _FLAGS.items():
+    if _name not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_name}={_value}".strip()
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # `pytest -m h100` has no cuDNN
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may try a hub
 if "jax" in sys.modules:  # a plugin was faster: XLA reads its flags later, jax its platform now
