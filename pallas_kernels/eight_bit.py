@@ -63,7 +63,7 @@ def matmul(
       w: [N, K] int8, int4 in the order of `interleave`, or one of the FP8 types.
       x_scale: float32 [M, G], with G = 1 or G = K / 128, or [M, 1]. A scale of the whole tensor is
         repeated.
-      w_scale: float32, bfloat16 or float16 [G, N]; a scale of a block of 128 x 128 is repeated.
+      w_scale: float32, bfloat16 or float16 [G, N], or [G, N / 128] of blocks of 128 x 128.
       out_dtype: of y: bfloat16, float16 or float32.
       tuning: default: `tuning.eight_bit`.
       interpret: `plgpu.InterpretGPUParams` to run on a CPU.
@@ -71,11 +71,14 @@ def matmul(
     Raises:
       ValueError: for shapes or types that `supports` refuses.
     """
-    (M, K), N, G = x.shape, w.shape[0], w_scale.shape[0]
+    (M, K), N, (G, C) = x.shape, w.shape[0], w_scale.shape
+    in_blocks = C * TILE_N == N
+    if in_blocks:
+        w_scale = jnp.repeat(w_scale, TILE_N, axis=1)
     if w.shape[1] != K or w_scale.shape[1] != N or x_scale.shape not in ((M, G), (M, 1)):
         raise ValueError(
-            f"x {x.shape}, w {w.shape}, x_scale {x_scale.shape} and w_scale {w_scale.shape} must be"
-            " [M, K], [N, K], [M, G] or [M, 1], and [G, N]."
+            f"x {x.shape}, w {w.shape}, x_scale {x_scale.shape} and w_scale {(G, C)} must be"
+            " [M, K], [N, K], [M, G] or [M, 1], and [G, N] or [G, N / 128]."
         )
     if reason := supports(w.dtype, x.dtype, K, N, K // G if K % G == 0 else 0):
         raise ValueError(f"pallas_kernels.eight_bit: {reason}.")
@@ -97,9 +100,9 @@ def matmul(
         s = plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
         return lax.broadcast_in_dim(s.astype(jnp.float32), shape, (0,))
 
-    def by_column(ref):
+    def by_column(ref, factor=1.0):
         s = plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
-        return lax.broadcast_in_dim(s, shape, (1,))
+        return lax.broadcast_in_dim(s * factor, shape, (1,))
 
     def weight(w_smem, rows):
         return four_bits.load_bytes(w_smem.at[rows], x.dtype) if is_packed else w_smem.at[rows]
@@ -117,9 +120,11 @@ def matmul(
             return d[...]  # waits
 
         d = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(shape, total_dtype))
-        scale = by_row(sw_smem.at[0, rows])
+        # One for the whole tile is a factor of a token's, and not of every sum.
+        scale = sw_smem[0, 0].astype(jnp.float32) if in_blocks else by_row(sw_smem.at[0, rows])
         for ref in sx_smem:
-            scale = scale * by_column(ref.at[0, pl.ds(0, tile_m)])
+            own = ref.at[0, pl.ds(0, tile_m)]
+            scale = by_column(own, scale) if in_blocks else scale * by_column(own)
         return total + d.astype(jnp.float32) * scale
 
     def scaled(total, features, tokens, sx, *sw):

@@ -15,7 +15,7 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from pallas_kernels.nested import Nested
-from pallas_kernels.tuning import TILE_K
+from pallas_kernels.tuning import TILE_K, TILE_N
 from qjax import numerics
 from qjax.format import Format
 from qjax.ops import blocked
@@ -229,8 +229,6 @@ def quantized(
 ) -> Array:
     """Returns step * (xq @ W) by the Hopper kernel for operands of 8 bits.
 
-    One scale of 128 x 128 weights is read as 128 scales, one for every output feature.
-
     Args:
       xq: [M, K] int8 or e4m3.
       step: [M, 1], or [M, G] of groups.
@@ -241,9 +239,11 @@ def quantized(
     K, (N_, K_) = xq.shape[1], data.shape
     N = N_ - extra[1]
     groups = K_ // TILE_K if scale.shape[0] > 1 else 1
-    scale = blocked.per_column(scale, N, format.group_columns or N)
+    if format.group_columns != TILE_N:  # the kernel takes blocks as they are
+        scale = blocked.per_column(scale, N, format.group_columns or N)
+        scale = jnp.pad(scale, ((0, 0), (0, N_ - N)))
     scale = scale.astype(short_scale(format) or "float32")
-    scale = jnp.pad(scale, ((0, groups - scale.shape[0]), (0, N_ - N)))
+    scale = jnp.pad(scale, ((0, groups - scale.shape[0]), (0, 0)))
     y = kernel.matmul(
         jnp.pad(xq, ((0, 0), (0, K_ - K))),
         data,

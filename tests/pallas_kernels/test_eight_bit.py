@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -87,3 +87,21 @@ class TestEightBit(Laws):
             arrays = self.make(8, 256, 256, w=w, x=x)
             with pytest.raises(ValueError, match="int4 with int8 or e4m3"):
                 eight_bit.matmul(**arrays)
+
+
+@pytest.mark.parametrize("x_groups", [1, 2])
+def test_a_scale_of_a_block_is_that_of_each_of_its_features(x_groups):
+    arrays: dict[str, Any] = {
+        "x": jax.random.normal(jax.random.key(0), (3, 256)).astype("float8_e4m3fn"),
+        "w": jax.random.normal(jax.random.key(1), (256, 256)).astype("float8_e4m3fn"),
+        "x_scale": jax.random.uniform(jax.random.key(2), (3, x_groups), minval=0.5, maxval=1.5),
+    }
+    blocks = jnp.array([[1.1, 0.3], [0.7, 2.9]])
+
+    def run(w_scale):
+        tile, interpret = Tuning(8, 2, sms=2), interpreter.params()
+        with interpreter.interpreting():
+            y = eight_bit.matmul(**arrays, w_scale=w_scale, tuning=tile, interpret=interpret)
+            return np.asarray(y, np.float32)
+
+    np.testing.assert_array_equal(run(blocks), run(jnp.repeat(blocks, 128, axis=1)))

@@ -88,9 +88,10 @@ EIGHT_BIT = {
     "fp8 gradients M=1024": (1024, "float8_e4m3fn", "float8_e5m2", 1, 1.1, 0.3),
     "fp8 blocks M=16": (16, "float8_e4m3fn", "float8_e4m3fn", K // 128, 1.1, None),
     "fp8 blocks M=1024": (1024, "float8_e4m3fn", "float8_e4m3fn", K // 128, 2.0, 0.5),
-    # A step for every 128 values of a token, too: a product of two scales for each sum.
-    "fp8 1x128 M=16": (16, "float8_e4m3fn", "float8_e4m3fn", K // 128, 1.15, None),
-    "fp8 1x128 M=1024": (1024, "float8_e4m3fn", "float8_e4m3fn", K // 128, 3.1, 0.8),
+    # A step for every 128 values of a token, too: a product with the weight's for each of them,
+    # where blocks of 128 x 128 have one, or else for each sum.
+    "fp8 1x128 M=16": (16, "float8_e4m3fn", "float8_e4m3fn", K // 128, 1.05, None),
+    "fp8 1x128 M=1024": (1024, "float8_e4m3fn", "float8_e4m3fn", K // 128, 2.6, 0.65),
     "int4 x int8 1x128 M=16": (16, "int4", "int8", K // 128, 1.6, None),
 }
 
@@ -114,7 +115,8 @@ def compiled_weight_only(M, dtype, group, x, scale="bfloat16", codebook=None):
 
 def compiled_eight_bit(M, w, x, groups, steps=1):
     f = lambda *a: eight_bit.matmul(*a)
-    x_scale, w_scale = _array("float32", M, steps), _array("float32", groups, N)
+    columns = N // 128 if steps > 1 and w != "int4" else N
+    x_scale, w_scale = _array("float32", M, steps), _array("float32", groups, columns)
     return h100.compile(f, _array(x, M, K), _array(w, N, K), x_scale, w_scale)
 
 
@@ -174,7 +176,7 @@ def test_eight_bit(name):
     if prefill:  # the tensor core has 4096 products of bytes a cycle
         assert kernel.loop.total() / (64 * t.tile_k * t.tile_m / 4096) <= prefill
     ordered = K * max(M, t.tile_m) if w == "int4" else 0  # of what quantizes x, in a program
-    scales = 8 * steps * max(M, t.tile_m, 32)
+    scales = 8 * steps * max(M, t.tile_m, 32) + (4 * groups * N if steps > 1 else 0)
     assert program.temporaries <= _workspace(t, M, 2) + ordered + scales + 1024
 
 
