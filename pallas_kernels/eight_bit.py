@@ -100,7 +100,7 @@ def matmul(
         s = plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
         return lax.broadcast_in_dim(s.astype(jnp.float32), shape, (0,))
 
-    def by_column(ref, factor=1.0):
+    def by_column(ref, factor: Any = 1.0):
         s = plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
         return lax.broadcast_in_dim(s * factor, shape, (1,))
 
