@@ -162,7 +162,7 @@ def _dot_then_scale(x, x_scale, w, s):
 def _quantized_dot(x, x_scale, w, s):
     (M, K), G = x.shape, s.shape[0]
     kind = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
-    w = w.astype(jnp.int8) if w.dtype == jnp.int4 else w
+    w = w.astype(x.dtype) if w.dtype == jnp.int4 else w
     if G == 1:
         dims = (((1,), (1,)), ((), ()))
         y = lax.dot_general(x, w, dims, preferred_element_type=kind).astype(jnp.float32)
