@@ -9,6 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ def test_digits_are_split_evenly():
     assert train.images.max() == 1
 
 
+@pytest.mark.usefixtures("compiled_once")
 def test_a_stopped_run_goes_on_with_the_same_result(tmp_path):
     vision = load_example("qat_vision")
     train = vision.Data(*(a[::8] for a in vision.digits()[0]))
