@@ -266,8 +266,9 @@ def test_experts(name):
     places = t.tile_m * experts.most_tiles(M, E, t.tile_m)
     each = 2 * K + 2 * N + (4 * N * t.split_k if t.split_k > 1 else 0)
     assert program.temporaries <= places * each + 4096
-    # The table, the tokens in their tiles, the product, and its tokens in their order.
-    assert sum(hlo.executed(program.hlo)[op] for op in ("fusion", "mosaic_gpu_v2")) <= 5
+    # The table, the tokens in their tiles, the product, its sums, and its tokens in their order.
+    kernels = sum(hlo.executed(program.hlo)[op] for op in ("fusion", "mosaic_gpu_v2"))
+    assert kernels <= 5 + (t.split_k > 1)
 
 
 LLAMA = {  # K, N of the linear layers
