@@ -36,6 +36,12 @@ FORMATS = [
     # groups that are no divisor of K; scales shared by columns
     qjax.Format("int4", group_size=36, group_columns=8, remainder="ragged"),
 ]
+# Others take the same paths through the code.
+SLOW = {"int3 g32 bf16", "nf4 g32 f32", "fp4 g32 f32", "e4m3 ch f32"}
+EVERY = [
+    pytest.param(fmt, id=str(fmt), marks=[pytest.mark.slow] if str(fmt) in SLOW else [])
+    for fmt in FORMATS
+]
 
 
 def problem(seed=0, n=256, K=K):
@@ -85,7 +91,7 @@ def test_it_is_the_loop_of_the_paper(K):
     assert objective(w, qt, h) == pytest.approx(np.sum(d * (np.asarray(h) @ d)), rel=0.02)
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("fmt", EVERY)
 def test_every_step_can_only_lower_the_objective(fmt):
     w, _, h = problem()
     rtn = quantize_array(w, fmt, KN, importance=jnp.diagonal(h))
@@ -103,8 +109,18 @@ def test_every_step_can_only_lower_the_objective(fmt):
     assert values[2] < 0.9 * values[0]
 
 
-@pytest.mark.parametrize("refit", [False, True])
-@pytest.mark.parametrize("fmt", [FORMATS[0], FORMATS[3], FORMATS[7]], ids=str)
+@pytest.mark.parametrize(
+    ("fmt", "refit"),
+    [
+        (FORMATS[0], True),
+        (FORMATS[3], False),
+        (FORMATS[7], True),
+        pytest.param(FORMATS[0], False, marks=pytest.mark.slow),
+        pytest.param(FORMATS[3], True, marks=pytest.mark.slow),
+        pytest.param(FORMATS[7], False, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_wide_groups_and_blocks_lower_it_too(monkeypatch, fmt, refit):
     """The ways that only large weights take, on a small one."""
     monkeypatch.setattr(descent, "BLOCK", 20)  # no divisor of K
@@ -121,7 +137,7 @@ def test_wide_groups_and_blocks_lower_it_too(monkeypatch, fmt, refit):
     assert values[2] < values[0]
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("fmt", EVERY)
 def test_no_column_is_above_rounding_to_nearest(fmt):
     w, _, h = problem()
     # Inputs that are almost independent, where GPTQ has little to gain.
