@@ -10,6 +10,7 @@ from qjax.planning import Plan, plan
 
 pytestmark = pytest.mark.h100
 
+XLA_BYTES = 68e9  # of arguments, with which it schedules within an H100's memory
 LAYERS = {"llama-3-8b": 32, "llama-3-70b": 80}
 PRODUCTS = 7  # of a layer: q, k, v, o, gate, up, down
 
@@ -47,7 +48,10 @@ def test_tensor_parallel_steps_have_one_all_reduce_for_each_product_of_split_row
 def test_fp8_products_are_native_and_shards_tell_each_other_the_largest_activations(model, devices):
     got = planned(model, "fp8-dynamic", devices, 16)
     computed = plan(model, "fp8-dynamic", devices=devices, batch=16, compiler=False)
-    assert got.native_fp8 == PRODUCTS * LAYERS[model]
+    if got.arguments <= XLA_BYTES:
+        assert got.native_fp8 == PRODUCTS * LAYERS[model]
+    else:  # it then computes keys and values again, twice, rather than keep their sums
+        assert got.native_fp8 in (n * LAYERS[model] for n in (PRODUCTS, PRODUCTS + 4))
     # Before each product of split rows the steps of all tokens, after it the sums.
     expected = {"all-reduce": 2 * 2 * LAYERS[model]} if devices > 1 else {}
     assert got.collectives == computed.collectives == expected
