@@ -22,6 +22,11 @@ FORMATS = [
     qjax.Format("int4", group_size=12, group_columns=5, remainder="ragged"),
     qjax.Format("int8", group_columns=None),
 ]
+# int3 takes the path of int4, and a zero point that of an offset.
+EVERY = [
+    pytest.param(fmt, id=str(fmt), marks=[pytest.mark.slow] if i in (0, 3) else [])
+    for i, fmt in enumerate(FORMATS)
+]
 
 
 def problem(*lead, seed=0, widths=(N, N + 3)):
@@ -42,7 +47,7 @@ def exact(w, D, H):
     return form(D), form(w)
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("fmt", EVERY)
 def test_the_loss_is_that_of_the_scaled_weights_and_never_above_rounding(fmt):
     weights, H, a = problem(2)
     found = awq.search(weights, H, a, fmt)
@@ -148,7 +153,7 @@ def test_no_array_has_a_grid_axis_and_the_program_does_not_grow():
         assert max(large[0]) <= 128 * 160
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("fmt", EVERY)
 def test_clipping_never_grows_a_groups_own_error(fmt):
     (w,), H, _ = problem(2, widths=(N,))
     out = awq.clip(w, H, fmt)
