@@ -88,7 +88,7 @@ def print_table(
         table.add_row(*map(Text, row))
     console = Console(highlight=False)
     if not console.is_terminal:  # a file or a pipe has no width to wrap at
-        console = Console(highlight=False, width=200)
+        console = Console(highlight=False, width=1000)
     console.print(table)
 
 
