@@ -2,7 +2,7 @@
 
 Every time is predicted, none is measured here: from bytes, from instructions of the compiled
 machine code and from public peak rates ("at least"); or from what kernels of all forms were seen to
-reach of those rates on an H100 ("expected", within a fifth of what was measured).
+reach of those rates on an H100 ("expected", within a quarter of what was measured).
 """
 
 from __future__ import annotations

@@ -110,7 +110,9 @@ def matmul(
         raise ValueError(f"`group_sizes` must be [{E}], one for each expert of w {w.shape}.")
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     if not M:
-        return jnp.zeros((0, _inputs(w, bits) if transposed else w.shape[1]), out_dtype)
+        return jnp.zeros(
+            (0, transposed_kernel.inputs_of(w, bits) if transposed else w.shape[1]), out_dtype
+        )
     if tuning is None:
         # Some experts have more than others; while memory is the bound, larger tiles are free.
         tuning = _tuning(
@@ -161,17 +163,13 @@ def _kernel(transposed: bool, zero: int | None, bits: int | None) -> Any:
     return functools.partial(weight_only.matmul, zero=zero)
 
 
-def _inputs(w: Array, bits: int | None) -> int:
-    return w.shape[-1] if bits is None else w.shape[-1] * 8 // bits
-
-
 def _tuning(
     x: Array, w: Array, scale: Array, M: int, experts: int, codebook: Any, out_dtype: Any,
     transposed: bool, bits: int | None,
 ) -> Tuning:  # fmt: skip
     """Returns the tuning for M tokens of each expert."""
     (N, columns), G = w.shape[-2:], scale.shape[-2]
-    K = _inputs(w, bits) if transposed else x.shape[-1]
+    K = transposed_kernel.inputs_of(w, bits) if transposed else x.shape[-1]
     bits = columns * hopper.bits(w.dtype) // K
     table_bytes = 0 if codebook is None else four_bits.TABLE_BYTES
     if transposed:

@@ -28,16 +28,23 @@ def weight_only(
         `Nested` for what it decodes to.
       codebook: None; or the values of codes 0 .. 15, the bits of int4, rounded to x's type.
     """
-    if codebook is not None:
-        w = jnp.asarray(codebook, x.dtype)[w.astype(jnp.int32) & 15]
-    if isinstance(scale, Nested):
-        scale = scale.decoded()
-    elif scale.dtype == jnp.uint8:
-        scale = jnp.exp2(scale.astype(jnp.float32) - 127)
+    scale = float_scale(scale)
     wide = jnp.repeat(scale.astype(jnp.float32), x.shape[1] // scale.shape[0], axis=0)  # [K, N]
-    w = w.astype(jnp.float32).T * wide
+    w = values(w, codebook, x.dtype).astype(jnp.float32).T * wide
     y = jnp.dot(x.astype(jnp.float32), w, precision=lax.Precision.HIGHEST)
     return y.astype(out_dtype)
+
+
+def values(w: Array, codebook: Sequence[float] | None, dtype: Any) -> Array:
+    """Returns the values in `dtype` of codes 0 .. 15, the bits of int4; or without a codebook w."""
+    return w if codebook is None else jnp.asarray(codebook, dtype)[w.astype(jnp.int32) & 15]
+
+
+def float_scale(scale: Array | Nested) -> Array:
+    """Returns scales [G, N] as floats, of which uint8 and `Nested` ones are none."""
+    if isinstance(scale, Nested):
+        return scale.decoded()
+    return jnp.exp2(scale.astype(jnp.float32) - 127) if scale.dtype == jnp.uint8 else scale
 
 
 def transposed(

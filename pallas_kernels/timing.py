@@ -34,6 +34,7 @@ from jax.experimental.mosaic.gpu import profiler
 from pallas_kernels import interleave, planes, reference
 from pallas_kernels.bench import FORMS, SHAPES, Form
 from pallas_kernels.nested import Nested
+from pallas_kernels.tuning import BYTES_PER_US
 
 TOKENS = (1, 16, 64, 1024)
 ENOUGH_US = 1500  # of products in a program, so that its own launch counts for little
@@ -125,12 +126,7 @@ def _dequantized(form: Form, w: Array, s: Any, dtype: Any) -> Array:
     """Returns W [K, N] of a packed w [N, K] and s [G, N], by a broadcast that XLA can fuse."""
     if form.bits < 4:
         w = planes.codes(w, form.bits).astype(jnp.int8) - 2 ** (form.bits - 1)
-    if (levels := _levels(form)) is not None:
-        w = jnp.asarray(levels, dtype)[w.astype(jnp.int32) & 15]
-    if isinstance(s, Nested):
-        s = s.decoded()
-    elif s.dtype == jnp.uint8:
-        s = jnp.exp2(s.astype(jnp.float32) - 127)
+    w, s = reference.values(w, _levels(form), dtype), reference.float_scale(s)
     N, K = w.shape
     groups = w.astype(dtype).reshape(N, s.shape[0], -1) * s.astype(dtype).T[..., None]
     return groups.reshape(N, K).T
@@ -244,7 +240,7 @@ class _Prepared:
             prepare(roll(args["w"], i), args["scale"]) for i in range(1, count)
         ]
         (M, K), N = args["x"].shape, args["w"].shape[0]
-        least_us = max(self.nbytes / 3e6, 2 * M * K * N / 6e8)
+        least_us = max(self.nbytes / BYTES_PER_US, 2 * M * K * N / 6e8)
         laps = max(1, min(16, math.ceil(enough_us / least_us / count)))
         self.xs = [jnp.roll(args["x"], i, axis=0 if laps < M else 1) for i in range(laps)]
         self.x_scale = args["x_scale"]

@@ -50,7 +50,7 @@ def matmul(
     """
     (M, N), (_, columns), (G, _) = dy.shape, w.shape[-2:], scale.shape[-2:]
     stack = () if experts is None else w.shape[:1]
-    K = columns if bits is None else columns * 8 // bits
+    K = inputs_of(w, bits)
     if w.shape != (*stack, N, columns) or scale.shape != (*stack, G, N) or K % G:
         raise ValueError(
             f"dy {dy.shape}, w {w.shape} and scale {scale.shape} must be [M, N], [N, K] and [G, N],"
@@ -122,6 +122,11 @@ def matmul(
         interpret=interpret,
     )
     return y[:M]
+
+
+def inputs_of(w: Array, bits: int | None) -> int:
+    """Returns the inputs K of a weight [.., N, K], or of codes of so many bits in bytes."""
+    return w.shape[-1] if bits is None else w.shape[-1] * 8 // bits
 
 
 def supports(

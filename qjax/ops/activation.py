@@ -157,7 +157,12 @@ def _dynamic(x: Float[Array, "*m K"], fmt: Format) -> tuple[Array, Array]:
         return quantize_tokens(x, fmt.activation)
     assert fmt.group_size is not None
     codes, scale = quantize_groups(x, fmt.activation, fmt.group_size)
-    return codes, jnp.repeat(scale, fmt.group_size, axis=-1)[..., : x.shape[-1]]
+    return codes, of_inputs(scale, fmt.group_size, x.shape[-1])
+
+
+def of_inputs(scale: Float[Array, "*m G"], group_size: int, K: int) -> Float[Array, "*m K"]:
+    """Returns the step of each of K inputs, of the steps of their groups."""
+    return jnp.repeat(scale, group_size, axis=-1)[..., :K]
 
 
 def _codes(x: Array, element: numerics.Element) -> Array:

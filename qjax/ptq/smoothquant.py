@@ -83,8 +83,7 @@ def _quantized(
     e = numerics.get_element(element)
     if activation_scale == "group":
         codes, step = activations.quantize_groups(x, element, group_size)
-        wide = jnp.repeat(step, group_size, axis=-1)[..., : x.shape[-1]]
-        return codes.astype(jnp.float32) * wide
+        return codes.astype(jnp.float32) * activations.of_inputs(step, group_size, x.shape[-1])
     if activation_scale == "token":
         largest = jnp.max(jnp.abs(x), -1, keepdims=True)
     elif activation_scale == "tensor":
