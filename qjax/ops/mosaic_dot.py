@@ -187,7 +187,7 @@ def _weight(
     stored = short_scale(format) or scale.dtype
 
     def wide(a):  # a scale of many columns, for each of them
-        return jnp.repeat(a, format.group_columns or N, axis=-1)[:, :N] if a.shape[-1] != N else a
+        return a if a.shape[-1] == N else jnp.repeat(a, format.group_columns or N, axis=-1)[..., :N]
 
     scale = wide(scale)
     zero = None if zero is None else wide(zero)

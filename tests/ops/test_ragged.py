@@ -97,6 +97,14 @@ def test_a_batch_of_products_is_one_kernel(name):
     _close(dx, np.asarray(dy, np.float64) @ w.swapaxes(1, 2), 2.0**-8)
 
 
+def test_blocks_of_columns_may_reach_beyond_the_last_one():
+    w = jax.random.normal(jax.random.key(0), (2, 256, 100))
+    qt, x = quantize_array(w, qjax.Format("int4", 128, 128)), _rows(2, 3, 256)
+    prepared = qjax.prepare(qt, "h100")
+    y = _by_the_kernel(lambda: packed_dot(x, prepared, out_dtype=jnp.float32))
+    _close(y, np.asarray(x, np.float64) @ np.asarray(qjax.dequantize(qt), np.float64), 2e-6)
+
+
 @pytest.mark.parametrize("name", ["zero point", "nf4"])
 def test_the_derivative_on_the_kernel_agrees_with_float64(name):
     qt, dy = _experts(name), _rows(M, 128)
