@@ -72,10 +72,8 @@ def matmul(
       ValueError: for shapes or types that `supports` refuses.
     """
     (M, K), N, (G, C) = x.shape, w.shape[0], w_scale.shape
-    in_blocks = C * TILE_N == N
-    if in_blocks:
-        w_scale = jnp.repeat(w_scale, TILE_N, axis=1)
-    if w.shape[1] != K or w_scale.shape[1] != N or x_scale.shape not in ((M, G), (M, 1)):
+    in_blocks, has_groups = C * TILE_N == N, G > 1
+    if w.shape[1] != K or not (in_blocks or N == C) or x_scale.shape not in ((M, G), (M, 1)):
         raise ValueError(
             f"x {x.shape}, w {w.shape}, x_scale {x_scale.shape} and w_scale {(G, C)} must be"
             " [M, K], [N, K], [M, G] or [M, 1], and [G, N] or [G, N / 128]."
@@ -93,7 +91,7 @@ def matmul(
         x = interleave.for_e4m3(x)
     x = hopper.padded_tokens(x, tile_m)
     rows_of_x = hopper.padded_tokens(x_scale.astype(jnp.float32), tile_m).T  # [G, M]
-    has_groups, of_tokens = G > 1, x_scale.shape[1] == 1
+    of_tokens = x_scale.shape[1] == 1
     shape = (hopper.ROWS, tile_m)
 
     def by_row(ref):
@@ -127,6 +125,16 @@ def matmul(
             scale = by_column(own, scale) if in_blocks else scale * by_column(own)
         return total + d.astype(jnp.float32) * scale
 
+    def step_by_token(w_smem, x_smem, sw_smem, sx_smem, rows, total):
+        def product(d):
+            plgpu.wgmma(d, x_smem.at[rows], w_smem.T)
+            return d[...]  # waits
+
+        d = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((hopper.ROWS, TILE_N), total_dtype))
+        scale = plgpu.load(sx_smem.at[0, rows], layout=plgpu.Layout.WGMMA.reduce(1))
+        scale *= sw_smem[0, 0].astype(jnp.float32)
+        return total + d.astype(jnp.float32) * lax.broadcast_in_dim(scale, d.shape, (0,))
+
     def scaled(total, features, tokens, sx, *sw):
         scale = by_column(sx.at[0, tokens])
         for ref in sw:
@@ -134,34 +142,40 @@ def matmul(
         return total.astype(jnp.float32) * scale
 
     operands = [Operand(w, "n", columns=TILE_K), Operand(x, "m", columns=TILE_K)]
-    late = [rows_of_x.T, w_scale]  # scales of the sums over all of K
+    if in_blocks:  # a tile reads one, as often as TMA can load, or else for each feature
+        width = hopper.ALIGNMENT * 8 // hopper.bits(w_scale.dtype) if has_groups else TILE_N
+        w_scale = jnp.repeat(w_scale, width, axis=1)
     if has_groups:
-        operands += [Operand(w_scale, "n", is_row=True)]
-        late.pop()
-        if not of_tokens:
-            width = max(tile_m, hopper.ALIGNMENT // 4)
-            tiles = rows_of_x.reshape(G, -1, tile_m)
-            tiles = jnp.pad(tiles, ((0, 0), (0, 0), (0, width - tile_m))).reshape(G, -1)
-            operands += [Operand(tiles, "m", is_row=True, width=width)]
-            late.pop()
+        operands.append(Operand(w_scale, "n", is_row=True, width=w_scale.shape[1] * TILE_N // N))
+    in_steps = has_groups and not of_tokens  # are scales of x; else they are of sums over all of K
+    if in_steps:
+        width = max(tile_m, hopper.ALIGNMENT // 4)
+        tiles = rows_of_x.reshape(G, -1, tile_m)
+        tiles = jnp.pad(tiles, ((0, 0), (0, 0), (0, width - tile_m))).reshape(G, -1)
+        operands.append(Operand(tiles, "m", is_row=True, width=width))
+    # A thread has two rows and 32 columns. Where blocks of weights have one factor, tokens have all
+    # the others: then they had better be the rows.
+    by_token = in_steps and in_blocks and not is_packed and tile_m == 2 * hopper.ROWS
     sizes = x.shape[0], K, N
+    late = [] if in_steps else [rows_of_x] if has_groups else [rows_of_x, w_scale]
+    # They multiply sums that are complete: parts of integers are added exactly.
     in_epilogue = bool(late) and shares.most_parts(tuning, sizes) == 1
-    # Sums over all of K are scaled when they are complete: parts of integers are added exactly.
-    is_scaled = in_epilogue or not late
+    sum_dtype = jnp.float32 if has_groups else total_dtype
     y = hopper.product(
         operands,
-        step_in_groups if has_groups else step,
+        step_by_token if by_token else step_in_groups if has_groups else step,
         scaled if in_epilogue else lambda total, *_: total,
-        whole=(rows_of_x, *late[1:]) if in_epilogue else (),
+        whole=late if in_epilogue else (),
         in_tensor_core=None if has_groups else total_dtype,
         loads_blocks=has_groups or is_packed,
-        sum_dtype=jnp.float32 if has_groups else total_dtype,
-        out_dtype=out_dtype if is_scaled else jnp.float32 if has_groups else total_dtype,
+        rows_of="m" if by_token else "n",
+        sum_dtype=sum_dtype,
+        out_dtype=sum_dtype if late and not in_epilogue else out_dtype,
         sizes=sizes,
         tuning=tuning,
         interpret=interpret,
     )
-    if not is_scaled:
-        for scale in late:
-            y = y.astype(jnp.float32) * scale
+    if late and not in_epilogue:
+        y = y.astype(jnp.float32) * rows_of_x.T
+        y = y if has_groups else y * w_scale
     return y.astype(out_dtype)[:M]

@@ -2,7 +2,8 @@
 
 A kernel computes the transpose, yᵀ [N, M] = W [N, K] xᵀ [K, M], and stores y. A wgmma takes its
 left operand from registers, which is where dequantized weights are born, and has 64 rows: here
-output features. The tokens become its n, a multiple of 8, so that decoding wastes little.
+output features. The tokens become its n, a multiple of 8, so that decoding wastes little. Where
+nothing is decoded and there are many tokens, they may be the rows: y = x Wᵀ.
 
 Each CTA has one warpgroup that loads blocks by TMA into a ring of buffers in shared memory, and two
 that multiply. CTAs are persistent: each walks through the steps of its `shares.Share`, and the ring
@@ -120,6 +121,7 @@ def product(
     scratch: Any = None,
     in_tensor_core: Any = None,
     loads_blocks: bool = True,
+    rows_of: str = "n",
     experts: Array | None = None,
     sum_dtype: Any = jnp.float32,
     out_dtype: Any,
@@ -140,6 +142,8 @@ def product(
       in_tensor_core: None: `total` is a float32 value; or the type of the accumulator that it is.
       loads_blocks: whether `step` loads blocks into registers and does not itself end with
         `commit_smem`. What only a wgmma reads needs no fence before TMA overwrites it.
+      rows_of: what the 64 rows of a warpgroup are: "n", features, or "m", tokens, of which a tile
+        then has 128. Sums are [64, 128] there, and `rows` some of the tile's tokens.
       experts: None; or int32 [M / tile_m + 1]: of each tile of tokens its expert, the index into
         stacked operands; and last how many tiles there are. What follows them is not computed.
       sum_dtype: of what `finish` returns; sums of fragments are stored and added in it.
@@ -150,6 +154,11 @@ def product(
     if steps % tuning.split_k or K % tuning.tile_k or M % tile_m or N % TILE_N:
         raise ValueError(f"{tuning} does not tile M={M}, K={K}, N={N}.")
     size = {"n": TILE_N, "m": tile_m}
+    if size[rows_of] != 2 * ROWS:
+        raise ValueError(f"{tuning} has {tile_m} tokens in a tile: rows of tokens need {2 * ROWS}.")
+    of_tokens = rows_of == "m"
+    shape = (ROWS, TILE_N if of_tokens else tile_m)
+    out_shape = shape if of_tokens else shape[::-1]
     if experts is None:
         parts = most_parts(tuning, sizes)
     else:  # fewer tiles may be cut into more
@@ -213,8 +222,12 @@ def product(
             def fragment(i, slot):
                 tile = share.tile(i)
                 n, m = tile // m_tiles, tile % m_tiles
-                own = pl.ds(n * TILE_N + wg * ROWS, ROWS)
-                tokens = pl.ds(m * tile_m, tile_m)
+                # of the 64 features or tokens of this warpgroup
+                features, tokens = pl.ds(n * TILE_N, TILE_N), pl.ds(m * tile_m, tile_m)
+                if of_tokens:
+                    tokens = pl.ds(m * tile_m + wg * ROWS, ROWS)
+                else:
+                    features = pl.ds(n * TILE_N + wg * ROWS, ROWS)
 
                 def body(_, carry):
                     slot, total = carry
@@ -230,17 +243,19 @@ def product(
                     return after(slot), None if accumulator is not None else total
 
                 def store(total):
-                    sums = finish(total, own, tokens, *extra)
+                    sums = finish(total, features, tokens, *extra).astype(store_dtype)
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the fragment before
-                    out_smem.at[wg].T[...] = plgpu.layout_cast(
-                        sums.astype(store_dtype), plgpu.Layout.WGMMA_TRANSPOSED
-                    )
+                    own = out_smem.at[wg]
+                    if of_tokens:
+                        own[...] = sums
+                    else:
+                        own.T[...] = plgpu.layout_cast(sums, plgpu.Layout.WGMMA_TRANSPOSED)
                     plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(out_smem.at[wg], out.at[share.part(i), tokens, own])
+                    plgpu.copy_smem_to_gmem(own, out.at[share.part(i), tokens, features])
 
                 accumulator = None
                 if in_tensor_core is None:
-                    zeros = jnp.zeros((ROWS, tile_m), jnp.float32)
+                    zeros = jnp.zeros(shape, jnp.float32)
                     zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
                     slot, total = lax.fori_loop(*share.bounds(i), body, (slot, zeros))
                     store(total)
@@ -253,8 +268,9 @@ def product(
                     store(total[...])
                     return end
 
-                shape = plgpu.WGMMAAccumulatorRef((ROWS, tile_m), in_tensor_core)
-                return pl.run_scoped(in_accumulator, shape)
+                return pl.run_scoped(
+                    in_accumulator, plgpu.WGMMAAccumulatorRef(shape, in_tensor_core)
+                )
 
             lax.fori_loop(0, share.fragments, fragment, 0)
             plgpu.wait_smem_to_gmem(0)
@@ -278,7 +294,9 @@ def product(
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         scratch_types=[
-            plgpu.SMEM((2, tile_m, ROWS), store_dtype, transforms=transforms(ROWS, store_dtype)),
+            plgpu.SMEM(
+                (2, *out_shape), store_dtype, transforms=transforms(out_shape[1], store_dtype)
+            ),
             plgpu.Barrier(num_arrivals=len(operands), num_barriers=stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             *(o.ring(stages, size[o.of], tuning.tile_k) for o in operands),

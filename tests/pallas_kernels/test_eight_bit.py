@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, ClassVar
 
 import jax
@@ -45,7 +46,9 @@ class TestEightBit(Laws):
         ("int4 x fp8 groups", Tuning(8, 2, sms=1)),  # loads blocks, scales among them
     )
 
-    def make(self, M, K, N, seed=0, *, w, group=None, x=None, of_tokens=False, scale="float32"):
+    def make(
+        self, M, K, N, seed=0, *, w, group=None, x=None, of_tokens=False, scale="float32", block=1
+    ):
         groups = K // (group or K)
         keys = jax.random.split(jax.random.key(seed), 4)
 
@@ -61,7 +64,7 @@ class TestEightBit(Laws):
             "x_scale": jax.random.uniform(
                 keys[2], (M, 1 if of_tokens else groups), jnp.float32, 0.5, 1.5
             ),
-            "w_scale": jax.random.uniform(keys[3], (groups, N), scale, 0.5, 1.5),
+            "w_scale": jax.random.uniform(keys[3], (groups, N // block), scale, 0.5, 1.5),
         }
 
     def run(self, arrays, *, tuning, interpret):
@@ -71,8 +74,9 @@ class TestEightBit(Laws):
 
     def exact(self, arrays):
         x, w, sx, sw = (np.asarray(a).astype(np.float64) for a in arrays.values())
-        K, g = x.shape[1], x.shape[1] // sw.shape[0]
-        return (x * np.repeat(sx, K // sx.shape[1], axis=1)) @ (w.T * np.repeat(sw, g, axis=0))
+        K, N = x.shape[1], w.shape[0]
+        sw = np.repeat(np.repeat(sw, K // sw.shape[0], axis=0), N // sw.shape[1], axis=1)
+        return (x * np.repeat(sx, K // sx.shape[1], axis=1)) @ (w.T * sw)
 
     def budget_of(self, name):
         # Hopper's own sums of FP8 products keep fewer bits than float32: 2.1e-4 was seen.
@@ -89,17 +93,43 @@ class TestEightBit(Laws):
                 eight_bit.matmul(**arrays)
 
 
-@pytest.mark.parametrize("x_groups", [1, 2])
-def test_a_scale_of_a_block_is_that_of_each_of_its_features(x_groups):
+class TestRowsOfTokens(Laws):
+    """With many tokens and scales of blocks, tokens are the rows of a wgmma."""
+
+    formats: ClassVar = {
+        "fp8 1x128": {"w": "float8_e4m3fn", "group": 128, "block": 128},
+        "fp8 1x128, bfloat16 scales": {
+            "w": "float8_e4m3fn",
+            "group": 128,
+            "block": 128,
+            "scale": "bfloat16",
+        },
+        "fp8 gradients 1x128": {
+            "w": "float8_e4m3fn",
+            "x": "float8_e5m2",
+            "group": 128,
+            "block": 128,
+        },
+        "int8 1x128": {"w": "int8", "group": 128, "block": 128},
+    }
+    make, exact, budget_of = TestEightBit.make, TestEightBit.exact, TestEightBit.budget_of
+
+    def run(self, arrays, *, tuning, interpret):
+        tuning = dataclasses.replace(tuning, tile_m=128, tile_k=128)
+        return TestEightBit().run(arrays, tuning=tuning, interpret=interpret)
+
+
+@pytest.mark.parametrize(("M", "tile_m", "x_groups"), [(3, 8, 1), (3, 8, 2), (200, 128, 2)])
+def test_a_scale_of_a_block_is_that_of_each_of_its_features(M, tile_m, x_groups):
     arrays: dict[str, Any] = {
-        "x": jax.random.normal(jax.random.key(0), (3, 256)).astype("float8_e4m3fn"),
+        "x": jax.random.normal(jax.random.key(0), (M, 256)).astype("float8_e4m3fn"),
         "w": jax.random.normal(jax.random.key(1), (256, 256)).astype("float8_e4m3fn"),
-        "x_scale": jax.random.uniform(jax.random.key(2), (3, x_groups), minval=0.5, maxval=1.5),
+        "x_scale": jax.random.uniform(jax.random.key(2), (M, x_groups), minval=0.5, maxval=1.5),
     }
     blocks = jnp.array([[1.1, 0.3], [0.7, 2.9]])
 
     def run(w_scale):
-        tile, interpret = Tuning(8, 2, sms=2), interpreter.params()
+        tile, interpret = Tuning(tile_m, 2, sms=2), interpreter.params()
         with interpreter.interpreting():
             y = eight_bit.matmul(**arrays, w_scale=w_scale, tuning=tile, interpret=interpret)
             return np.asarray(y, np.float32)
