@@ -221,6 +221,30 @@ def _by_the_kernel(x, prepared, **options):
         )
 
 
+def _kernels(f, *args):
+    """How many Hopper kernels the program for an NVIDIA GPU has."""
+    lowered = jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",))
+    return lowered.as_text().count("@mosaic_gpu_v2")
+
+
+def test_a_pre_scale_does_not_keep_a_product_from_the_kernel():
+    w = jax.random.normal(jax.random.key(0), (2, 256, 128))
+    factor = 1 + jax.random.uniform(jax.random.key(2), (2, 256))
+    stack = quantize_array(w, FORMATS["int4"], pre_scale=factor)
+    qt, prepared = (jax.tree.map(lambda a: a[0], p) for p in (stack, qjax.prepare(stack, "h100")))
+    x = jax.random.normal(jax.random.key(1), (3, 256), jnp.bfloat16)
+    y = np.asarray(_by_the_kernel(x, prepared), np.float64)
+    wanted = np.asarray(x, np.float64) @ np.asarray(qjax.dequantize(qt), np.float64)
+    # Which takes x * pre_scale in bfloat16, of 8 places.
+    assert np.linalg.norm(y - wanted) <= 2.0**-9 * np.linalg.norm(wanted)
+    np.testing.assert_allclose(packed_dot(x, prepared, out_dtype="float32"), y, rtol=0, atol=1e-3)
+    product = lambda x, w: x @ w.astype(x.dtype)
+    experts = lambda x, w: lax.ragged_dot(x, w.astype(x.dtype), jnp.array([2, 1]))
+    for f, w in ((product, prepared), (experts, qjax.prepare(stack, "h100"))):
+        loss = lambda x, w, f=f: jnp.sum(qjax.apply(f)(x, w).astype(jnp.float32) ** 2)
+        assert _kernels(jax.grad(loss), x, w) == 2
+
+
 def _layers(x, params):
     return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params)[0]
 

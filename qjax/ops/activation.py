@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qjax import numerics
 from qjax.format import Format
+from qjax.prepare import Prepared
 from qjax.qtensor import QTensor
 
 # Beyond the range of every element, and still finite.
@@ -21,10 +22,20 @@ _FAR = 2.0**127
 
 
 def scaled(x: Float[Array, "*b *m K"], qt: QTensor) -> Float[Array, "*b *m K"]:
-    """Returns x * pre_scale in float32, or x if the weight has none."""
+    """Returns x * pre_scale, see `_times`, or x if the weight has none."""
     if qt.pre_scale is None:
         return x
-    return x.astype(jnp.float32) * over_tokens(qt.pre_scale, x.ndim, x.ndim - 1)
+    return _times(x, over_tokens(qt.pre_scale, x.ndim, x.ndim - 1), qt)
+
+
+def _times(x: Array, factor: Array, qt: QTensor) -> Array:
+    """Returns x times a float32 factor of its channels.
+
+    In float32, but in x's type for a weight that is prepared for a GPU's kernel: that multiplies
+    x of 16 bits. Where x becomes codes, these are made of float32.
+    """
+    y = x.astype(jnp.float32) * factor
+    return y.astype(x.dtype) if isinstance(qt, Prepared) and qt.format.activation is None else y
 
 
 def ordered(x: Float[Array, "*b *m K"], qt: QTensor) -> Float[Array, "*b *m K"]:
@@ -330,7 +341,7 @@ def of_experts(x: Float[Array, "M K"], qt: QTensor, group_sizes: Int[Array, " E"
     fmt = qt.format
     expert = expert_of_rows(group_sizes, x.shape[0])
     if qt.pre_scale is not None:
-        x = x.astype(jnp.float32) * qt.pre_scale[expert]
+        x = _times(x, qt.pre_scale[expert], qt)
     if fmt.activation is None or not math.prod(x.shape):
         return x
     wide = x.astype(jnp.float32)

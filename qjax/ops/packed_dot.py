@@ -41,7 +41,8 @@ def packed_dot(
     y[.., n] = sum_k x[.., k] * (q[k, n] - zero_point[g(k), n]) * scale[g(k), n]
 
     accumulated in float32. A weight with a `pre_scale` multiplies x by it first (Wᵀ: the result),
-    one with a `perm` then reorders its channels.
+    one with a `perm` then reorders its channels. That factor's product is rounded to x's type if
+    the weight is prepared for a kernel that takes it, and is float32 otherwise.
     With `activation` in the format, x is then quantized with a step s that belongs to each token,
     to all of x, or to the weight: xq = round(x / s), and y = s * (xq @ q) * scale; its derivative
     is that of the product without rounding (straight-through).
