@@ -238,7 +238,14 @@ def _dynamic_slice(handler, eqn, values):
 
 
 def _dynamic_slice_in_dim(start, size, a, axis):
-    return lax.dynamic_slice_in_dim(a, start, size, axis=axis)
+    # The primitive clamps a negative start; counting from the end happened before it, if at all.
+    return lax.dynamic_slice_in_dim(a, start, size, axis=axis, allow_negative_indices=False)
+
+
+def _wide(index):
+    """Returns an index in a type that holds the length of any axis, which uint8 may not."""
+    index = jnp.asarray(index)
+    return index if index.dtype.itemsize >= 4 else index.astype(jnp.int32)
 
 
 def _cut(handler, eqn, values, cuts):
@@ -250,12 +257,14 @@ def _cut(handler, eqn, values, cuts):
     for axis, (start, size, cut) in enumerate(cuts):
         if size == out.shape[axis]:
             continue
+        if size == 0:
+            return [_empty(eqn.outvars[0])]
         if not isinstance(out, View):
             out = cut(out, axis)
             continue
         part = handler.take_axis(out, axis, cut, size)
         if part is None and size == 1:
-            index = jnp.clip(start, 0, out.shape[axis] - 1)
+            index = jnp.clip(_wide(start), 0, out.shape[axis] - 1)
             params = {"mode": lax.GatherScatterMode.PROMISE_IN_BOUNDS, "fill_value": None}
             part = handler.gather(out, axis, index, params)
             part = None if part is None else jnp.expand_dims(part, axis)
@@ -265,12 +274,21 @@ def _cut(handler, eqn, values, cuts):
     return [out]
 
 
+def _empty(var):
+    """Returns the array without entries that a part of length 0 is: nothing is left to pack."""
+    return jnp.zeros(var.aval.shape, var.aval.dtype)
+
+
 def _split_axis(handler, eqn, values):
     (view,) = values
     axis, out, start = eqn.params["axis"], [], 0
-    for size in eqn.params["sizes"]:
+    for size, var in zip(eqn.params["sizes"], eqn.outvars, strict=True):
         cut = functools.partial(_slice_in_dim, start, start + size, 1)
-        out.append(view if size == view.shape[axis] else handler.take_axis(view, axis, cut, size))
+        if size == 0:
+            out.append(_empty(var))
+        else:
+            whole = size == view.shape[axis]
+            out.append(view if whole else handler.take_axis(view, axis, cut, size))
         start += size
     if any(part is None for part in out):
         return _fall_back(handler, eqn, values, "this split would cut packed data")
@@ -366,7 +384,7 @@ def _gather(handler, eqn, values):
     source = {position: i for i, position in enumerate([*batch, *offset])}
 
     def run(view, indices):
-        out = handler.gather(view, axes[0], indices[..., 0], p)
+        out = handler.gather(view, axes[0], _wide(indices[..., 0]), p)
         return None if out is None else out.transpose([source[i] for i in range(ndim)])
 
     out = handler.placed(run, view, [indices], eqn.outvars[0].aval)

@@ -149,6 +149,39 @@ def test_every_kind_of_format(quantize, assert_agrees, normal, fmt):
     assert_agrees(fn, qparams, normal(5, 64), jnp.array([1, 3, 0, 0, 2]), depth=4)
 
 
+STARTS = [-100, -64, -40, -9, -6, -1, 0, 2, 50, 70]
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("axis", [0, 1, 2], ids="ekn")
+def test_a_slice_starts_where_that_of_the_float_weight_does(quantize, normal, axis, size):
+    """Starts outside of the axis count from its end once, then are clamped."""
+    w = quantize({"w": normal(4, 64, 32)})["w"]
+    fn = lambda w, at: lax.dynamic_slice_in_dim(w, at, size, axis)
+    got, want = [
+        jax.jit(jax.vmap(f, (None, 0)))(a, jnp.array(STARTS))
+        for f, a in ((qjax.apply(fn), w), (fn, qjax.dequantize(w)))
+    ]
+    np.testing.assert_array_equal(got, want)
+
+
+def test_narrow_indices_reach_every_row(quantize, normal):
+    """258, the last row, is no uint8: bounds are those of the axis, not of the index type."""
+    w = quantize({"w": normal(259, 16, 4)})["w"]
+    rows = jnp.array([0, 3, 200], jnp.uint8)
+    fn = lambda w: jnp.take(w, rows, axis=0, mode="clip")
+    np.testing.assert_array_equal(qjax.apply(fn)(w), fn(qjax.dequantize(w)))
+
+
+def test_an_empty_part_of_a_weight_is_an_empty_array(assert_agrees, experts, normal):
+    def fn(w, x):
+        none, some = jnp.split(w, [0])
+        return x @ some, x @ none, x[:0] @ w[0], w[2:2].reshape(0, 8), w[..., :0]
+
+    assert_agrees(fn, experts, normal(5, 64))
+    qjax.usage(fn)(qjax.dequantize(experts), normal(5, 64))
+
+
 FALLBACKS = {
     "sort": ("sort", lambda w, x: x @ jnp.sort(w, axis=0)),
     "mul": ("mul", lambda w, x: x @ (w * 2)),
