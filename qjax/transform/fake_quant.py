@@ -129,11 +129,10 @@ class FakeQuant(apply.Packed):
         if isinstance(out, View):  # experts
             stored = weight.lead_axis(view, view.dims[axis][0])
             assert stored is not None
-            take = lambda a: jnp.take(a, indices.reshape(-1), axis=stored, mode="clip")
+            flat = indices.reshape(-1)
+            take = lambda a: jnp.moveaxis(_lookup(a, stored, flat, params), 0, stored)
             return out.with_payload(_cut(payload, out.payload, take))
-        like = jnp.take(_dense(view), indices, axis=axis, mode="fill", fill_value=0)
-        n = indices.ndim
-        like = jnp.moveaxis(like, range(axis, axis + n), range(n))
+        like = _lookup(_dense(view), axis, indices, params, fill_value=0)
         if self.phase is not None:
             out = jnp.where(self.phase.bits <= 0, out, like)
         return ste.with_value_of(out, like)
@@ -172,6 +171,12 @@ def _packed(view: View) -> View:
 def _dense(view: View) -> Any:
     """Returns the float array that a view of a FakeWeight stands for."""
     return weight.rearrange_from_stored(view.payload.dense.astype(view.dtype), view)
+
+
+def _lookup(a: Any, axis: int, indices: Any, params: dict, fill_value: Any = None) -> Any:
+    """Returns entries of one axis, [*indices, *others], as `lax.gather` finds them."""
+    entries = jnp.moveaxis(a, axis, 0).at[indices]
+    return entries.get(mode=params["mode"], fill_value=fill_value, wrap_negative_indices=False)
 
 
 def _cut(payload: FakeWeight, qt: QTensor, cut: Callable) -> FakeWeight:

@@ -216,6 +216,18 @@ def test_experts(normal):
     assert_bitwise(fn, p, x, fmt=fmt)
 
 
+@pytest.mark.parametrize("mode", ["fill", "clip"])
+@pytest.mark.parametrize("shape", [(6, 32), (6, 32, 4)], ids=["rows", "experts"])
+def test_lookups_outside_have_the_gradients_of_the_float_lookup(shape, mode, normal):
+    """Filled entries give none to any row, clipped ones to the row at the end."""
+    p = {"w": normal(*shape)}
+    pick = lambda p, i: jnp.take(p["w"], i, axis=0, mode=mode)
+    rows, fmt = jnp.array([-9, -7, -1, 2, 5, 6, 9]), Format("int8")
+    assert_bitwise(pick, p, rows, fmt=fmt)
+    total = lambda fn: jax.grad(lambda p: jnp.nansum(fn(p, rows)))(p)["w"]
+    np.testing.assert_array_equal(total(qjax.fake_quant(pick, fmt)), total(pick))
+
+
 def test_vmap_over_data_and_over_models(params, normal):
     x = normal(3, 4, 64, seed=2)
     fmt = FORMATS["w4a4"]
