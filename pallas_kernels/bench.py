@@ -139,12 +139,11 @@ def predict(form: Form, M: int, K: int, N: int) -> dict[str, Any]:
     x_bytes = hopper.bits(form.x) // 8
     weights = K * N * form.bits // 8
     weights += sum(math.prod(s.shape) * s.dtype.itemsize for s in form.scales(G, N))
-    m_tiles = -(-M // t.tile_m)
-    # Sums of the parts of K, padded to whole tiles: written and read once, in L2 if they fit.
-    parts = shares.most_parts(t, (m_tiles * t.tile_m, K, N))
-    workspace = 0 if parts == 1 else 4 * parts * m_tiles * t.tile_m * N
+    # Sums of the parts of K: written and read once, in L2 if they fit.
+    parts = shares.most_parts(t, (M, K, N))
+    workspace = 0 if parts == 1 else 4 * parts * M * N
     moved = weights + M * K * x_bytes + 2 * M * N
-    items = m_tiles * (N // TILE_N) * t.split_k
+    items = -(-M // t.tile_m) * (N // TILE_N) * t.split_k
     busiest = -(-items // SMS) * (K // t.split_k)  # inputs that the busiest SM walks over
     per_weight = kernel.per_weight(64 * t.tile_k)
     integer = kernel.per_weight(64 * t.tile_k, integer=True)

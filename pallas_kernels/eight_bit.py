@@ -89,8 +89,8 @@ def matmul(
         x, x_scale = interleave.for_int8(x), x_scale.astype(jnp.float32) / 16
     elif is_packed:
         x = interleave.for_e4m3(x)
-    x = hopper.padded_tokens(x, tile_m)
-    rows_of_x = hopper.padded_tokens(x_scale.astype(jnp.float32), tile_m).T  # [G, M]
+    filled = jnp.pad(x_scale.astype(jnp.float32), ((0, -M % tile_m), (0, 0)))
+    rows_of_x = filled.T  # [G, M], of whole tiles
     of_tokens = x_scale.shape[1] == 1
     shape = (hopper.ROWS, tile_m)
 
@@ -156,7 +156,7 @@ def matmul(
     # A thread has two rows and 32 columns. Where blocks of weights have one factor, tokens have all
     # the others: then they had better be the rows.
     by_token = in_steps and in_blocks and not is_packed and tile_m == 2 * hopper.ROWS
-    sizes = x.shape[0], K, N
+    sizes = M, K, N
     late = [] if in_steps else [rows_of_x] if has_groups else [rows_of_x, w_scale]
     # They multiply sums that are complete: parts of integers are added exactly.
     in_epilogue = bool(late) and shares.most_parts(tuning, sizes) == 1
@@ -176,6 +176,6 @@ def matmul(
         interpret=interpret,
     )
     if late and not in_epilogue:
-        y = y.astype(jnp.float32) * rows_of_x.T
+        y = y.astype(jnp.float32) * filled[:M]
         y = y if has_groups else y * w_scale
-    return y.astype(out_dtype)[:M]
+    return y.astype(out_dtype)

@@ -31,6 +31,7 @@ from pallas_kernels.tuning import TILE_N, Tuning
 ROWS = 64  # of a wgmma: the output features of one warpgroup
 MEMORY_REGISTERS = 88  # of a thread that loads; with fewer its index arithmetic spills
 COMPUTE_REGISTERS = 208  # of one that multiplies: half of the others of an SM, in eights
+TOKENS = 8  # TMA moves rows of tokens in eights; if there are fewer in all, as many as there are
 ALIGNMENT = 128  # bytes: TMA writes at multiples of it in shared memory, where blocks lie in a ring
 
 
@@ -106,11 +107,6 @@ def transforms(columns: int, dtype: Any) -> tuple[Any, ...]:
     return tiling, plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
 
 
-def padded_tokens(x: Array, tile_m: int) -> Array:
-    """Returns x with zero tokens up to whole tiles."""
-    return jnp.pad(x, ((0, -x.shape[0] % tile_m), (0, 0)))
-
-
 def product(
     operands: Sequence[Operand],
     step: Callable[..., Any],
@@ -147,12 +143,18 @@ def product(
       experts: None; or int32 [M / tile_m + 1]: of each tile of tokens its expert, the index into
         stacked operands; and last how many tiles there are. What follows them is not computed.
       sum_dtype: of what `finish` returns; sums of fragments are stored and added in it.
-      sizes: (M, K, N), multiples of the tiles.
+      sizes: (M, K, N), the latter two multiples of the tiles. Tokens that there are not are neither
+        read nor written; but arrays in rows of tokens, and those in `whole`, fill the last tile.
     """
     (M, K, N), tile_m, stages = sizes, tuning.tile_m, tuning.stages
+    rows = M if M <= TOKENS else -(-M // TOKENS) * TOKENS
+    arrays = [
+        jnp.pad(o.array, ((0, rows - M), (0, 0))) if o.of == "m" and not o.is_row else o.array
+        for o in operands
+    ]
     steps = K // tuning.tile_k
-    if steps % tuning.split_k or K % tuning.tile_k or M % tile_m or N % TILE_N:
-        raise ValueError(f"{tuning} does not tile M={M}, K={K}, N={N}.")
+    if steps % tuning.split_k or K % tuning.tile_k or N % TILE_N:
+        raise ValueError(f"{tuning} does not tile K={K}, N={N}.")
     size = {"n": TILE_N, "m": tile_m}
     if size[rows_of] != 2 * ROWS:
         raise ValueError(f"{tuning} has {tile_m} tokens in a tile: rows of tokens need {2 * ROWS}.")
@@ -186,7 +188,9 @@ def product(
 
             plgpu.barrier_wait(is_there)
 
-        m_tiles = M // tile_m if expert_of is None else expert_of[M // tile_m]
+        m_tiles = -(-M // tile_m)
+        if expert_of is not None:
+            m_tiles = expert_of[m_tiles]
         share = share_of(tuning, sizes, lax.axis_index("sm"), m_tiles)
 
         def after(slot):
@@ -287,7 +291,7 @@ def product(
 
     call = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((parts, M, N), store_dtype),
+        out_type=jax.ShapeDtypeStruct((parts, rows, N), store_dtype),
         grid=(grid,),
         grid_names=("sm",),
         num_threads=3,
@@ -305,10 +309,9 @@ def product(
         ],
         interpret=interpret,
     )
-    arrays = [o.array.reshape(-1, o.array.shape[-1]) for o in operands]
     rest = [a for a in (experts, table) if a is not None]
-    sums = call(*arrays, *whole, *rest)
+    sums = call(*(a.reshape(-1, a.shape[-1]) for a in arrays), *whole, *rest)[:, :M]
     if parts == 1:
         return sums[0]
-    m_tiles = M // tile_m if experts is None else experts[-1]
+    m_tiles = None if experts is None else experts[-1]
     return added(sums, share_of(tuning, sizes, m_tiles=m_tiles), tile_m).astype(out_dtype)

@@ -103,7 +103,7 @@ def share_of(
       m_tiles: tiles of tokens, if they are fewer than there may be.
     """
     M, K, N = sizes
-    most = N // TILE_N * (M // tuning.tile_m)
+    most = N // TILE_N * -(-M // tuning.tile_m)
     tiles = most if m_tiles is None else N // TILE_N * m_tiles
     ctas = min(tuning.sms, most * tuning.split_k)
     return Share(cta, ctas, tiles, K // tuning.tile_k, tuning.split_k)
@@ -118,9 +118,8 @@ def most_parts(tuning: Tuning, sizes: tuple[int, int, int]) -> int:
 def added(sums: Array, share: Share, tile_m: int) -> Array:
     """Returns the sum over the parts that each tile has, [M, N]; there is no number in others."""
     P, M, N = sums.shape
-    tile = np.arange(N // TILE_N) * share.tiles // (N // TILE_N) + np.arange(M // tile_m)[:, None]
-    has = share.parts(tile)
-    tiles = sums.reshape(P, M // tile_m, tile_m, N // TILE_N, TILE_N)
-    is_part = jnp.arange(P)[:, None, None] < has
-    tiles = jnp.where(is_part[:, :, None, :, None], tiles, 0)
+    n_tiles = N // TILE_N
+    tile = np.arange(n_tiles) * share.tiles // n_tiles + np.arange(M)[:, None] // tile_m
+    is_part = jnp.arange(P)[:, None, None] < share.parts(tile)
+    tiles = jnp.where(is_part[..., None], sums.reshape(P, M, n_tiles, TILE_N), 0)
     return jnp.sum(tiles, axis=0, dtype=sums.dtype).reshape(M, N)

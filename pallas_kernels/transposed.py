@@ -68,7 +68,6 @@ def matmul(
         M, N, K, bits or hopper.bits(w.dtype),
         table_bytes=0 if codebook is None else four_bits.TABLE_BYTES,
     )  # fmt: skip
-    dy = hopper.padded_tokens(dy, tuning.tile_m)
     group = min(K // G, hopper.ROWS)  # features of one warpgroup with one scale
     rows_of_scales = max(1, TILE_N * G // K)
     own_columns = hopper.ROWS * columns // K  # of a warpgroup
@@ -92,7 +91,7 @@ def matmul(
         plgpu.wgmma_wait(0)  # before the stage is released and the tile overwritten
         return total
 
-    y = hopper.product(
+    return hopper.product(
         [
             Operand(
                 w,
@@ -117,11 +116,10 @@ def matmul(
         experts=experts,
         loads_blocks=False,  # it commits after its loads
         out_dtype=out_dtype,
-        sizes=(dy.shape[0], N, K),
+        sizes=(M, N, K),
         tuning=tuning,
         interpret=interpret,
     )
-    return y[:M]
 
 
 def inputs_of(w: Array, bits: int | None) -> int:

@@ -153,7 +153,6 @@ def matmul(
         table_bytes=0 if codebook is None else four_bits.TABLE_BYTES,
         scale_bits=8 * stored.itemsize,
     )  # fmt: skip
-    x = hopper.padded_tokens(x, tuning.tile_m)
     group = min(K // G, tuning.tile_k)  # inputs of one step with one scale
     on_sums = G == 1 and nested is None and experts is None and stored.itemsize > 1
     on_accumulator = tuning.scale_on == "accumulator" and not on_sums
@@ -235,7 +234,7 @@ def matmul(
         operands.append(
             Operand(outer, "n", shared_by=nested.columns, width=width, steps_per_row=steps)
         )
-    y = hopper.product(
+    return hopper.product(
         operands,
         step_on_accumulator if on_accumulator else step_in_tensor_core,
         scaled if on_sums else lambda total, *_: total,
@@ -244,8 +243,7 @@ def matmul(
         in_tensor_core=None if on_accumulator else jnp.float32,
         experts=experts,
         out_dtype=out_dtype,
-        sizes=(x.shape[0], K, N),
+        sizes=(M, K, N),
         tuning=tuning,
         interpret=interpret,
     )  # fmt: skip
-    return y[:M]

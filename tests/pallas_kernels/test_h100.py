@@ -14,6 +14,7 @@ from pallas_kernels import (
     four_bits,
     h100,
     hlo,
+    hopper,
     quantize_rows,
     shares,
     transposed,
@@ -62,6 +63,7 @@ WEIGHT_ONLY = {
     "int4 g32 M=64": (64, "int4", 32, "bfloat16", 3.0, 1.3),
     "int4 channels M=16": (16, "int4", K, "bfloat16", 2.35, 1.25),
     "int4 g128 M=1024": (1024, "int4", 128, "bfloat16", 3.2, 1.35),
+    "int4 g128 M=1000": (1000, "int4", 128, "bfloat16", 3.2, 1.35),
     "int8 channels M=16": (16, "int8", K, "bfloat16", 3.2, 1.7),
     "int8 channels M=1024": (1024, "int8", K, "bfloat16", 3.8, 1.8),
     "fp8 weights M=16": (16, "float8_e4m3fn", 128, "bfloat16", 3.7, 1.5),
@@ -134,11 +136,14 @@ def _check(program, mma):
     return kernel
 
 
+def _rows(M):
+    return M if M <= hopper.TOKENS else -(-M // hopper.TOKENS) * hopper.TOKENS
+
+
 def _workspace(t, M, out_bytes):
     """Bytes of the sums of every part of K, all that may be allocated."""
-    padded = -(-M // t.tile_m) * t.tile_m
-    parts = shares.most_parts(t, (padded, K, N))
-    return parts * padded * N * 4 if parts > 1 else (padded != M) * padded * N * out_bytes
+    parts = shares.most_parts(t, (M, K, N))
+    return parts * _rows(M) * N * 4 if parts > 1 else (_rows(M) != M) * _rows(M) * N * out_bytes
 
 
 @pytest.mark.parametrize("name", WEIGHT_ONLY)
@@ -156,7 +161,7 @@ def test_weight_only(name):
     assert kernel.per_weight(weights, integer=True) <= integer
     narrow = sum(n for op, n in kernel.loop.items() if op.startswith(("LDS.U", "LDS.S")))
     assert narrow <= 2 * max(1, t.tile_k // group)  # those are the scales
-    x_bytes = 2 * K * (-M % t.tile_m + M) if M % t.tile_m else 0
+    x_bytes = 2 * K * _rows(M) if _rows(M) != M else 0
     if "nested" in stored:  # factors and offsets in order
         x_bytes += 128 * (K // t.tile_k) * (N // 256)
     assert program.temporaries <= _workspace(t, M, 2) + x_bytes + 1024
@@ -174,7 +179,7 @@ def test_eight_bit(name):
     assert kernel.per_weight(64 * t.tile_k) <= total
     if prefill:  # the tensor core has 4096 products of bytes a cycle
         assert kernel.loop.total() / (64 * t.tile_k * t.tile_m / 4096) <= prefill
-    ordered = K * max(M, t.tile_m) if w == "int4" else 0  # of what quantizes x, in a program
+    ordered = K * M if w == "int4" else 0  # of what quantizes x, in a program
     scales = 8 * steps * max(M, t.tile_m, 32) + (groups * N if steps > 1 else 0)
     assert program.temporaries <= _workspace(t, M, 2) + ordered + scales + 1024
 
