@@ -203,6 +203,11 @@ def decode(codes: Array, element: Element, dtype=jnp.float32) -> Array:
 SCALE_DTYPES = ("float32", "bfloat16", "float16", "e4m3", "e8m0")
 
 
+def largest_scale(dtype: str) -> float:
+    """Returns the magnitude at which `round_scale` saturates; Inf where it does not."""
+    return {"float16": 65504.0, "e4m3": ELEMENTS["e4m3"].qmax}.get(dtype, math.inf)
+
+
 def round_scale(scale: Float[Array, "*shape"], dtype: str) -> Array:
     """Rounds positive or signed float32 scales to their stored type.
 
@@ -217,7 +222,8 @@ def round_scale(scale: Float[Array, "*shape"], dtype: str) -> Array:
     if dtype == "e4m3":
         return encode(scale, ELEMENTS["e4m3"])
     if dtype == "float16":
-        return jnp.clip(scale, -65504.0, 65504.0).astype(jnp.float16)
+        limit = largest_scale(dtype)
+        return jnp.clip(scale, -limit, limit).astype(jnp.float16)
     return scale.astype(dtype)
 
 

@@ -291,6 +291,34 @@ def check_finite(plan: list[Assignment]) -> None:
         )
 
 
+@functools.partial(jax.jit, static_argnames="dtype")
+def _largest(stored, dtype):
+    return jnp.max(jnp.abs(numerics.read_scale(stored, dtype)))
+
+
+def _check_range(path: str, leaf: Any, qt: QTensor) -> None:
+    """Refuses scales that their type cannot hold: it would clip weights, or make all of them 0."""
+    parts = [("scale", qt.scale, qt.format.scale), ("offset", qt.zero, qt.format.offset)]
+    for name, stored, dtype in parts:
+        while isinstance(dtype, Format):
+            stored, dtype, name = stored.scale, dtype.scale, f"{name}.scale"
+        if dtype is None:
+            continue
+        largest = float(_largest(stored, dtype))
+        limit = numerics.largest_scale(dtype)
+        if not largest < limit:
+            what = f"ends at {limit:g}" if np.isfinite(limit) else "is not finite for such weights"
+        elif largest == 0 and name.startswith("scale") and jnp.any(_array(leaf) != 0):
+            what = "holds 0 for all of them"
+        else:
+            continue
+        raise QuantizationError(
+            f"{path}: its {name}s do not fit into {dtype}, which {what}; the largest weight is"
+            f" {float(jnp.max(jnp.abs(_array(leaf)))):.3g}. Use another type of scale ('float32'"
+            " holds most), or scale or skip this parameter."
+        )
+
+
 def _is_abstract(leaf: Any) -> bool:
     return isinstance(_array(leaf), Tracer | jax.ShapeDtypeStruct)
 
@@ -339,8 +367,9 @@ def quantize(
 
     Raises:
       QuantizationError: naming the parameter path, for rules that match nothing, NaN or Inf
-        weights, group sizes that do not divide, integer leaves, and layouts that do not fit. Under
-        `jit` values are not known: there a NaN or Inf weight makes the scale of its group NaN.
+        weights, scales that their type cannot hold, group sizes that do not divide, integer leaves,
+        and layouts that do not fit. Under `jit` values are not known: there a NaN or Inf weight
+        makes the scale of its group NaN.
     """
     policy = Policy.of(policy)
     if calibration is not None:
@@ -380,6 +409,8 @@ def quantize(
             sequential = _is_sequential(leaf, fmt, layout)
             run = _quantizer(fmt, layout, shardings, return_report, sequential, rounding)
             qt, energy = run(leaf)
+            if not _is_abstract(leaf):
+                _check_range(path, leaf, qt)
         done = last_use[id(leaf)] == i and id(leaf) not in kept
         if donate and done and isinstance(leaf, jax.Array) and not _is_abstract(leaf):
             jax.block_until_ready(qt)
@@ -420,6 +451,7 @@ def _quantize_with_data(
             weights.append(pipeline.Weight(path, leaf, fmt, layout))
         else:  # only looked up: no product whose error could be measured
             out[path] = _quantizer(fmt, layout, None, False)(leaf)[0]
+            _check_range(path, leaf, out[path])
     made, params, what = pipeline.run(
         fn, params, weights, batches, policy.recipe or Recipe(), usage,
         mask=mask, resume=resume, report=report,

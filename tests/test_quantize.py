@@ -222,6 +222,40 @@ def test_nan_and_inf_are_refused_with_their_number(bad):
     assert not ok.is_deleted()
 
 
+@pytest.mark.parametrize(
+    ("fmt", "size", "what"),
+    [
+        (
+            Format("int4", scale="float16"),
+            1e6,
+            "scales do not fit into float16, which ends at 65504",
+        ),
+        (Format("int8", scale="float16"), 1e-9, "into float16, which holds 0 for all"),
+        (Format("e5m2", scale="e4m3"), 1.0, "into e4m3, which holds 0 for all"),
+        (Format("uint4", offset="float16"), 1e6, "its offsets do not fit into float16"),
+        (Format("uint4", zero_point=True), 3e38, "into float32, which is not finite"),
+        (
+            Format("nf4", 4, scale=Format("uint8", 1, 4, scale="float16")),
+            1e9,
+            "its scale.scales do not fit into float16",
+        ),
+    ],
+)
+def test_scales_that_their_type_cannot_hold_are_refused(fmt, size, what):
+    w = jnp.concatenate([jnp.full((4, 4), size), jnp.full((4, 4), -size)])
+    message = refusal({"ok": random(8, 4), "a": {"b": w}}, Policy([Rule("a/b", fmt)]))
+    assert message.startswith("a/b: its ")
+    assert what in message
+    assert f"the largest weight is {size:.3g}" in message
+
+
+def test_zeros_and_tiny_groups_need_no_scale():
+    fmt = Format("int4", 4, scale="float16")
+    w = jnp.concatenate([jnp.full((4, 4), 7.0), jnp.full((4, 4), 1e-12), jnp.zeros((4, 4))])
+    assert_equal(qjax.dequantize(quantize(w, fmt))[:4], w[:4])
+    quantize(jnp.zeros((4, 4)), fmt)
+
+
 def test_under_jit_a_bad_weight_spoils_its_group():
     w = random(64, 4).at[3, 2].set(jnp.nan)
     deq = jax.jit(lambda p: qjax.dequantize(quantize(p, INT4)))({"w": w})["w"]
