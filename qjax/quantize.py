@@ -274,7 +274,15 @@ def _is_trained(plan: list[Assignment]) -> bool:
 
 
 def check_finite(plan: list[Assignment]) -> None:
-    """Refuses NaN and Inf weights, before anything is computed or freed."""
+    """Refuses NaN and Inf weights, before anything is computed or freed.
+
+    Under `jit` those that are closed over are values too.
+    """
+    with jax.ensure_compile_time_eval():
+        _check_finite(plan)
+
+
+def _check_finite(plan: list[Assignment]) -> None:
     for path, leaf, fmt, *_ in plan:
         if fmt is not None and is_latent(leaf) and not _is_abstract(leaf):
             for name in ("scale", "act_scale"):
@@ -409,10 +417,11 @@ def quantize(
             sequential = _is_sequential(leaf, fmt, layout)
             run = _quantizer(fmt, layout, shardings, return_report, sequential, rounding)
             qt, energy = run(leaf)
-            if not _is_abstract(leaf):
-                _check_range(path, leaf, qt)
+        is_made = not any(map(_is_abstract, jax.tree.leaves(qt)))
+        if is_made:
+            _check_range(path, leaf, qt)
         done = last_use[id(leaf)] == i and id(leaf) not in kept
-        if donate and done and isinstance(leaf, jax.Array) and not _is_abstract(leaf):
+        if donate and done and isinstance(leaf, jax.Array) and is_made:
             jax.block_until_ready(qt)
             leaf.delete()
         out.append(qt)

@@ -78,6 +78,17 @@ def test_it_is_one_function_under_jit_vmap_and_eval_shape(params):
     assert_equal(report, q)
 
 
+def test_params_that_a_traced_function_closes_over_are_values(params):
+    policy = Policy([Rule("*/kernel", INT4)])
+    want = quantize(params, policy)
+    for tree in (params, jax.tree.map(np.asarray, params)):
+        assert_equal(jax.jit(lambda tree=tree: quantize(tree, policy, donate=True))(), want)
+    assert not any(a.is_deleted() for a in jax.tree.leaves(params))
+    bad = {"w": jnp.full((4, 4), jnp.nan)}
+    with pytest.raises(QuantizationError, match="w: 16 of its 16 weights are NaN"):
+        jax.eval_shape(lambda: quantize(bad, Format("int8")))
+
+
 def test_numpy_leaves_of_any_float_type(params):
     for dtype in (np.float16, np.float32, np.float64):
         w = np.ones((4, 4), dtype)
