@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -27,3 +29,17 @@ def path_str(key_path: tuple[Any, ...]) -> str:
     if len(key_path) > 1 and getattr(key_path[-1], "name", None) == "value":
         key_path = key_path[:-1]
     return "/".join(key_str(k) for k in key_path) or "."
+
+
+def check_unique(paths: Iterable[str]) -> None:
+    """Refuses a tree in which two leaves have one path, as {"a/b": x, "a": {"b": y}} has.
+
+    Raises:
+      ValueError: naming the path.
+    """
+    for path, count in Counter(paths).items():
+        if count > 1:
+            raise ValueError(
+                f"{path}: is the path of {count} parameters: a key that contains '/' reads like"
+                " keys below one another. Rename it."
+            )

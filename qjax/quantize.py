@@ -16,7 +16,7 @@ from qjax import numerics, qtensor
 from qjax.format import Format
 from qjax.latent import is_latent
 from qjax.layout import DEFAULT, Layout
-from qjax.paths import path_str
+from qjax.paths import check_unique, path_str
 from qjax.policy import Policy, Rule
 from qjax.ptq import hqq
 from qjax.qtensor import QTensor, is_qtensor
@@ -44,10 +44,14 @@ def assign(params: Any, policy: Policy, usage: Any = None) -> list[Assignment]:
 
     Raises:
       QuantizationError: a rule that matches nothing although it is not optional, or matches a leaf
-        that is not float, has no data, or is quantized already.
+        that is not float, has no data, or is quantized already; two leaves with one path.
     """
     leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_weight)[0]
     named = [(path_str(key_path), leaf) for key_path, leaf in leaves]
+    try:
+        check_unique(path for path, _ in named)
+    except ValueError as e:
+        raise QuantizationError(str(e)) from None
     out, used = [], set()
     for path, leaf in named:
         rule = policy.rule_for(path, leaf.ndim if _is_weight(leaf) else np.ndim(leaf))

@@ -13,6 +13,8 @@ from qjax.format import Format
 from qjax.paths import path_str
 from qjax.qtensor import is_qtensor
 from qjax.quantize import QuantizationError, dequantize, quantize
+from qjax.transform.fake_quant import fake_quant
+from qjax.transform.usage import usage
 
 
 def paths(tree):
@@ -82,3 +84,15 @@ def test_errors_name_the_path_of_nnx_state():
     state = nnx.split(Block(nnx.Rngs(0)))[1]
     with pytest.raises(QuantizationError, match=r"^layers/0/kernel: group_size=3 does not divide"):
         quantize(state, Format("int4", 3))
+
+
+def test_two_parameters_of_one_name_are_refused_before_one_is_taken_for_the_other():
+    params = {"a/b": jnp.ones((8, 4)), "a": {"b": jnp.ones((8, 4)), "c": jnp.ones((8, 4))}}
+    fn = lambda p, x: x @ p["a/b"] + x @ p["a"]["b"]
+    for look in (
+        usage(fn),
+        fake_quant(fn, Format("int8")),
+        lambda p, x: quantize(p, Format("int8")),
+    ):
+        with pytest.raises(ValueError, match=r"^a/b: is the path of 2 parameters"):
+            look(params, jnp.ones((1, 8)))

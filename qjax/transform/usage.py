@@ -13,7 +13,7 @@ import jax
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from qjax.paths import path_str
+from qjax.paths import check_unique, path_str
 from qjax.tables import align
 from qjax.transform import walk
 from qjax.transform.trace import take_apart, trace
@@ -294,6 +294,7 @@ def usage(fn: Callable) -> Callable[..., Usage]:
         # Names under the first positional argument start with "0/".
         own = {i for i, path in enumerate(call.paths) if path[0].idx == 0 and path[1].idx == 0}
         names = [path_str(path[2:]) for path in call.paths]
+        check_unique(names[i] for i in own)
 
         def run(*leaves):
             jaxpr, consts, _ = trace(fn, call._replace(leaves=list(leaves)))
