@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax._src import config as _config
 from jax._src import core as _core
 from jax._src import dispatch as _dispatch
@@ -26,6 +27,7 @@ __all__ = [
     "align_varying",
     "as_traced",
     "bind",
+    "capability_of",
     "decoded_spec",
     "enter_auto",
     "explicit_mesh",
@@ -212,6 +214,26 @@ def is_partitioned(lowering_context: Any) -> bool:
 def is_exported(lowering_context: Any) -> bool:
     """Whether the program being lowered is for `jax.export`: other processes will run it."""
     return lowering_context.module_context.lowering_parameters.for_export
+
+
+def capability_of(device: Any) -> int:
+    """Returns the compute capability of an NVIDIA GPU, such as 90; 0 for any other device."""
+    return int(str(getattr(device, "compute_capability", "0")).replace(".", ""))
+
+
+def target(lowering_context: Any) -> Any:
+    """Returns a device that the program being lowered is for, or None where that is not known."""
+    module = lowering_context.module_context
+    if is_exported(lowering_context):
+        return None
+    axes = module.axis_context
+    devices = getattr(axes, "device_assignment", None)
+    if devices is None:  # inside shard_map, whose mesh may be abstract
+        devices = getattr(getattr(axes, "mesh", None), "devices", None)
+    if devices is None:
+        backend = module.get_backend(optional=True)
+        devices = [] if backend is None else backend.devices()
+    return next(iter(np.ravel(devices)), None)
 
 
 def unplaced(lowering_context: Any) -> Any:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import interleave, planes
 from pallas_kernels.triton import versions
 from pallas_kernels.tuning import TILE_K, TILE_N
-from qjax import numerics, packing
+from qjax import _compat, numerics, packing
 from qjax.format import Format
 from qjax.qtensor import PARTS, QTensor, is_qtensor, read_scales
 
@@ -222,7 +222,7 @@ def _capability(device: Any, names: dict[str, int]) -> int | None:
     device = jax.devices()[0] if device is None else device
     if device.platform != "gpu":
         return None
-    capability = int(str(getattr(device, "compute_capability", "0")).replace(".", ""))
+    capability = _compat.capability_of(device)
     if not 80 <= capability <= 90:
         return None
     if capability < 90 and (why := versions.missing()):

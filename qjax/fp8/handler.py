@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from qjax import _compat
-from qjax.fp8 import emulated
+from qjax.fp8 import block_dot, emulated
 from qjax.fp8.product import OPERAND, Spec, product
 from qjax.fp8.recipe import Fp8Recipe
 from qjax.layout import Layout
@@ -125,7 +125,7 @@ class Fp8(apply.Packed):
             return super().describe(view, form)
         scaled = "current scales"
         if payload.block is not None:
-            scaled = f"blocks of {payload.block}"
+            scaled = block_dot.describe(payload.block, payload.data.ndim - 2)
         elif payload.scales is not None:
             scaled = f"delayed scales, {self.recipe.history} steps"
         return f"{OPERAND} x {OPERAND}, gradients {self.recipe.gradient} x {OPERAND}, {scaled}"

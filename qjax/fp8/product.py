@@ -9,11 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from qjax import _compat
 from qjax.fp8 import meter, scaling
+from qjax.fp8.block_dot import Blocks, block_dot
 
 OPERAND = "e4m3"
 
@@ -167,10 +167,12 @@ def _blocked_forward(spec, x, w):
     weight = spec.quantize(blocks, (-3, -1), OPERAND)[:2]
     rows = _rows(x, n_lead)
     columns = K if spec.transposed else N
-    y = _block_dot(
-        spec, _along(spec, rows, OPERAND), _weight(weight, columns, by_column=not spec.transposed)
-    )
-    y = y.astype(spec.out_dtype).reshape(*x.shape[:-1], columns)
+    y = _dot_of_blocks(
+        spec,
+        _along(spec, rows, OPERAND),
+        _weight(weight, columns, by_column=not spec.transposed),
+        spec.out_dtype,
+    ).reshape(*x.shape[:-1], columns)
     # What dW takes of x is rounded along the tokens.
     return y, (_along(spec, rows.swapaxes(-1, -2), OPERAND), weight)
 
@@ -180,18 +182,22 @@ def _blocked_backward(spec, residuals, g):
     n_lead = weight[0].ndim - 4
     rows = _rows(g, n_lead)
     inputs = x_columns[0].shape[n_lead]
-    dx = _block_dot(
+    dx = _dot_of_blocks(
         spec,
         _along(spec, rows, spec.gradient),
         _weight(weight, inputs, by_column=spec.transposed),
-    )
-    dx = dx.astype(spec.x_dtype).reshape(*g.shape[:-1], inputs)
+        spec.x_dtype,
+    ).reshape(*g.shape[:-1], inputs)
     g_columns = _along(spec, rows.swapaxes(-1, -2), spec.gradient)
     pair = (g_columns, x_columns) if spec.transposed else (x_columns, g_columns)
-    return dx, _block_dot(spec, *pair).astype(spec.w_dtype)
+    return dx, _dot_of_blocks(spec, *pair, spec.w_dtype)
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)
+
+
+def _dot_of_blocks(spec: Spec, a: Blocks, b: Blocks, out_dtype: str) -> Array:
+    return block_dot(a, b, exact_scale=spec.power_of_two, out_dtype=out_dtype)
 
 
 def _rows(x: Float[Array, "*lead *m C"], n_lead: int) -> Float[Array, "*lead M C"]:
@@ -207,69 +213,23 @@ def _blocks(x: Array, axis: int, size: int) -> Array:
     return x.reshape(*x.shape[:axis], x.shape[axis] // size, size, *x.shape[axis + 1 :])
 
 
-def _along(spec: Spec, x: Float[Array, "*lead R C"], element: str) -> tuple[Array, Array]:
-    """Returns codes [*lead, R, B, g] and scales [*lead, R, B] of blocks of the last axis."""
+def _along(spec: Spec, x: Float[Array, "*lead R C"], element: str) -> Blocks:
+    """Returns the codes of blocks of the last axis, a scale for each."""
     assert spec.block is not None
     codes, scale, _ = spec.quantize(_blocks(x, -1, spec.block), (-1,), element)
-    return codes, scale[..., 0]
+    return Blocks(codes, scale[..., 0])
 
 
-def _weight(weight: tuple[Array, Array], n: int, *, by_column: bool) -> tuple[Array, Array]:
-    """Returns a blocked weight [*lead, KB, g, NB, g] with its contraction last, as `_along` does.
+def _weight(weight: tuple[Array, Array], n: int, *, by_column: bool) -> Blocks:
+    """Returns a blocked weight [*lead, KB, g, NB, g] with its contraction last.
 
     Args:
       n: how many rows or columns it has without padding, of those that are kept.
       by_column: whether columns are kept and K is contracted.
     """
-    codes, scale = weight  # scale [*lead, KB, 1, NB, 1]
+    codes, scale = weight[0], weight[1][..., 0, :, 0]  # scale [*lead, KB, NB]
     if by_column:
-        swap = lambda a: jnp.moveaxis(a, (-2, -1), (-4, -3))
-        codes, scale = swap(codes), swap(scale)
-    scale = jnp.broadcast_to(scale, (*codes.shape[:-1], 1))
-    flat = lambda a: a.reshape(*a.shape[:-4], a.shape[-4] * a.shape[-3], *a.shape[-2:])
-    return flat(codes)[..., :n, :, :], flat(scale)[..., :n, :, 0]
-
-
-def _block_dot(spec: Spec, a: tuple[Array, Array], b: tuple[Array, Array]) -> Array:
-    """Returns a float32 product [*lead, R, S] of codes with a scale for each block of the sum.
-
-    y[r, s] = sum_c scale_a[r, c] scale_b[s, c] sum_j a[r, c, j] b[s, c, j]
-
-    Args:
-      a: codes [*lead, R, C, g] and scales [*lead, R, C].
-      b: codes [*lead, S, C, g] and scales [*lead, S, C].
-    """
-    lead = tuple(range(a[0].ndim - 3))
-    last = len(lead) + 1
-
-    def native(qa, sa, qb, sb):
-        # One FP8 product a block, each added in float32: what tensor cores keep of a sum is less.
-        def step(total, block):
-            qa, sa, qb, sb = block
-            y = lax.dot_general(
-                qa, qb, (((last,), (last,)), (lead, lead)), preferred_element_type=jnp.float32
-            )
-            return total + y * sa[..., :, None] * sb[..., None, :], None
-
-        blocks = [jnp.moveaxis(t, len(lead) + 1, 0) for t in (qa, sa, qb, sb)]
-        start = jnp.zeros((*qa.shape[:-2], qb.shape[-3]), jnp.float32)
-        start, *_ = _compat.align_varying(start, qa, qb)
-        return lax.scan(step, start, blocks)[0]
-
-    def upcast(qa, sa, qb, sb):
-        # Codes times powers of two are exact in bfloat16; times other scales, close in float32.
-        dtype = jnp.bfloat16 if spec.power_of_two else jnp.float32
-
-        def scaled(q, s):
-            x = q.astype(dtype) * s[..., None].astype(dtype)
-            return x.reshape(*q.shape[:-2], q.shape[-2] * q.shape[-1])
-
-        return lax.dot_general(
-            scaled(qa, sa),
-            scaled(qb, sb),
-            (((last,), (last,)), (lead, lead)),
-            precision=lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
-        )
-
-    return lax.platform_dependent(*a, *b, cpu=upcast, default=native)
+        codes, scale = jnp.moveaxis(codes, (-2, -1), (-4, -3)), scale.swapaxes(-1, -2)
+    kept = codes.shape[-4] * codes.shape[-3]
+    codes = codes.reshape(*codes.shape[:-4], kept, *codes.shape[-2:])
+    return Blocks(codes[..., :n, :, :], scale)
