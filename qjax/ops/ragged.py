@@ -50,16 +50,10 @@ def ragged_dot(
       implementation: None chooses; "mosaic" is the kernel for an H100, and all else plain JAX.
 
     Raises:
-      ValueError: for "mosaic" or "triton" and a weight that is not prepared for it.
-      NotImplementedError: for "triton", or "mosaic" and another platform or derivatives in groups
-        of 16.
+      NotImplementedError: for "mosaic" and another platform or derivatives in groups of 16 or of 3
+        bits.
     """
     is_prepared = type(qt) is Prepared
-    if implementation == "triton" or (implementation == "mosaic" and not is_prepared):
-        why = "it is not prepared for it: see `qjax.prepare`"
-        if implementation == "triton":
-            raise NotImplementedError('implementation="triton" has no kernel for ragged_dot.')
-        raise ValueError(f'implementation="mosaic" does not take {qt!r}: {why}.')
     scale, zero = qtensor.read_scales(qt)
     spec = Spec(qt.format, qt.pad, False, jnp.dtype(out_dtype).name, implementation)
     if not is_prepared or implementation not in (None, "mosaic"):
@@ -83,6 +77,30 @@ def ragged_dot(
         return y
     own = activation.expert_of_rows(group_sizes, x.shape[0])
     return (y * factor[own][:, None]).astype(out_dtype)
+
+
+def check(qt: QTensor, implementation: str | None) -> None:
+    """Refuses an implementation that has no kernel for experts `qt`.
+
+    Raises:
+      ValueError: for "mosaic" and a weight that is not prepared for it.
+      NotImplementedError: for "triton", or "mosaic" and rounded activations.
+    """
+    if implementation == "triton":
+        raise NotImplementedError('implementation="triton" has no kernel for ragged_dot.')
+    if implementation != "mosaic":
+        return
+    if type(qt) is not Prepared:
+        why = "it is not prepared for it: see `qjax.prepare`"
+        raise ValueError(f'implementation="mosaic" does not take {qt!r}: {why}.')
+    if qt.format.activation is not None:
+        raise NotImplementedError(
+            f'implementation="mosaic" does not take {qt!r}: {_FOR_ROUNDED}. With None, plain JAX'
+            " computes it."
+        )
+
+
+_FOR_ROUNDED = "no kernel for experts with rounded activations"
 
 
 def _blocked(x, sizes, data, scale, zero=None, *, spec: Spec, dtype: Any, precision: Any):
@@ -300,10 +318,11 @@ def describe(qt: QTensor, implementation: str | None) -> str:
     """Returns which implementation runs and why, for `qjax.explain`."""
     rounded = activation.describe(qt)
     text = "xla, blocks of K" + (f", {rounded}, rounded in float" if rounded else "")
+    text += ", codes repacked in the op" if isinstance(qt, Prepared) else ""
     if type(qt) is not Prepared or implementation not in (None, "mosaic"):
         return text
     if qt.format.activation is not None:
-        return f"{text}: no kernel for experts with rounded activations"
+        return f"{text}: {_FOR_ROUNDED}"
     if implementation == "mosaic":
         return "mosaic (asked for), one kernel for all experts"
     return "mosaic on CUDA, x in bfloat16 or float16, one kernel for all experts; else xla"

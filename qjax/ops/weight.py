@@ -387,11 +387,16 @@ def ragged_dot(
         take the channels in their own order.
       group_sizes: [E] rows of each expert.
       implementation: as for `packed_dot`.
+
+    Raises:
+      ValueError, NotImplementedError: as `ragged.check`.
     """
     qt: QTensor = view.payload
-    kinds = [[a.kind for a in dim] for dim in view.dims]
+    # An axis of size 1, as that of a shard's only expert, has no atom.
+    kinds = [[a.kind for a in dim] or [kind] for dim, kind in zip(view.dims, "bkn", strict=True)]
     if kinds != [["b"], ["k"], ["n"]] or qt.data.ndim != 3 or qt.perm is not None:
         return None
+    ragged.check(qt, implementation)
     x = activation.of_experts(x, qt, group_sizes)
     return ragged.ragged_dot(
         x,

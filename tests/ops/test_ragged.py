@@ -154,10 +154,21 @@ def test_explain_names_the_kernel_and_why_there_is_none():
     dot = lambda x, w, sizes: lax.ragged_dot(x, w, sizes)
     how = lambda w, **k: qjax.explain(dot, **k)(x, w, sizes)[0].implementation
     assert how(prepared).startswith("mosaic on CUDA")
-    assert how(prepared, implementation="xla") == how(qt) == "xla, blocks of K"
+    assert how(qt) == "xla, blocks of K"
+    assert how(prepared, implementation="xla") == "xla, blocks of K, codes repacked in the op"
     rounded = quantize_array(jnp.ones((3, 256, 128)), qjax.Format("int8", activation="int8"))
     why = how(qjax.prepare(rounded, "h100"))
     assert "no kernel for experts with rounded activations" in why
+
+
+@pytest.mark.parametrize("shape", [(1, 256, 128), (2, 1, 128), (2, 256, 1)])
+def test_one_expert_input_or_feature_stays_packed(shape):
+    x, sizes = _rows(3, shape[1]), jnp.array([2] if shape[0] == 1 else [2, 1])
+    qt = quantize_array(jax.random.normal(jax.random.key(0), shape), qjax.Format("int8"))
+    dot = lambda x, w: lax.ragged_dot(x, w, sizes)
+    assert not qjax.explain(dot)(x, qt).dequantized
+    for w in (qt, qjax.prepare(qt, "h100")):
+        _close(np.asarray(qjax.apply(dot)(x, w), np.float64), np.asarray(dot(x, qjax.dequantize(qt)), np.float64), 2.0**-8)
 
 
 def test_a_forced_kernel_that_cannot_run_says_why():
@@ -169,6 +180,9 @@ def test_a_forced_kernel_that_cannot_run_says_why():
         run(x, qjax.prepare(qt, "h100"))
     with pytest.raises(ValueError, match="float32"):
         run(x.astype(jnp.float32), qjax.prepare(qt, "h100"))
+    rounded = quantize_array(jnp.ones((3, 256, 128)), qjax.Format("int8", activation="int8"))
+    with pytest.raises(NotImplementedError, match="no kernel for experts with rounded"):
+        run(x, qjax.prepare(rounded, "h100"))
 
 
 def test_derivatives_of_scales_are_refused():
