@@ -48,6 +48,7 @@ class QTreeHandler(ocp.AsyncCheckpointHandler):
 
     async def async_save(self, directory: epath.Path, args: QTreeSave) -> list[future.Future]:
         """Copies the arrays, then returns the futures that write them."""
+        check_directory(directory)
         arrays, texts = _contents(args)
         commits: list[future.Future] = []
         if arrays is not None:
@@ -63,6 +64,7 @@ class QTreeHandler(ocp.AsyncCheckpointHandler):
 
     def save(self, directory: epath.Path, args: QTreeSave) -> None:
         """Copies and writes the arrays; blocks until all is written."""
+        check_directory(directory)
         arrays, texts = _contents(args)
         if arrays is not None:
             self._arrays.save(directory, args=arrays)
@@ -172,6 +174,19 @@ class QTreeRestore(ocp.args.CheckpointArgs):
     shardings: Any = None
     select: str | Sequence[str] | None = None
     verify: bool = True
+
+
+def check_directory(directory: epath.Path) -> None:
+    """Refuses a directory in which orbax would not find what it has written.
+
+    It looks for the files of each process with a glob over the whole path, and goes on without
+    those it does not find.
+    """
+    if "[" in str(directory):
+        raise NotImplementedError(
+            f"{directory}: orbax cannot save below a name with a bracket. Choose another path; a"
+            " complete checkpoint may be moved there."
+        )
 
 
 def _contents(args: QTreeSave) -> tuple[ocp.args.PyTreeSave | None, dict[str, str]]:
@@ -295,6 +310,8 @@ def _place_leaf(node: dict[str, Any], spec: Any, path: str, out: dict[str, Shard
     try:
         if isinstance(spec, QTensor):
             raise ValueError("`shardings` has a QTensor for a plain array")
+        if isinstance(spec, NamedSharding) and len(spec.spec) > len(x.shape):
+            raise ValueError(f"it names {len(spec.spec)} axes.")
         spec.shard_shape(x.shape)
     except ValueError as e:
         reason = str(e).splitlines()[0]
