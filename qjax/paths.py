@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -43,3 +45,29 @@ def check_unique(paths: Iterable[str]) -> None:
                 f"{path}: is the path of {count} parameters: a key that contains '/' reads like"
                 " keys below one another. Rename it."
             )
+
+
+# ---- patterns -----------------------------------------------------------------------------------
+
+
+def check_pattern(pattern: str) -> None:
+    """Refuses what `matches` cannot use.
+
+    Raises:
+      ValueError: if what stands after `re:` is no regular expression.
+    """
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as e:
+            raise ValueError(f"{pattern!r} is no regular expression: {e}.") from e
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a pattern matches a whole path.
+
+    It is a glob, in which `*` also matches `/`, or a regular expression after `re:`.
+    """
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], path) is not None
+    return fnmatch.fnmatchcase(path, pattern)

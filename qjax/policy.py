@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import importlib.resources
 import pathlib
-import re
 import tomllib
 from collections.abc import Sequence
 from typing import Any
 
+from qjax import paths
 from qjax.format import Format
 from qjax.layout import check_letters
 from qjax.recipe import Recipe
@@ -42,11 +41,10 @@ class Rule:
         if not self.patterns or not all(isinstance(p, str) and p for p in self.patterns):
             raise ValueError(f"`match` must be one or more patterns, got {self.match!r}.")
         for pattern in self.patterns:
-            if pattern.startswith("re:"):
-                try:
-                    re.compile(pattern[3:])
-                except re.error as e:
-                    raise ValueError(f"`match`: {pattern!r} is no regular expression: {e}.") from e
+            try:
+                paths.check_pattern(pattern)
+            except ValueError as e:
+                raise ValueError(f"`match`: {e}") from e
         if type(self.min_ndim) is not int or self.min_ndim < 0:
             raise ValueError(f"`min_ndim` must be an integer from 0 on, got {self.min_ndim!r}.")
         if not isinstance(self.optional, bool):
@@ -60,15 +58,7 @@ class Rule:
 
     def matches(self, path: str, ndim: int) -> bool:
         """Whether the rule applies to a leaf."""
-        if ndim < self.min_ndim:
-            return False
-        for pattern in self.patterns:
-            if pattern.startswith("re:"):
-                if re.fullmatch(pattern[3:], path):
-                    return True
-            elif fnmatch.fnmatchcase(path, pattern):
-                return True
-        return False
+        return ndim >= self.min_ndim and any(paths.matches(p, path) for p in self.patterns)
 
     def __str__(self) -> str:
         return f"{' | '.join(self.patterns)} -> {self.format or 'skip'}"

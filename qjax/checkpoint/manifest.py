@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import math
 import re
@@ -18,7 +17,7 @@ from jax.core import Tracer
 
 from qjax.format import Format
 from qjax.layout import Axis, Layout
-from qjax.paths import key_str
+from qjax.paths import check_pattern, key_str, matches
 from qjax.qtensor import PARTS, QTensor, is_qtensor
 
 FILE = "qjax_manifest.json"
@@ -325,9 +324,16 @@ def select(node: Node, patterns: str | Sequence[str]) -> Node:
     length, with None in place of what was not selected, so that paths stay the same.
 
     Raises:
-      ValueError: if a pattern matches nothing.
+      ValueError: if there is no pattern, or one that is none, or that matches nothing.
     """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not patterns:
+        raise ValueError("`select` has no patterns; give one or more, or None for the whole tree.")
+    for pattern in patterns:
+        try:
+            check_pattern(pattern)
+        except ValueError as e:
+            raise ValueError(f"`select`: {e}") from e
     used: set[str] = set()
     selected = _select(node, (), patterns, used)
     for pattern in patterns:
@@ -344,7 +350,7 @@ def select(node: Node, patterns: str | Sequence[str]) -> Node:
 
 def _select(node: Node, path: tuple[str, ...], patterns: list[str], used: set[str]) -> Node:
     at = _join(path)
-    hits = {p for p in patterns if _matches(p, at)}
+    hits = {p for p in patterns if matches(p, at)}
     # Patterns that match below a selected node are no mistake either.
     for key, item in children(node):
         if hits:
@@ -363,12 +369,6 @@ def _select(node: Node, path: tuple[str, ...], patterns: list[str], used: set[st
     else:
         items = [part for _, part in parts]
     return {**node, "items": items}
-
-
-def _matches(pattern: str, path: str) -> bool:
-    if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], path) is not None
-    return fnmatch.fnmatchcase(path, pattern)
 
 
 # ---- files --------------------------------------------------------------------------------------
@@ -423,7 +423,7 @@ def check_metadata(metadata: Any) -> None:
         return
     try:
         if not isinstance(metadata, Mapping) or json.loads(json.dumps(metadata)) != metadata:
-            raise TypeError("it is not a dict, or JSON changes it (int keys, tuples)")
+            raise TypeError("it is not a dict, or JSON changes it (int keys, tuples, NaN)")
     except (TypeError, ValueError) as e:
         raise ValueError(
             f"`metadata` must be a dict that JSON can keep as it is: {e}. Use dicts with string"

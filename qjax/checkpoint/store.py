@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -65,7 +66,7 @@ def save(
       qparams: dicts, lists and tuples of arrays, QTensors, Python numbers and None. Other pytree
         nodes (NamedTuples, dataclasses, `nnx.State`) are saved as dicts of their fields.
       overwrite: whether a checkpoint at `path` may be replaced. It is only removed when the new
-        one is complete.
+        one is complete. Where `path` is a link, what it leads to is replaced.
       metadata: a dict that JSON can keep (a model's config, a tokenizer's text, a report); read
         it with `read_metadata`.
 
@@ -89,13 +90,18 @@ def save_async(
     with _quiet():
         import orbax.checkpoint as ocp
 
-        from qjax.checkpoint.orbax import QTreeHandler, QTreeSave
+        from qjax.checkpoint.orbax import QTreeHandler, QTreeSave, check_directory
 
         final = resolve(path)
+        check_directory(final)
         args = QTreeSave(qparams, metadata)
         exists = final.exists()
         if exists:
             _check_replaceable(final, overwrite)
+            if "://" not in str(final):
+                final = epath.Path(
+                    os.path.realpath(final)
+                )  # a link stays, and shows the new checkpoint
         target = final.with_name(final.name + ".qjax-new") if exists else final
         primary = ocp.multihost.is_primary_host(0)
         if exists and primary and target.exists():

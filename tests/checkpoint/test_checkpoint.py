@@ -185,6 +185,29 @@ def test_the_path_may_hold_any_character_and_be_relative(tmp_path, monkeypatch):
     assert_same({"w": jnp.ones(3)}, load(tmp_path / "a b#?%20é" / "c"))
 
 
+def test_a_bracket_in_the_path_is_refused_before_anything_is_written(saved, tmp_path):
+    where, tree = tmp_path / "lr[0.1]" / "c", {"w": jnp.ones(3)}
+    with pytest.raises(NotImplementedError, match="orbax cannot save below a name with a bracket"):
+        save(where, tree)
+    with (
+        ocp.Checkpointer(checkpoint.QTreeHandler()) as checkpointer,
+        pytest.raises(NotImplementedError),
+    ):
+        checkpointer.save(where, args=QTreeSave(tree))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    shutil.copytree(saved, where)  # what was saved elsewhere is read from there
+    assert_same(load(saved), load(where))
+
+
+def test_a_link_is_overwritten_where_it_leads(tmp_path):
+    save(tmp_path / "step_1", {"a": 1})
+    (tmp_path / "latest").symlink_to("step_1")
+    save(tmp_path / "latest", {"a": 2}, overwrite=True)
+    assert load(tmp_path / "latest") == load(tmp_path / "step_1") == {"a": 2}
+    assert (tmp_path / "latest").is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step_1"]
+
+
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
@@ -314,6 +337,7 @@ def test_refuses_shardings_that_do_not_fit(tmp_path):
         ({"a": P("x")}, "a/w: `shardings` has no entry"),
         (lambda path: P("x"), "a/w: expected a jax.sharding.Sharding, got P"),
         ({"a": {"w": None, "b": NamedSharding(mesh(8), P("x"))}}, "a/b: the sharding"),
+        (lambda path: NamedSharding(mesh(2), P(None, "x")), "a/b: .* it names 2 axes"),
     ]:
         with pytest.raises(ValueError, match=message):
             load(tmp_path / "c", shardings=shardings)
@@ -356,6 +380,13 @@ def test_a_part_reads_only_its_bytes(tmp_path):
 def test_a_pattern_that_matches_nothing_is_an_error(saved):
     with pytest.raises(ValueError, match="'attn' matches nothing in the checkpoint"):
         load(saved, select=["int4", "attn"])
+
+
+def test_patterns_that_are_none_are_refused(saved):
+    with pytest.raises(ValueError, match=r"`select`: 're:\(' is no regular expression"):
+        load(saved, select="re:(")
+    with pytest.raises(ValueError, match="`select` has no patterns"):
+        load(saved, select=[])
 
 
 # ---- damage -------------------------------------------------------------------------------------
