@@ -187,14 +187,12 @@ def test_the_path_may_hold_any_character_and_be_relative(tmp_path, monkeypatch):
 
 def test_a_bracket_in_the_path_is_refused_before_anything_is_written(saved, tmp_path):
     where, tree = tmp_path / "lr[0.1]" / "c", {"w": jnp.ones(3)}
-    with pytest.raises(NotImplementedError, match="orbax cannot save below a name with a bracket"):
+    refused = pytest.raises(NotImplementedError, match="orbax cannot save below a name with a brac")
+    with refused:
         save(where, tree)
-    with (
-        ocp.Checkpointer(checkpoint.QTreeHandler()) as checkpointer,
-        pytest.raises(NotImplementedError),
-    ):
+    assert not os.listdir(tmp_path)
+    with refused, ocp.Checkpointer(checkpoint.QTreeHandler()) as checkpointer:
         checkpointer.save(where, args=QTreeSave(tree))
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     shutil.copytree(saved, where)  # what was saved elsewhere is read from there
     assert_same(load(saved), load(where))
 
