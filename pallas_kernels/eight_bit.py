@@ -105,18 +105,24 @@ def matmul(
     def weight(w_smem, rows):
         return four_bits.load_bytes(w_smem.at[rows], x.dtype) if is_packed else w_smem.at[rows]
 
-    def step(w_smem, x_smem, rows, total):
-        plgpu.wgmma(total, weight(w_smem, rows), x_smem.T)
+    def step(w_smem, x_smem, turn, rows, total):
+        w = weight(w_smem, rows)
+        turn.begin()
+        plgpu.wgmma(total, w, x_smem.T)
+        turn.end()
         plgpu.wgmma_wait(0)  # before the stage is released
         return total
 
     def step_in_groups(w_smem, x_smem, sw_smem, *rest):
-        *sx_smem, rows, total = rest
+        *sx_smem, turn, rows, total = rest
+        w = weight(w_smem, rows)
 
         def product(d):
-            plgpu.wgmma(d, weight(w_smem, rows), x_smem.T)
+            plgpu.wgmma(d, w, x_smem.T)
+            turn.end()
             return d[...]  # waits
 
+        turn.begin()
         d = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(shape, total_dtype))
         # One for the whole tile is a factor of a token's, and not of every sum.
         scale = sw_smem[0, 0].astype(jnp.float32) if in_blocks else by_row(sw_smem.at[0, rows])
@@ -125,11 +131,13 @@ def matmul(
             scale = by_column(own, scale) if in_blocks else scale * by_column(own)
         return total + d.astype(jnp.float32) * scale
 
-    def step_by_token(w_smem, x_smem, sw_smem, sx_smem, rows, total):
+    def step_by_token(w_smem, x_smem, sw_smem, sx_smem, turn, rows, total):
         def product(d):
             plgpu.wgmma(d, x_smem.at[rows], w_smem.T)
+            turn.end()
             return d[...]  # waits
 
+        turn.begin()
         d = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((hopper.ROWS, TILE_N), total_dtype))
         scale = plgpu.load(sx_smem.at[0, rows], layout=plgpu.Layout.WGMMA.reduce(1))
         scale *= sw_smem[0, 0].astype(jnp.float32)

@@ -107,6 +107,37 @@ def transforms(columns: int, dtype: Any) -> tuple[Any, ...]:
     return tiling, plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
 
 
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """When a warpgroup hands products to the tensor core: between `begin` and `end`.
+
+    Two warpgroups that start at once share it and are done at once; then it idles while both decode
+    or add. In turns, the products of one are multiplied while the other does that (Shah et al.,
+    2024, "FlashAttention-3", section 3.1). What is decoded is so before its turn; accumulators that
+    start at 0 are made in it, as only next to their products do they cost nothing.
+
+    Attributes:
+      barriers: one for each warpgroup, on which it waits for the other; None: they take no turns.
+      wg: whose turn it is, 0 or 1.
+    """
+
+    barriers: Any
+    wg: Any
+
+    def open(self) -> None:
+        """Lets the first warpgroup go first."""
+        if self.barriers is not None:
+            pl.when(self.wg == 1)(lambda: plgpu.barrier_arrive(self.barriers.at[0]))
+
+    def begin(self) -> None:
+        if self.barriers is not None:
+            plgpu.barrier_wait(self.barriers.at[self.wg])
+
+    def end(self) -> None:
+        if self.barriers is not None:
+            plgpu.barrier_arrive(self.barriers.at[1 - self.wg])
+
+
 def product(
     operands: Sequence[Operand],
     step: Callable[..., Any],
@@ -129,8 +160,8 @@ def product(
 
     Args:
       operands: what the loop reads.
-      step: function (*blocks in shared memory, table and scratch if there are, rows, total) ->
-        total that adds the products of one step for `rows` of the tile's features.
+      step: function (*blocks in shared memory, table and scratch if there are, turn, rows, total)
+        -> total that adds the products of one step for `rows` of the tile's features.
       finish: function (sums [64, tile_m], features, tokens, *whole) -> sums to store.
       whole: arrays that `finish` reads from global memory.
       table: an array that every CTA first copies to shared memory.
@@ -176,6 +207,7 @@ def product(
         out, out_smem, is_full, is_free = (refs.pop(0) for _ in range(4))
         rings = [refs.pop(0) for _ in operands]
         own_scratch = () if scratch is None else (refs.pop(0),)
+        turns = refs.pop(0) if tuning.in_turn else None
         tables = ()
         if table is not None:
             table_smem, is_there = refs
@@ -222,6 +254,8 @@ def product(
             """Empties it, two warpgroups."""
             wg = lax.axis_index("wg")
             rows = pl.ds(wg * ROWS, ROWS)
+            turn = Turn(turns, wg)
+            turn.open()
 
             def fragment(i, slot):
                 tile = share.tile(i)
@@ -238,7 +272,8 @@ def product(
                     plgpu.barrier_wait(is_full.at[slot])
                     work = [ref.at[wg] for ref in own_scratch]
                     add = total if accumulator is None else accumulator
-                    total = step(*(r.at[slot] for r in rings), *tables, *work, rows, add)
+                    blocks = (ring.at[slot] for ring in rings)
+                    total = step(*blocks, *tables, *work, turn, rows, add)
                     if loads_blocks:
                         # Loads go through the generic proxy, the TMA that next writes this buffer
                         # through the async one: a barrier alone does not order them.
@@ -305,6 +340,7 @@ def product(
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             *(o.ring(stages, size[o.of], tuning.tile_k) for o in operands),
             *([] if scratch is None else [scratch]),
+            *([plgpu.Barrier(num_barriers=2)] if tuning.in_turn else []),
             *([] if table is None else [plgpu.SMEM(table.shape, table.dtype), plgpu.Barrier()]),
         ],
         interpret=interpret,

@@ -29,6 +29,7 @@ TUNINGS = {
     "split_k": Tuning(8, 2, split_k=2, sms=4),
     "long steps": Tuning(16, 1, 256, sms=2),
     "persistent": Tuning(8, 2, split_k=2, sms=2),  # with K = 768: three steps, two buffers
+    "in turn": Tuning(8, 2, sms=1, in_turn=True),
     "few tokens left": Tuning(16, 2, split_k=2, sms=4),  # with 20: the last tile has 4
 }
 RUNS = 10  # on a GPU, more than the first
@@ -89,7 +90,9 @@ class Laws:
         assert error <= self.budget_of(name_of_format), error
         assert not races
 
-    @pytest.mark.parametrize("name", ["split_k", "long steps", "persistent", "few tokens left"])
+    @pytest.mark.parametrize(
+        "name", ["split_k", "long steps", "persistent", "in turn", "few tokens left"]
+    )
     def test_agrees_with_float64_for_every_tuning(self, name):
         first = next(iter(self.formats.values()))
         M, K = {"persistent": (8, 768), "few tokens left": (20, 256)}.get(name, (8, 512))

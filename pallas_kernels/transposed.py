@@ -73,7 +73,7 @@ def matmul(
     own_columns = hopper.ROWS * columns // K  # of a warpgroup
 
     def step(w_smem, dy_smem, s_smem, *rest):
-        *table, tile, features, total = rest
+        *table, tile, turn, features, total = rest
         if bits is None:
             q = weight_only.upcast(w_smem.at[:, features], dy.dtype, *table)
         else:  # 64 inputs are those of one unit
@@ -87,7 +87,9 @@ def matmul(
             parts.append(columns * lax.broadcast_in_dim(s, columns.shape, (0,)))
         tile[...] = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
         plgpu.commit_smem()
+        turn.begin()
         plgpu.wgmma(total, tile.T, dy_smem.T)
+        turn.end()
         plgpu.wgmma_wait(0)  # before the stage is released and the tile overwritten
         return total
 

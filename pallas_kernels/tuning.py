@@ -28,6 +28,9 @@ class Tuning:
       split_k: pieces into which K of every output tile is cut, a divisor of its steps. All tiles'
         pieces are dealt out evenly; sums of a tile on several CTAs are added by a second kernel.
       sms: CTAs of the persistent grid.
+      in_turn: whether the two warpgroups of a CTA hand their products to the tensor core one after
+        the other, so that one decodes, scales and adds while the other's are multiplied. With as
+        many tokens as keep the tensor core busy.
     """
 
     tile_m: int
@@ -36,6 +39,7 @@ class Tuning:
     scale_on: str = "accumulator"
     split_k: int = 1
     sms: int = SMS
+    in_turn: bool = False
 
 
 # Most tokens -> tuning. The first row that is large enough is taken; more tokens are tiled by it.
@@ -45,14 +49,14 @@ WEIGHT_ONLY = {
     16: Tuning(16, 4, 256),
     32: Tuning(32, 4, 256),
     64: Tuning(64, 4, 256),
-    math.inf: Tuning(128, 4, scale_on="weight"),
+    math.inf: Tuning(128, 4, scale_on="weight", in_turn=True),
 }
 
 # The product with a transposed weight: 16-bit weights go through shared memory once more.
 TRANSPOSED = {
     16: Tuning(16, 6, scale_on="weight"),
     64: Tuning(64, 4, scale_on="weight"),
-    math.inf: Tuning(128, 3, scale_on="weight"),
+    math.inf: Tuning(128, 3, scale_on="weight", in_turn=True),
 }
 
 # Both operands lie in shared memory: 16 KB of weights and 128 bytes a token for each stage.
@@ -61,7 +65,7 @@ EIGHT_BIT = {
     16: Tuning(16, 8),
     32: Tuning(32, 8),
     64: Tuning(64, 6),
-    math.inf: Tuning(128, 4),
+    math.inf: Tuning(128, 4, in_turn=True),
 }
 
 
@@ -87,8 +91,9 @@ def weight_only(
       experts: as many products side by side, of M tokens each; None: there is one weight.
 
     Example:
-      >>> weight_only(16, 4096, 4096)
-      Tuning(tile_m=16, stages=4, tile_k=256, scale_on='accumulator', split_k=8, sms=132)
+      >>> t = weight_only(16, 4096, 4096)
+      >>> t.tile_m, t.tile_k, t.split_k
+      (16, 256, 8)
     """
     t = _for_shape(WEIGHT_ONLY, M, K, N, group_size, bits, 16, out_bits, table_bytes, experts)
     # On the accumulator it takes tile_m / group_size instructions a weight, for which memory gives

@@ -174,7 +174,7 @@ def matmul(
         return codes * factors[0, 2 * g] + factors[0, 2 * g + 1]
 
     def step_on_accumulator(w_smem, x_smem, *rest):
-        scales, (*table, rows, total) = rest[:n_scales], rest[n_scales:]
+        scales, (*table, turn, rows, total) = rest[:n_scales], rest[n_scales:]
         columns = columns_of(w_smem.at[rows], *table)
         groups = range(tuning.tile_k // group)
         # All groups are multiplied before the first is waited for, if there are registers.
@@ -186,15 +186,17 @@ def matmul(
                 for g, d in zip(some, sums, strict=True):
                     xt = x_smem.at[:, pl.ds(g * group, group)].T
                     plgpu.wgmma(d, columns(g * group, group), xt)
+                turn.end()
                 return [d[...] for d in sums]  # waits
 
+            turn.begin()
             for g, d in zip(some, pl.run_scoped(products, *[shape] * len(some)), strict=True):
                 s = scale_of(g, rows, *scales)
                 total += d * lax.broadcast_in_dim(s, d.shape, (0,))
         return total
 
     def step_in_tensor_core(w_smem, x_smem, *rest):
-        scales, (*table, rows, total) = rest[:n_scales], rest[n_scales:]
+        scales, (*table, turn, rows, total) = rest[:n_scales], rest[n_scales:]
         columns = columns_of(w_smem.at[rows], *table)
         for first in range(0, tuning.tile_k, TILE_K):  # one is multiplied, the next one decoded
             w = columns(first, TILE_K)
@@ -209,7 +211,9 @@ def matmul(
                     for k in range(first, first + TILE_K, width)
                 ]
                 w *= wide[0] if len(wide) == 1 else jnp.concatenate(wide, axis=1)
+            turn.begin()
             plgpu.wgmma(total, w, x_smem.at[:, pl.ds(first, TILE_K)].T)
+            turn.end()
         plgpu.wgmma_wait(0)  # before the stage is released
         return total
 

@@ -46,7 +46,7 @@ WEIGHT_ONLY = {
     "int2 g128 M=1": (1, "int2", 128, "bfloat16", 2.05, 0.8),
     "int2 g128 M=16": (16, "int2", 128, "bfloat16", 2.15, 0.8),
     "int2 g128 M=64": (64, "int2", 128, "bfloat16", 2.45, 0.8),
-    "int2 g128 M=1024": (1024, "int2", 128, "bfloat16", 2.7, 0.85),
+    "int2 g128 M=1024": (1024, "int2", 128, "bfloat16", 2.85, 0.95),
     "int2 g128, float16 M=16": (16, "int2", 128, "float16", 2.1, 0.8),
     "int2 g32 M=16": (16, "int2", 32, "bfloat16", 2.55, 0.8),
     "int3 g128 M=1": (1, "int3", 128, "bfloat16", 2.75, 1.4),
@@ -70,7 +70,7 @@ WEIGHT_ONLY = {
     "fp8 weights, float16 M=16": (16, "float8_e4m3fn", 128, "float16", 2.2, 1.0),
 }
 BITS = {"int2": 2, "int3": 3, "int4": 4}
-PREFILL = {"int2": 0.35, "int3": 0.45, "int4": 0.5, "int8": 0.5}
+PREFILL = {"int2": 0.37, "int3": 0.45, "int4": 0.5, "int8": 0.5}
 # Instructions for each weight, and cycles to issue the loop against those of the tensor core.
 EIGHT_BIT = {
     "int8 M=16": (16, "int8", "int8", 1, 1.1, None),
