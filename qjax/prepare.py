@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -113,6 +114,14 @@ class Prepared(QTensor):
         factor, offset = read_scales(self.scale)
         pairs = jnp.stack([factor, jnp.zeros_like(factor) if offset is None else offset], axis=-1)
         return self.scale.data, pairs.reshape(*factor.shape[:-1], -1)
+
+    def columns(self, take: Callable[[Array, int], Array]) -> Prepared:
+        N, (extra_k, _) = self.canonical_shape[-1], self.extra
+        whole = dataclasses.replace(self, data=self.data[..., :N, :], extra=(extra_k, 0))
+        data = (cut := super(Prepared, whole).columns(take)).data
+        more = -data.shape[-2] % TILE_N
+        data = jnp.pad(data, [(0, 0)] * (data.ndim - 2) + [(0, more), (0, 0)])
+        return dataclasses.replace(cut, data=data, extra=(extra_k, more))
 
     def codes_of_rows(self, rows: Int[Array, " i"]) -> Array:
         bits = self.element.bits

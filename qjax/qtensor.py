@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -127,6 +128,16 @@ class QTensor:
     def codes_of_rows(self, rows: Int[Array, " i"]) -> Array:
         """Returns the codes [i, N] of stored rows of a weight [K, N]."""
         return packing.unpack_rows(self.data, self.element.bits, rows)
+
+    def columns(self, take: Callable[[Array, int], Array]) -> QTensor:
+        """Returns columns of a weight every column of which has scales of its own.
+
+        Args:
+          take: function (array, axis) that cuts an axis of N entries.
+        """
+        cut = lambda a: None if a is None else take(a, a.ndim - 1)
+        data = take(self.data, self.data.ndim - 2 + self.data_axes.index("n"))
+        return dataclasses.replace(self, data=data, scale=cut(self.scale), zero=cut(self.zero))
 
     def __repr__(self) -> str:
         try:

@@ -245,6 +245,31 @@ def test_a_pre_scale_does_not_keep_a_product_from_the_kernel():
         assert _kernels(jax.grad(loss), x, w) == 2
 
 
+@pytest.mark.parametrize("device", ["h100", "a100"])
+@pytest.mark.parametrize("name", ["int4", "zero point", "channels"])
+def test_columns_of_a_prepared_weight_are_prepared(name, device):
+    w = jax.random.normal(jax.random.key(0), (256, 300), jnp.bfloat16)
+    qt = quantize_array(w, FORMATS[name])
+    prepared = qjax.prepare(qt, device)
+    cuts = {
+        "slice": lambda a, axis: lax.slice_in_dim(a, 10, 150, axis=axis),
+        "strided": lambda a, axis: lax.slice_in_dim(a, 1, 300, 7, axis=axis),
+        "whole tiles": lambda a, axis: lax.slice_in_dim(a, 0, 128, axis=axis),
+        "clamped": lambda a, axis: lax.dynamic_slice_in_dim(a, 299, 140, axis),
+    }
+    for cut in cuts.values():
+        part = prepared.columns(cut)
+        assert type(part) is type(prepared)
+        _same(qjax.restore(part), qt.columns(cut))
+        np.testing.assert_array_equal(qjax.dequantize(part), cut(qjax.dequantize(qt), 1))
+    x = jax.random.normal(jax.random.key(1), (3, 256), jnp.bfloat16)
+    halves = qjax.apply(lambda x, w: [x @ half for half in jnp.split(w, [128], axis=1)])
+    for y, wanted in zip(halves(x, prepared), halves(x, qt), strict=True):
+        np.testing.assert_allclose(*(a.astype("float32") for a in (y, wanted)), rtol=2.0**-7)
+    if device == "h100":
+        assert _kernels(halves, x, prepared) == 2
+
+
 def _layers(x, params):
     return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params)[0]
 

@@ -233,12 +233,7 @@ def take_axis(view: View, axis: int, take: Any, size: int) -> View | None:
     if stored is not None:
         payload = jax.tree.map(lambda a: take(a, stored), qt)
     elif atom.kind == "n" and size > 1 and len(view.atoms("n")) == 1 and _per_column(qt):
-        qt = qt.canonical()
-        zero = None if qt.zero is None else take(qt.zero, qt.zero.ndim - 1)
-        payload = dataclasses.replace(
-            qt, data=take(qt.data, qt.data.ndim - 1), scale=take(qt.scale, qt.scale.ndim - 1),
-            zero=zero,
-        )  # fmt: skip
+        payload = qt.columns(take)
     else:
         return None
     dim = (Atom(atom.kind, atom.position, size),) if size > 1 else ()
