@@ -115,7 +115,7 @@ class Prepared(QTensor):
         pairs = jnp.stack([factor, jnp.zeros_like(factor) if offset is None else offset], axis=-1)
         return self.scale.data, pairs.reshape(*factor.shape[:-1], -1)
 
-    def columns(self, take: Callable[[Array, int], Array]) -> Prepared:
+    def columns(self, take: Callable[[Array, int], Array]) -> QTensor:
         N, (extra_k, _) = self.canonical_shape[-1], self.extra
         whole = dataclasses.replace(self, data=self.data[..., :N, :], extra=(extra_k, 0))
         data = (cut := super(Prepared, whole).columns(take)).data
