@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 from pallas_kernels.triton import packing as halves
 from pallas_kernels.triton.tuning import TILE_K, TILE_N
 from qjax import numerics, packing
-from qjax.prepare import Prepared, fields_of
+from qjax.prepare import Prepared, fields_of, has_floats
 from qjax.qtensor import QTensor
 
 # Names of devices for programs that are compiled elsewhere, and their compute capabilities.
@@ -52,6 +52,13 @@ class PreparedTriton(Prepared):
     def canonical(self) -> QTensor:
         data = canonical_codes(self.data, self.format.element, self.extra)
         return QTensor(**fields_of(self, data=data))
+
+    def in_front(self, *, transposed: bool) -> str:
+        del transposed  # for which there is no kernel
+        fmt = self.format
+        text = self._made_of_scales(has_floats(fmt), has_blocks=False)
+        text += ", zero points decoded in front of it" if fmt.zero_point else ""
+        return text + (", offsets by a product of their own" if fmt.offset is not None else "")
 
     def codes_of_rows(self, rows: Int[Array, " i"]) -> Array:
         data = self.data[: self.canonical_shape[-1]]

@@ -90,30 +90,44 @@ class Prepared(QTensor):
 
         They are powers of two (uint8), or e4m3 with or without one scale of their own.
         """
-        fmt = self.format
-        if fmt.activation is not None or offsets_are_due(fmt):
+        if _decoded_by_kernels(self.format) != "stored":
             return None
-        if fmt.scale in ("e8m0", "e4m3"):
-            return self.scale, None
-        if fmt.scale == Format("e4m3", group_columns=None):
+        if isinstance(self.scale, QTensor):
             return self.scale.data, read_scales(self.scale)[0][..., 0, 0]
-        return None
+        return self.scale, None
 
     def nested_scale(self) -> tuple[Array, Float[Array, "*b G C"]] | None:
         """Returns uint8 codes [*b, G, N] of scales that the kernel decodes, or None.
 
         And second, of every block of their columns the factor and offset, [*b, G, 2 * C].
         """
-        fmt, inner = self.format, self.format.scale
-        if not isinstance(inner, Format) or fmt.activation is not None or offsets_are_due(fmt):
-            return None
-        if fmt.group_columns != 1 or inner.zero_point or inner.flatten or inner.group_size != 1:
-            return None
-        if inner.element != "uint8" or inner.group_columns is None or inner.group_columns % TILE_N:
+        if _decoded_by_kernels(self.format) != "nested":
             return None
         factor, offset = read_scales(self.scale)
         pairs = jnp.stack([factor, jnp.zeros_like(factor) if offset is None else offset], axis=-1)
         return self.scale.data, pairs.reshape(*factor.shape[:-1], -1)
+
+    def in_front(self, *, transposed: bool) -> str:
+        """Returns what XLA makes of scales for the kernel on every call, for `qjax.explain`."""
+        fmt, decoded = self.format, _decoded_by_kernels(self.format)
+        is_alone = not transposed and self.data.ndim == 2  # else nested scales are decoded, too
+        is_read = has_floats(fmt) or decoded == "stored" or (decoded == "nested" and is_alone)
+        has_blocks = fmt.activation is not None and not transposed and fmt.group_columns == TILE_N
+        text = self._made_of_scales(is_read, has_blocks)
+        if fmt.scale == "e8m0" and decoded == "stored":
+            text += ", for float16 scales decoded in front of it"
+        return text + (", offsets by a product of their own" if offsets_are_due(fmt) else "")
+
+    def _made_of_scales(self, is_read: bool, has_blocks: bool) -> str:
+        fmt, (*_, K, N) = self.format, self.canonical_shape
+        G, C = fmt.groups(K, N)
+        g = K + self.extra[0] if G == 1 else fmt.group_size
+        is_wide = C != N and G * C > 1 and not has_blocks  # one for all costs nothing
+        is_padded = self.extra[1] or G * (g or K) != K + self.extra[0]
+        made = {"decoded": not is_read, "repeated": is_wide, "padded": is_padded}
+        if not any(made.values()):
+            return ""
+        return f", scales {' and '.join(how for how in made if made[how])} in front of it"
 
     def columns(self, take: Callable[[Array, int], Array]) -> QTensor:
         N, (extra_k, _) = self.canonical_shape[-1], self.extra
@@ -319,6 +333,28 @@ def short_scale(fmt: Format) -> str | None:
     """
     is_short = isinstance(fmt.scale, str) and fmt.scale in ("bfloat16", "float16")
     return str(fmt.scale) if is_short else None
+
+
+def has_floats(fmt: Format) -> bool:
+    """Returns whether scales are stored as floats that every kernel reads."""
+    return fmt.scale == "float32" or short_scale(fmt) is not None
+
+
+def _decoded_by_kernels(fmt: Format) -> str | None:
+    """Returns which scales the Hopper kernels decode, "stored" or "nested" ones; None: no others.
+
+    See `Prepared.stored_scale` and `Prepared.nested_scale`.
+    """
+    if fmt.activation is not None or offsets_are_due(fmt):
+        return None
+    if fmt.scale in ("e8m0", "e4m3", Format("e4m3", group_columns=None)):
+        return "stored"
+    inner = fmt.scale
+    if not isinstance(inner, Format) or fmt.group_columns != 1 or inner.group_columns is None:
+        return None
+    is_plain = inner.group_size == 1 and not inner.zero_point and not inner.flatten
+    is_known = inner.element == "uint8" and inner.group_columns % TILE_N == 0
+    return "nested" if is_plain and is_known else None
 
 
 def offsets_are_due(fmt: Format) -> bool:

@@ -313,6 +313,33 @@ def test_explain_names_the_kernel_and_why_there_is_none():
     assert "no kernel for x @ Wᵀ of weights of 3 bits" in use.implementation
 
 
+def test_explain_names_what_is_done_beside_the_kernel_on_every_call():
+    def how(fmt, shape=(256, 128), device="h100", **options):
+        qt = jax.eval_shape(lambda: qjax.prepare(quantize_array(jnp.ones(shape), fmt), device))
+        x = jax.ShapeDtypeStruct((*shape[:-2], 3, shape[-2]), jnp.bfloat16)
+        (use,) = qjax.explain(jnp.matmul, **options)(x, qt)
+        return use.implementation
+
+    read = "mosaic on CUDA, x in bfloat16 or float16; else xla"
+    for name in ("int4", "channels", "nf4-dq", "nvfp4", "ternary"):
+        assert how(FORMATS[name]) == read
+    flat = qjax.Format("uint8", group_size=256, flatten=True)
+    assert "scales decoded in front of it" in how(qjax.Format("nf4", 64, scale=flat))
+    assert "scales decoded in front of it" in how(FORMATS["nf4-dq"], (2, 256, 128))
+    assert "scales repeated in front of it" in how(FORMATS["fp8 blocks"])
+    assert "scales padded in front of it" in how(FORMATS["int4"], (256, 130))
+    assert "for float16 scales decoded" in how(FORMATS["mxfp4"])
+    assert "offsets by a product" in how(FORMATS["zero point"])
+    assert "zero points decoded" in how(FORMATS["zero point"], device="a100")
+    one_by_one = "one weight of the stack after another"
+    assert one_by_one in how(QUANTIZED["w8a8"], (2, 256, 128))
+    assert one_by_one in how(FORMATS["int4"], (2, 256, 128), "a100")
+    assert how(FORMATS["int4"], (2, 256, 128)) == read
+    forced = qjax.explain(lambda x, w: x @ w.T, implementation="mosaic")
+    (use,) = forced(jnp.ones((3, 128), jnp.bfloat16), qjax.prepare(_weight("int3"), "h100"))
+    assert use.implementation == ("mosaic (asked for): no kernel for x @ Wᵀ of weights of 3 bits")
+
+
 def test_a_forced_kernel_that_cannot_run_says_why():
     qt = _weight("int4")
     x = jnp.ones((3, 256))

@@ -381,6 +381,6 @@ def describe(qt: QTensor) -> str:
         }  # fmt: skip
         parts.append(f"{fmt.activation} activations {how[fmt.activation_scale]}")
     if fmt.outliers is not None:
-        room = fmt.outlier_capacity
-        parts.append(f"channels from {fmt.outliers:g} on in float (room for {room})")
+        room = f"room for {fmt.outlier_capacity}, else in a branch, for which a scan copies layers"
+        parts.append(f"channels from {fmt.outliers:g} on in float ({room})")
     return ", ".join(parts)

@@ -300,18 +300,22 @@ def describe(qt: QTensor, form: str, implementation: str | None) -> str:
         kind = "int32 accumulator" if is_int else "FP8 values"
         where = "xla"
         if isinstance(qt, Prepared) and implementation in (None, *LAYOUTS):
-            name = _kernel_name(qt)
-            where = f"{name} (asked for)" if implementation else f"{name} on CUDA, else xla"
+            beside = _on_every_call(qt, form)
+            where = f"{implementation} (asked for){beside}"
+            if implementation is None:
+                where = f"{_kernel_name(qt)} on CUDA{beside}, else xla"
         return f"{where}, {activation.describe(qt)}, {kind}"
     why = None
     if isinstance(qt, Prepared) and form != "forward":
         why = against_transposed(fmt, getattr(qt, "capability", None))
     if implementation == "reference":
         text = "reference: dequantizes the whole weight (asked for)"
-    elif isinstance(qt, Prepared) and why is None and implementation != "xla":
-        text = f"{_kernel_name(qt)} on CUDA, x in bfloat16 or float16; else xla"
-        if implementation in LAYOUTS:
-            text = f"{implementation} (asked for)"
+    elif isinstance(qt, Prepared) and implementation in LAYOUTS:
+        text = f"{implementation} (asked for)"
+        text += _on_every_call(qt, form) if why is None else f": no kernel for x @ Wᵀ {why}"
+    elif isinstance(qt, Prepared) and why is None and implementation is None:
+        text = f"{_kernel_name(qt)} on CUDA, x in bfloat16 or float16"
+        text += f"{_on_every_call(qt, form)}; else xla"
     else:
         text = _describe_cpu(qt, form, implementation)
         if isinstance(qt, Prepared):
@@ -321,6 +325,15 @@ def describe(qt: QTensor, form: str, implementation: str | None) -> str:
         text += ", x * pre_scale" if form == "forward" else ", y * pre_scale"
     if qt.perm is not None:
         text += ", channels reordered"
+    return text
+
+
+def _on_every_call(qt: Prepared, form: str) -> str:
+    """Returns what is done beside the kernel, and whether it is called more than once."""
+    is_rounded = qt.format.activation is not None and form == "forward"
+    text = qt.in_front(transposed=form != "forward")
+    if qt.data.ndim > 2 and (is_rounded or isinstance(qt, ampere.PreparedTriton)):
+        text += ", one weight of the stack after another (a scan copies them for it)"
     return text
 
 

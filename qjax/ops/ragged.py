@@ -323,6 +323,7 @@ def describe(qt: QTensor, implementation: str | None) -> str:
         return text
     if qt.format.activation is not None:
         return f"{text}: {_FOR_ROUNDED}"
+    for_all = "one kernel for all experts" + qt.in_front(transposed=False)
     if implementation == "mosaic":
-        return "mosaic (asked for), one kernel for all experts"
-    return "mosaic on CUDA, x in bfloat16 or float16, one kernel for all experts; else xla"
+        return f"mosaic (asked for), {for_all}"
+    return f"mosaic on CUDA, x in bfloat16 or float16, {for_all}; else xla"
