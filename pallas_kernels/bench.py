@@ -105,7 +105,7 @@ def tuning_of(form: Form, M: int, K: int, N: int) -> Tuning:
             table_bytes=four_bits.TABLE_BYTES if form.has_table else 0,
             scale_bits=32 if form.scale == "nested" else 8 * jnp.dtype(form.scale).itemsize,
         )  # fmt: skip
-    return tuning.eight_bit(M, K, N, form.bits)
+    return tuning.eight_bit(M, K, N, form.bits, form.group)
 
 
 @functools.cache

@@ -81,7 +81,7 @@ def matmul(
     if reason := supports(w.dtype, x.dtype, K, N, K // G if K % G == 0 else 0):
         raise ValueError(f"pallas_kernels.eight_bit: {reason}.")
     out_dtype = jnp.dtype(out_dtype)
-    tuning = tuning or tunings.eight_bit(M, K, N, hopper.bits(w.dtype))
+    tuning = tuning or tunings.eight_bit(M, K, N, hopper.bits(w.dtype), K // G)
     tile_m = tuning.tile_m
     total_dtype = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
     is_packed = w.dtype == jnp.int4
@@ -102,11 +102,11 @@ def matmul(
         s = plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
         return lax.broadcast_in_dim(s * factor, shape, (1,))
 
-    def weight(w_smem, rows):
-        return four_bits.load_bytes(w_smem.at[rows], x.dtype) if is_packed else w_smem.at[rows]
+    def weight(w_smem):
+        return four_bits.load_bytes(w_smem, x.dtype) if is_packed else w_smem
 
     def step(w_smem, x_smem, turn, rows, total):
-        w = weight(w_smem, rows)
+        w = weight(w_smem.at[rows])
         turn.begin()
         plgpu.wgmma(total, w, x_smem.T)
         turn.end()
@@ -115,33 +115,31 @@ def matmul(
 
     def step_in_groups(w_smem, x_smem, sw_smem, *rest):
         *sx_smem, turn, rows, total = rest
-        w = weight(w_smem, rows)
-
-        def product(d):
-            plgpu.wgmma(d, w, x_smem.T)
-            turn.end()
-            return d[...]  # waits
-
-        turn.begin()
-        d = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(shape, total_dtype))
+        d = summed(weight(w_smem.at[rows]), x_smem, turn, shape)
         # One for the whole tile is a factor of a token's, and not of every sum.
         scale = sw_smem[0, 0].astype(jnp.float32) if in_blocks else by_row(sw_smem.at[0, rows])
         for ref in sx_smem:
             own = ref.at[0, pl.ds(0, tile_m)]
             scale = by_column(own, scale) if in_blocks else scale * by_column(own)
-        return total + d.astype(jnp.float32) * scale
+        return total + d * scale
 
     def step_by_token(w_smem, x_smem, sw_smem, sx_smem, turn, rows, total):
+        d = summed(x_smem.at[rows], w_smem, turn, (hopper.ROWS, TILE_N))
+        scale = plgpu.load(sx_smem.at[0, rows], layout=plgpu.Layout.WGMMA.reduce(1))
+        scale *= sw_smem[0, 0].astype(jnp.float32)
+        return total + d * lax.broadcast_in_dim(scale, d.shape, (0,))
+
+    def summed(left, right, turn, shape):
+        """Returns the sums of a group's products, in float32."""
+
         def product(d):
-            plgpu.wgmma(d, x_smem.at[rows], w_smem.T)
+            plgpu.wgmma(d, left, right.T)
             turn.end()
             return d[...]  # waits
 
         turn.begin()
-        d = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((hopper.ROWS, TILE_N), total_dtype))
-        scale = plgpu.load(sx_smem.at[0, rows], layout=plgpu.Layout.WGMMA.reduce(1))
-        scale *= sw_smem[0, 0].astype(jnp.float32)
-        return total + d.astype(jnp.float32) * lax.broadcast_in_dim(scale, d.shape, (0,))
+        d = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(shape, total_dtype))
+        return d.astype(jnp.float32)
 
     def scaled(total, features, tokens, sx, *sw):
         scale = by_column(sx.at[0, tokens])
@@ -154,7 +152,8 @@ def matmul(
         width = hopper.ALIGNMENT * 8 // hopper.bits(w_scale.dtype) if has_groups else TILE_N
         w_scale = jnp.repeat(w_scale, width, axis=1)
     if has_groups:
-        operands.append(Operand(w_scale, "n", is_row=True, width=w_scale.shape[1] * TILE_N // N))
+        width = w_scale.shape[1] * TILE_N // N
+        operands.append(Operand(w_scale, "n", is_row=True, width=width))
     in_steps = has_groups and not of_tokens  # are scales of x; else they are of sums over all of K
     if in_steps:
         width = max(tile_m, hopper.ALIGNMENT // 4)

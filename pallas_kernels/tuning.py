@@ -112,9 +112,15 @@ def transposed(
     return _for_shape(TRANSPOSED, M, N, K, TILE_K, bits, 16, 32, table_bytes, experts)
 
 
-def eight_bit(M: int, K: int, N: int, bits: int = 8) -> Tuning:
-    """Returns the tuning of a product of M tokens of 8 bits with a [K, N] weight of 8 or 4."""
-    return _for_shape(EIGHT_BIT, M, K, N, TILE_K, bits, 8, 32, 0)
+def eight_bit(M: int, K: int, N: int, bits: int = 8, group_size: int | None = None) -> Tuning:
+    """Returns the tuning of a product of M tokens of 8 bits with a [K, N] weight of 8 or 4.
+
+    Args:
+      group_size: inputs with a scale of their own; None: all of K. Without groups there is little
+        to do between products, and no need to take turns.
+    """
+    t = _for_shape(EIGHT_BIT, M, K, N, TILE_K, bits, 8, 32, 0)
+    return dataclasses.replace(t, in_turn=t.in_turn and group_size not in (None, K))
 
 
 def _for_shape(

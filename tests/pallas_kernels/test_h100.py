@@ -52,7 +52,7 @@ WEIGHT_ONLY = {
     "int3 g128 M=1": (1, "int3", 128, "bfloat16", 2.75, 1.4),
     "int3 g128 M=16": (16, "int3", 128, "bfloat16", 2.85, 1.4),
     "int3 g128 M=64": (64, "int3", 128, "bfloat16", 3.2, 1.4),
-    "int3 g128 M=1024": (1024, "int3", 128, "bfloat16", 3.4, 1.4),
+    "int3 g128 M=1024": (1024, "int3", 128, "bfloat16", 3.5, 1.5),
     "int3 g64 M=64": (64, "int3", 64, "bfloat16", 3.2, 1.4),
     "int4 g128 M=1": (1, "int4", 128, "bfloat16", 2.5, 1.25),
     "int4 g128 M=16": (16, "int4", 128, "bfloat16", 2.6, 1.25),
@@ -77,12 +77,12 @@ EIGHT_BIT = {
     "int8 M=1024": (1024, "int8", "int8", 1, 1.1, 0.3),
     "int4 x int8 M=16": (16, "int4", "int8", K // 128, 1.6, None),
     "int4 x int8 M=64": (64, "int4", "int8", K // 128, 2.3, None),
-    "int4 x int8 M=1024": (1024, "int4", "int8", K // 128, 3.3, 0.82),
+    "int4 x int8 M=1024": (1024, "int4", "int8", K // 128, 3.4, 0.85),
     "int4 x int8, channels M=16": (16, "int4", "int8", 1, 1.2, None),
     "int4 x int8, channels M=1024": (1024, "int4", "int8", 1, 1.25, 0.31),
     "int4 x fp8 M=16": (16, "int4", "float8_e4m3fn", K // 128, 2.2, None),
     "int4 x fp8 M=64": (64, "int4", "float8_e4m3fn", K // 128, 2.6, None),
-    "int4 x fp8 M=1024": (1024, "int4", "float8_e4m3fn", K // 128, 3.1, 0.77),
+    "int4 x fp8 M=1024": (1024, "int4", "float8_e4m3fn", K // 128, 3.2, 0.8),
     "int4 x fp8, channels M=16": (16, "int4", "float8_e4m3fn", 1, 2.0, None),
     "int4 x fp8, channels M=1024": (1024, "int4", "float8_e4m3fn", 1, 2.0, 0.5),
     "fp8 M=16": (16, "float8_e4m3fn", "float8_e4m3fn", 1, 1.1, None),
@@ -92,7 +92,7 @@ EIGHT_BIT = {
     "fp8 blocks M=1024": (1024, "float8_e4m3fn", "float8_e4m3fn", K // 128, 2.0, 0.5),
     # A step for every 128 values of a token, too. With many of them, these are the rows.
     "fp8 1x128 M=16": (16, "float8_e4m3fn", "float8_e4m3fn", K // 128, 1.1, None),
-    "fp8 1x128 M=1024": (1024, "float8_e4m3fn", "float8_e4m3fn", K // 128, 2.0, 0.5),
+    "fp8 1x128 M=1024": (1024, "float8_e4m3fn", "float8_e4m3fn", K // 128, 2.1, 0.52),
     "int4 x int8 1x128 M=16": (16, "int4", "int8", K // 128, 1.65, None),
 }
 
