@@ -221,10 +221,14 @@ def _by_the_kernel(x, prepared, **options):
         )
 
 
+def _for_gpus(f, *args):
+    """The program for an NVIDIA GPU."""
+    return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
 def _kernels(f, *args):
-    """How many Hopper kernels the program for an NVIDIA GPU has."""
-    lowered = jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",))
-    return lowered.as_text().count("@mosaic_gpu_v2")
+    """How many Hopper kernels it has."""
+    return _for_gpus(f, *args).count("@mosaic_gpu_v2")
 
 
 def test_a_pre_scale_does_not_keep_a_product_from_the_kernel():

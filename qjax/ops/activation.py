@@ -338,34 +338,66 @@ def of_experts(x: Float[Array, "M K"], qt: QTensor, group_sizes: Int[Array, " E"
       qt: experts [E, K, N].
       group_sizes: rows of each expert.
     """
-    fmt = qt.format
-    expert = expert_of_rows(group_sizes, x.shape[0])
-    if qt.pre_scale is not None:
-        x = _times(x, qt.pre_scale[expert], qt)
-    if fmt.activation is None or not math.prod(x.shape):
+    x = _times_own(x, qt, group_sizes)
+    if qt.format.activation is None or not math.prod(x.shape):
         return x
     wide = x.astype(jnp.float32)
     outside = jnp.zeros_like(wide)
-    if fmt.outliers is not None:
-        wide, outside, _ = split_outliers(wide, fmt.outliers, 0)
-    if fmt.activation_scale in ("token", "group"):
-        codes, s = _dynamic(wide, fmt)
-    else:
-        if fmt.activation_scale == "static":
-            step_of(x[None], qt)  # says what is missing
-            step = qt.act_scale[expert][:, None]
-        else:
-            step = _largest_step(wide, fmt.activation, (0, 1))
-        codes, s = round_steps(in_steps(wide, step), fmt.activation)
-        s = s * step
-    rounded = codes.astype(jnp.float32) * s + outside
+    if qt.format.outliers is not None:
+        wide, outside, _ = split_outliers(wide, qt.format.outliers, 0)
+    codes, step = _codes_of_experts(wide, qt, group_sizes)
+    rounded = codes.astype(jnp.float32) * step + outside
     return x + lax.stop_gradient(rounded - x)
+
+
+def codes_of_experts(
+    x: Float[Array, "M K"], qt: QTensor, group_sizes: Int[Array, " E"]
+) -> tuple[Float[Array, "M K"], Float[Array, "M 1"]]:
+    """Returns what `of_experts` does as codes, which bfloat16 has exactly, and steps of rows.
+
+    For formats that `have_row_steps`.
+    """
+    wide = _times_own(x, qt, group_sizes).astype(jnp.float32)
+    codes, step = lax.stop_gradient(_codes_of_experts(wide, qt, group_sizes))
+    steps = wide / step
+    steps += lax.stop_gradient(codes.astype(jnp.float32) - steps)
+    return steps.astype(jnp.bfloat16), step
+
+
+def have_row_steps(fmt: Format) -> bool:
+    """Returns whether activations of experts are rounded, all entries of a row in one step."""
+    is_rounded = fmt.activation is not None and fmt.outliers is None
+    return is_rounded and fmt.activation_scale != "group"
+
+
+def _times_own(x: Array, qt: QTensor, group_sizes: Array) -> Array:
+    """Returns rows times the `pre_scale` of their expert."""
+    if qt.pre_scale is None:
+        return x
+    return _times(x, qt.pre_scale[expert_of_rows(group_sizes, x.shape[0])], qt)
+
+
+def _codes_of_experts(wide: Array, qt: QTensor, group_sizes: Array) -> tuple[Array, Array]:
+    """Returns codes of rows and their steps, [M, 1], or [M, K] if their groups have some."""
+    fmt = qt.format
+    assert fmt.activation is not None
+    if fmt.activation_scale in ("token", "group"):
+        return _dynamic(wide, fmt)
+    if fmt.activation_scale == "static":
+        step_of(wide[None], qt)  # says what is missing
+        assert qt.act_scale is not None
+        step = qt.act_scale[expert_of_rows(group_sizes, wide.shape[0])][:, None]
+    else:
+        step = _largest_step(wide, fmt.activation, (0, 1))
+    codes, s = round_steps(in_steps(wide, step), fmt.activation)
+    return codes, s * step
 
 
 def expert_of_rows(group_sizes: Int[Array, " E"], M: int) -> Int[Array, " M"]:
     """Returns whose each of M rows is, the last one's for rows beyond all groups."""
     ends = jnp.cumsum(group_sizes)
-    expert = jnp.searchsorted(ends, jnp.arange(M), side="right")
+    # Comparisons with all experts are one kernel; a search would be a loop.
+    expert = jnp.searchsorted(ends, jnp.arange(M), side="right", method="compare_all")
     return jnp.minimum(expert, ends.shape[0] - 1)
 
 

@@ -16,6 +16,7 @@ from pallas_kernels import h100, hlo, interpreter
 from qjax.ops import ragged
 from qjax.ops.dispatch import compute
 from qjax.ops.packed_dot import packed_dot, packed_dot_p
+from qjax.prepare import Prepared
 from qjax.qtensor import quantize_array
 from qjax.sharding import shardings_of
 
@@ -83,6 +84,41 @@ def test_the_kernel_agrees_with_float64(name):
     prepared = qjax.prepare(qt, "h100")
     y = _by_the_kernel(lambda: _product(x, prepared, jnp.array(SIZES)))
     _close(y, np.concatenate([wanted, np.zeros((M - len(own), 128))]), _budget(name))
+
+
+ROUNDED = {
+    "w8a8": qjax.Format("int8", activation="int8"),
+    "w8a8, one step": qjax.Format("int8", activation="int8", activation_scale="tensor"),
+    "w8a8, unsigned": qjax.Format("int8", activation="uint8", activation_scale="tensor"),
+    "fp8": qjax.Format("e4m3", activation="e4m3"),
+    "w4a8": qjax.Format("int4", group_size=128, scale="bfloat16", activation="int8"),
+    "w4a8-fp8": qjax.Format("int4", group_size=128, scale="bfloat16", activation="e4m3"),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_rounded_activations_are_codes_to_the_kernel(name):
+    w = jax.random.normal(jax.random.key(0), (3, 256, 128))
+    qt, x, sizes = quantize_array(w, ROUNDED[name]), _rows(M, 256), jnp.array(SIZES)
+    x = jnp.abs(x) if "unsigned" in name else x
+    prepared = qjax.prepare(qt, "h100")
+    assert type(prepared) is Prepared
+    wanted = np.asarray(_product(x, qt, sizes), np.float64)
+    _close(_by_the_kernel(lambda: _product(x, prepared, sizes)), wanted, 2e-6)
+
+
+@pytest.mark.parametrize("name", ["w8a8", "fp8"])
+def test_derivatives_of_rounded_activations_are_those_without_rounding(name):
+    w = jax.random.normal(jax.random.key(0), (3, 256, 128))
+    qt, x, sizes = quantize_array(w, ROUNDED[name]), _rows(M, 256), jnp.array(SIZES)
+    dy = jax.random.normal(jax.random.key(2), (M, 128))
+    pull = lambda w: jax.vjp(lambda x: _product(x, w, sizes), x)[1](dy)[0]
+    own = np.repeat(np.arange(3), SIZES)
+    wanted = np.zeros((M, 256))
+    values = np.asarray(qjax.dequantize(qt), np.float64)[own]
+    wanted[: len(own)] = np.einsum("mn,mkn->mk", np.asarray(dy, np.float64)[: len(own)], values)
+    for weight in (qt, qjax.prepare(qt, "h100")):
+        _close(np.asarray(pull(weight), np.float64), wanted, 2.0**-7)
 
 
 @pytest.mark.parametrize("name", ["int4", "zero point", "nf4-dq"])
@@ -156,9 +192,15 @@ def test_explain_names_the_kernel_and_why_there_is_none():
     assert how(prepared).startswith("mosaic on CUDA")
     assert how(qt) == "xla, blocks of K"
     assert how(prepared, implementation="xla") == "xla, blocks of K, codes repacked in the op"
-    rounded = quantize_array(jnp.ones((3, 256, 128)), qjax.Format("int8", activation="int8"))
-    why = how(qjax.prepare(rounded, "h100"))
-    assert "no kernel for experts with rounded activations" in why
+    rounded = lambda **how: qjax.prepare(
+        quantize_array(jnp.ones((3, 256, 128)), qjax.Format("int8", activation="int8", **how)),
+        "h100",
+    )
+    text = how(rounded())
+    assert text.startswith("mosaic on CUDA, int8 activations per token as bfloat16, one kernel")
+    assert "no kernel for experts with outliers" in how(rounded(outliers=6.0))
+    grouped = rounded(activation_scale="group", group_size=128)
+    assert "no kernel for experts with activations rounded in groups" in how(grouped)
 
 
 @pytest.mark.parametrize("shape", [(1, 256, 128), (2, 1, 128), (2, 256, 1)])
@@ -172,6 +214,12 @@ def test_one_expert_input_or_feature_stays_packed(shape):
         _close(np.asarray(y, np.float64), np.asarray(wanted, np.float64), 2.0**-8)
 
 
+def test_factors_of_experts_are_found_without_a_loop():
+    qt, x, sizes = _experts("nvfp4"), _rows(M, 256), jnp.array(SIZES)
+    run = jax.jit(_product).trace(x, qjax.prepare(qt, "h100"), sizes)
+    assert "stablehlo.while" not in run.lower(lowering_platforms=("cuda",)).as_text()
+
+
 def test_a_forced_kernel_that_cannot_run_says_why():
     x, qt, sizes = _rows(M, 256), _experts("int4"), jnp.array(SIZES)
     run = qjax.apply(lambda x, w: lax.ragged_dot(x, w, sizes), implementation="mosaic")
@@ -181,8 +229,9 @@ def test_a_forced_kernel_that_cannot_run_says_why():
         run(x, qjax.prepare(qt, "h100"))
     with pytest.raises(ValueError, match="float32"):
         run(x.astype(jnp.float32), qjax.prepare(qt, "h100"))
-    rounded = quantize_array(jnp.ones((3, 256, 128)), qjax.Format("int8", activation="int8"))
-    with pytest.raises(NotImplementedError, match="no kernel for experts with rounded"):
+    fmt = qjax.Format("int8", activation="int8", outliers=6.0)
+    rounded = quantize_array(jnp.ones((3, 256, 128)), fmt)
+    with pytest.raises(NotImplementedError, match="no kernel for experts with outliers"):
         run(x, qjax.prepare(rounded, "h100"))
 
 
