@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from qjax import _compat, packing, qtensor
+from qjax.format import Format
 from qjax.ops import activation, mosaic_dot, partitioning
 from qjax.ops.dispatch import codes_of, takes_kernel
 from qjax.ops.packed_dot import refuse_weight_tangents
@@ -93,14 +94,25 @@ def check(qt: QTensor, implementation: str | None) -> None:
     if type(qt) is not Prepared:
         why = "it is not prepared for it: see `qjax.prepare`"
         raise ValueError(f'implementation="mosaic" does not take {qt!r}: {why}.')
-    if qt.format.activation is not None:
+    if why := _against_rounded(qt.format):
         raise NotImplementedError(
-            f'implementation="mosaic" does not take {qt!r}: {_FOR_ROUNDED}. With None, plain JAX'
-            " computes it."
+            f'implementation="mosaic" does not take {qt!r}: {why}. With None, plain JAX computes'
+            " it."
         )
 
 
-_FOR_ROUNDED = "no kernel for experts with rounded activations"
+def takes_codes(qt: QTensor, implementation: str | None) -> bool:
+    """Returns whether rows are given as codes in bfloat16, not as floats that were rounded."""
+    is_for_kernel = type(qt) is Prepared and implementation in (None, "mosaic")
+    return is_for_kernel and activation.have_row_steps(qt.format)
+
+
+def _against_rounded(fmt: Format) -> str | None:
+    """Returns why the kernel for experts does not take activations that are rounded so, or None."""
+    if fmt.activation is None or activation.have_row_steps(fmt):
+        return None
+    of = "outliers" if fmt.outliers is not None else "activations rounded in groups"
+    return f"no kernel for experts with {of}"
 
 
 def _blocked(x, sizes, data, scale, zero=None, *, spec: Spec, dtype: Any, precision: Any):
@@ -230,7 +242,7 @@ def _plain(x, sizes, data, scale, *zero, spec: Spec, dtype: Any, precision: Any)
     plain = dataclasses.replace(spec, extra=None, transposed=False)
     options = {"dtype": jnp.dtype(dtype), "precision": precision}
     if not spec.transposed:
-        return _blocked(x, sizes, *weight, spec=plain, **options)
+        return _blocked(x.astype(dtype), sizes, *weight, spec=plain, **options)
     wide = dataclasses.replace(plain, out_dtype="float32")
     forward = lambda x: _blocked(x, sizes, *weight, spec=wide, **options)
     (dx,) = jax.linear_transpose(forward, jax.ShapeDtypeStruct(spec.out_shape(x, data), dtype))(
@@ -321,9 +333,10 @@ def describe(qt: QTensor, implementation: str | None) -> str:
     text += ", codes repacked in the op" if isinstance(qt, Prepared) else ""
     if type(qt) is not Prepared or implementation not in (None, "mosaic"):
         return text
-    if qt.format.activation is not None:
-        return f"{text}: {_FOR_ROUNDED}"
+    if why := _against_rounded(qt.format):
+        return f"{text}: {why}"
     for_all = "one kernel for all experts" + qt.in_front(transposed=False)
+    taken = f"{rounded} as bfloat16" if rounded else "x in bfloat16 or float16"
     if implementation == "mosaic":
-        return f"mosaic (asked for), {for_all}"
-    return f"mosaic on CUDA, x in bfloat16 or float16, {for_all}; else xla"
+        return f"mosaic (asked for), {rounded and taken + ', '}{for_all}"
+    return f"mosaic on CUDA, {taken}, {for_all}; else xla"

@@ -392,13 +392,16 @@ def ragged_dot(
     if kinds != [["b"], ["k"], ["n"]] or qt.data.ndim != 3 or qt.perm is not None:
         return None
     ragged.check(qt, implementation)
-    x = activation.of_experts(x, qt, group_sizes)
-    return ragged.ragged_dot(
-        x,
-        dataclasses.replace(qt, format=qt.format.weight_only, pre_scale=None, act_scale=None),
-        group_sizes,
-        dtype=jnp.promote_types(view.dtype, x.dtype),
-        out_dtype=out_dtype,
+    run = functools.partial(
+        ragged.ragged_dot,
+        qt=dataclasses.replace(qt, format=qt.format.weight_only, pre_scale=None, act_scale=None),
+        group_sizes=group_sizes,
         precision=precision,
         implementation=implementation,
     )
+    if ragged.takes_codes(qt, implementation) and math.prod(x.shape):
+        # A kernel multiplies codes; the steps of rows are factors of its results.
+        codes, step = activation.codes_of_experts(x, qt, group_sizes)
+        return (step * run(codes, dtype="float32", out_dtype="float32")).astype(out_dtype)
+    x = activation.of_experts(x, qt, group_sizes)
+    return run(x, dtype=jnp.promote_types(view.dtype, x.dtype), out_dtype=out_dtype)

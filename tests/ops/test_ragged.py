@@ -89,7 +89,6 @@ def test_the_kernel_agrees_with_float64(name):
 ROUNDED = {
     "w8a8": qjax.Format("int8", activation="int8"),
     "w8a8, one step": qjax.Format("int8", activation="int8", activation_scale="tensor"),
-    "w8a8, unsigned": qjax.Format("int8", activation="uint8", activation_scale="tensor"),
     "fp8": qjax.Format("e4m3", activation="e4m3"),
     "w4a8": qjax.Format("int4", group_size=128, scale="bfloat16", activation="int8"),
     "w4a8-fp8": qjax.Format("int4", group_size=128, scale="bfloat16", activation="e4m3"),
@@ -100,7 +99,6 @@ ROUNDED = {
 def test_rounded_activations_are_codes_to_the_kernel(name):
     w = jax.random.normal(jax.random.key(0), (3, 256, 128))
     qt, x, sizes = quantize_array(w, ROUNDED[name]), _rows(M, 256), jnp.array(SIZES)
-    x = jnp.abs(x) if "unsigned" in name else x
     prepared = qjax.prepare(qt, "h100")
     assert type(prepared) is Prepared
     wanted = np.asarray(_product(x, qt, sizes), np.float64)
@@ -272,6 +270,18 @@ def test_experts_on_h100s_are_one_kernel_that_reads_them_where_they_lie(axis):
     found = hlo.collectives(program.hlo)
     # Features stay split, as XLA is free to leave them; sums over experts or inputs are added.
     assert found == ({} if axis in (None, 2) else {"all-reduce": 1})
+
+
+@pytest.mark.h100(code=False)
+@pytest.mark.parametrize("name", ["w8a8", "fp8"])
+def test_experts_with_rounded_activations_are_one_kernel(name):
+    quantized = lambda w: qjax.prepare(quantize_array(w, ROUNDED[name]), "h100")
+    x, _, sizes = _abstract(8, 4096, 4096, 32)
+    w = jax.eval_shape(quantized, jax.ShapeDtypeStruct((8, 4096, 4096), jnp.bfloat16))
+    run = lambda x, w, sizes: lax.ragged_dot(x, w, sizes)
+    program = h100.compile(jax.jit(qjax.apply(run)), x, w, sizes)
+    assert len(program.kernels) == 1
+    assert program.temporaries <= 8e6  # the codes of experts are 134 MB
 
 
 @pytest.mark.h100(code=False)
