@@ -23,6 +23,7 @@ from orbax.checkpoint import future
 from qjax.checkpoint import checksum
 from qjax.checkpoint import manifest as mf
 from qjax.checkpoint.manifest import CheckpointError, Manifest, Node
+from qjax.checkpoint.target import check_name
 from qjax.qtensor import PARTS, QTensor
 from qjax.sharding import shardings_of
 
@@ -48,7 +49,7 @@ class QTreeHandler(ocp.AsyncCheckpointHandler):
 
     async def async_save(self, directory: epath.Path, args: QTreeSave) -> list[future.Future]:
         """Copies the arrays, then returns the futures that write them."""
-        check_directory(directory)
+        check_name(directory)
         arrays, texts = _contents(args)
         commits: list[future.Future] = []
         if arrays is not None:
@@ -64,7 +65,7 @@ class QTreeHandler(ocp.AsyncCheckpointHandler):
 
     def save(self, directory: epath.Path, args: QTreeSave) -> None:
         """Copies and writes the arrays; blocks until all is written."""
-        check_directory(directory)
+        check_name(directory)
         arrays, texts = _contents(args)
         if arrays is not None:
             self._arrays.save(directory, args=arrays)
@@ -174,19 +175,6 @@ class QTreeRestore(ocp.args.CheckpointArgs):
     shardings: Any = None
     select: str | Sequence[str] | None = None
     verify: bool = True
-
-
-def check_directory(directory: epath.Path) -> None:
-    """Refuses a directory in which orbax would not find what it has written.
-
-    It looks for the files of each process with a glob over the whole path, and goes on without
-    those it does not find.
-    """
-    if "[" in str(directory):
-        raise NotImplementedError(
-            f"{directory}: orbax cannot save below a name with a bracket. Choose another path; a"
-            " complete checkpoint may be moved there."
-        )
 
 
 def _contents(args: QTreeSave) -> tuple[ocp.args.PyTreeSave | None, dict[str, str]]:

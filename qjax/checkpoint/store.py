@@ -9,7 +9,8 @@ from typing import Any
 
 from etils import epath
 
-from qjax.checkpoint.manifest import FILE, CheckpointError, resolve
+from qjax.checkpoint.manifest import CheckpointError, resolve
+from qjax.checkpoint.target import check_target
 
 # orbax takes about a second to import: functions that need it import it, so that `import qjax` and
 # reading a manifest do not.
@@ -71,7 +72,8 @@ def save(
         it with `read_metadata`.
 
     Raises:
-      ValueError: if `path` exists, or a leaf cannot be saved; names its path in the tree.
+      ValueError: if `path` exists or cannot be made, or a leaf cannot be saved; names its path in
+        the tree.
     """
     save_async(path, qparams, overwrite=overwrite, metadata=metadata).wait_until_finished()
 
@@ -90,18 +92,16 @@ def save_async(
     with _quiet():
         import orbax.checkpoint as ocp
 
-        from qjax.checkpoint.orbax import QTreeHandler, QTreeSave, check_directory
+        from qjax.checkpoint.orbax import QTreeHandler, QTreeSave
 
         final = resolve(path)
-        check_directory(final)
+        check_target(final, overwrite=overwrite)
         args = QTreeSave(qparams, metadata)
         exists = final.exists()
-        if exists:
-            _check_replaceable(final, overwrite)
-            if "://" not in str(final):
-                final = epath.Path(
-                    os.path.realpath(final)
-                )  # a link stays, and shows the new checkpoint
+        if exists and "://" not in str(final):
+            final = epath.Path(
+                os.path.realpath(final)
+            )  # a link stays, and shows the new checkpoint
         target = final.with_name(final.name + ".qjax-new") if exists else final
         primary = ocp.multihost.is_primary_host(0)
         if exists and primary and target.exists():
@@ -157,16 +157,6 @@ def load(
             return handler.restore(resolve(path), QTreeRestore(shardings, select, verify))
         finally:
             handler.close()
-
-
-def _check_replaceable(path: epath.Path, overwrite: bool) -> None:
-    if not overwrite:
-        raise ValueError(f"{path}: exists. Pass overwrite=True to replace it, or choose another.")
-    if not (path / FILE).exists():
-        raise ValueError(
-            f"{path}: exists and is no qjax checkpoint, so it is not replaced. Remove it yourself,"
-            " or choose another path."
-        )
 
 
 def _replace(path: epath.Path, new: epath.Path) -> None:

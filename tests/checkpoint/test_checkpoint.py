@@ -613,6 +613,15 @@ def test_overwrites_only_when_told_and_only_checkpoints(tmp_path):
         save(tmp_path / "thesis", {"a": 1}, overwrite=True)
 
 
+def test_a_path_that_cannot_be_made_is_refused_at_once(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cannot be made, as .*file is a file"):
+        save(tmp_path / "file" / "deep" / "c", {"a": 1})
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(ValueError, match=r"cannot be made, as .* cannot be written to"):
+        save(tmp_path / "c", {"a": 1})
+
+
 # ---- in the background --------------------------------------------------------------------------
 
 
