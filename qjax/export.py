@@ -56,12 +56,12 @@ def hf(
         None for a float model.
       tokenizer: written as tokenizer.json and tokenizer_config.json.
       source: a directory whose tokenizer and generation files are copied instead.
-      overwrite: whether a directory there may be replaced.
+      overwrite: whether a model there may be replaced.
       verify: decode what was written and compare it weight by weight; what differs is removed.
       shard_bytes: bytes of tensors in one file, at most.
 
     Raises:
-      FileExistsError: if `directory` exists.
+      FileExistsError: if `directory` exists, or is no model that may be replaced.
       ExportError: if the format cannot hold a parameter.
       NotImplementedError: if a config.json has no words for `config`.
     """

@@ -83,10 +83,10 @@ def write_gguf(
     Raises:
       GGUFError: if something cannot be said in a GGUF file; then nothing is written.
       FileExistsError: if there is a file and `overwrite` is false.
+      IsADirectoryError: if there is a directory.
     """
     path = Path(path)
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists. Choose another name, or pass overwrite=True.")
+    check_target(path, overwrite=overwrite)
     alignment = int(metadata.get("general.alignment", DEFAULT_ALIGNMENT))
     if alignment < 1 or alignment & (alignment - 1):
         raise GGUFError(f"`general.alignment` must be a power of two, got {alignment}.")
@@ -106,6 +106,18 @@ def write_gguf(
             if on_tensor is not None:
                 on_tensor(tensor.name)
         file.write(bytes(-file.tell() % alignment))
+
+
+def check_target(path: Path, *, overwrite: bool) -> None:
+    """Refuses a path at which no file can be put, or one is that may not be overwritten.
+
+    Raises:
+      IsADirectoryError, FileExistsError: naming the path.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory; a GGUF model is one file. Give its name.")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists. Choose another name, or pass overwrite=True.")
 
 
 @contextlib.contextmanager

@@ -94,17 +94,16 @@ def write_hf(
       format: a name in `qjax.interop.hf.METHODS`; None for a float model.
       source: a directory whose tokenizer and generation files are copied.
       texts: further files, by name.
-      overwrite: whether a directory there may be replaced.
+      overwrite: whether a model there may be replaced.
       shard_bytes: bytes of tensors in one file, at most, unless one tensor is larger.
       check: called with the complete directory before it takes its place; may raise.
 
     Raises:
-      FileExistsError: if `directory` exists.
+      FileExistsError: if `directory` exists, or is no model that may be replaced.
       ExportError: if the format cannot hold a weight.
     """
     directory = Path(directory)
-    if directory.exists() and not overwrite:
-        raise FileExistsError(f"{directory} exists. Give another name, or overwrite=True.")
+    check_target(directory, overwrite=overwrite)
     weights = list(weights)
     codec = _checked(weights, format)
     floats = [module_of(w.name) for w in weights if w.is_linear and not w.is_quantized]
@@ -139,6 +138,26 @@ def write_hf(
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
         raise
+
+
+def check_target(directory: Path, *, overwrite: bool) -> None:
+    """Refuses a directory that is there, unless it may be overwritten and is a model or empty.
+
+    Raises:
+      FileExistsError: naming the directory.
+    """
+    if not directory.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(f"{directory} exists. Give another name, or overwrite=True.")
+    is_replaceable = directory.is_dir() and (
+        (directory / "config.json").is_file() or not any(directory.iterdir())
+    )
+    if not is_replaceable:
+        raise FileExistsError(
+            f"{directory} exists and is no Hugging Face model, so it is not replaced. Remove it"
+            " yourself, or give another name."
+        )
 
 
 def _checked(weights: list[Weight], format: str | None) -> Any:
