@@ -129,7 +129,11 @@ class Policy:
         if path.suffix == ".toml":
             if not path.is_file():
                 raise ValueError(f"no policy file at {str(path)!r}.")
-            return cls.from_toml(path.read_text(encoding="utf-8"), name=path.stem)
+            try:
+                text = path.read_text(encoding="utf-8")
+            except UnicodeDecodeError as e:
+                raise ValueError(f"{path}: is no text in UTF-8, so no policy ({e}).") from None
+            return cls.from_toml(text, name=path.stem)
         source = _preset_dir() / f"{name_or_path}.toml"
         if str(name_or_path) not in presets():
             raise ValueError(

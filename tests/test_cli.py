@@ -193,6 +193,34 @@ def test_a_dry_run_says_what_it_would_take(tiny, text, tmp_path):
     assert "GB of arrays at the peak" in run(*args, "--no-eval", "--dry-run").stdout
 
 
+def test_a_dry_run_without_data_writes_nothing(tiny, text, tmp_path):
+    args = ["quantize", tiny, "-p", "int8", "-o", tmp_path / "q", "--dry-run", "--text", text, *FEW]
+    planned = json.loads(run(*args, "--json").stdout)
+    assert "bits/w where quantized" in run(*args).stdout
+    assert not any(tmp_path.iterdir())
+    made = json.loads(run(*args[:-7], "--no-eval", "--json").stdout)["summary"]
+    assert planned["totals"]["nbytes"] == made["totals"]["nbytes"]
+
+
+def test_what_is_not_ours_stays(tiny, tmp_path):
+    """Neither --overwrite nor a name beside the output removes what qjax did not write."""
+    mine = [tmp_path / "mine" / "thesis.txt", tmp_path / "q.unfinished" / "thesis.txt"]
+    for path in mine:
+        path.parent.mkdir()
+        path.write_text("Call me Ishmael.")
+    out = mine[0].parent
+    quantizing = ["quantize", tiny, "-p", "int8", "--no-eval", "-o"]
+    assert "is no qjax checkpoint" in error(*quantizing, out, "--overwrite")
+    convert = ["convert", tiny, out, "--overwrite", "--to"]
+    assert "is no Hugging Face model, so it is not replaced" in error(*convert, "hf:float")
+    assert "is no qjax checkpoint, so it is not replaced" in error(*convert, "orbax")
+    assert "is a directory" in error(*convert, "gguf")
+    assert "no Hugging Face" in error("convert", tiny, mine[0], "--to", "hf:float", "--overwrite")
+    assert "thesis.txt is a file" in error(*quantizing, mine[0] / "q")
+    run(*quantizing, tmp_path / "q")
+    assert all(path.read_text() == "Call me Ishmael." for path in mine)
+
+
 def test_overwrite_replaces(tiny, quantized, tmp_path):
     out = tmp_path / "q"
     shutil.copytree(quantized, out)
@@ -283,6 +311,12 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny, quantized, text, tmp_path):
     line = error("quantize", tiny, "-p", "int5", "-o", out)
     assert "'int5'" in line
     assert "w4a16" in line  # lists the presets
+    (tmp_path / "latin.toml").write_bytes(b"# caf\xe9")
+    assert "latin.toml: is no text" in error(
+        "quantize", tiny, "-p", tmp_path / "latin.toml", "-o", out
+    )
+    args = ["quantize", tiny, "-p", "int8", "-o", out, "--text", text, *FEW, "--prompt", ""]
+    assert "the prompt is empty" in error(*args)
     assert "no policy file" in error("quantize", tiny, "-p", "mine.toml", "-o", out)
     line = error("quantize", tmp_path / "none", "-p", "int8", "-o", out, "--no-eval")
     assert "smollm2" in line

@@ -43,7 +43,8 @@ class Target(NamedTuple):
 
     Attributes:
       write: does it.
-      check: of a variant and whether there are calibration data, raises ValueError if it cannot be.
+      check: of a variant, raises ValueError if it cannot be.
+      check_out: of a path that may be there already, raises if it is not for this to replace.
       opens_packed: of a variant, whether quantized weights are to be kept as they are stored.
       policy: of a variant, the model and fields of a Recipe, the Policy by which weights are
         quantized first if there are calibration data; None: the target quantizes nothing.
@@ -51,6 +52,7 @@ class Target(NamedTuple):
 
     write: Callable[[Job], None]
     check: Callable[[str | None], None]
+    check_out: Callable[[Path], None]
     opens_packed: Callable[[str | None], bool]
     policy: Callable[..., Any] | None = None
 
@@ -103,6 +105,12 @@ def _described(source: str) -> dict[str, Any]:
     }
 
 
+def _check_file(out: Path) -> None:
+    from qjax.interop.gguf.writer import check_target
+
+    check_target(out, overwrite=True)
+
+
 # ---- Hugging Face --------------------------------------------------------------------------------
 
 
@@ -130,6 +138,12 @@ def _write_hf(job: Job) -> None:
         source=source if is_hf else None, tokenizer=None if is_hf else job.model.tokenizer,
         overwrite=job.overwrite, verify=job.verify,
     )  # fmt: skip
+
+
+def _check_directory(out: Path) -> None:
+    from qjax.interop.hf.write import check_target
+
+    check_target(out, overwrite=True)
 
 
 # ---- qjax checkpoints ----------------------------------------------------------------------------
@@ -161,11 +175,19 @@ def _write_orbax(job: Job) -> None:
             raise ValueError(f"{job.out}: differed from what was saved. This is a bug.")
 
 
+def _check_checkpoint(out: Path) -> None:
+    from qjax.checkpoint.target import check_target
+
+    check_target(out, overwrite=True)
+
+
 TARGETS: Mapping[str, Target] = {
     # A mix quantizes floats; without one, blocks are moved as they are.
-    "gguf": Target(_write_gguf, _check_gguf, lambda variant: variant is None, _gguf_policy),
-    "hf": Target(_write_hf, _check_hf, lambda variant: True),
-    "orbax": Target(_write_orbax, _check_orbax, lambda variant: True),
+    "gguf": Target(
+        _write_gguf, _check_gguf, _check_file, lambda variant: variant is None, _gguf_policy
+    ),
+    "hf": Target(_write_hf, _check_hf, _check_directory, lambda variant: True),
+    "orbax": Target(_write_orbax, _check_orbax, _check_checkpoint, lambda variant: True),
 }
 
 
@@ -244,6 +266,7 @@ def convert(
         raise ValueError(f"--calibration: the target {kind} keeps weights as they are.")
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out}: exists. Pass --overwrite to replace it, or choose another.")
+    target.check_out(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     text = models.read_text(calibration, "calibration") if calibration else ""
     with step(f"Loading {source}"):
@@ -257,7 +280,8 @@ def convert(
         )
     with progress_lines(f"Writing {out}") as line:
         target.write(Job(source, loaded, out, variant, overwrite, verify, line))
-    shutil.rmtree(unfinished, ignore_errors=True)
+    if calibration is not None:
+        shutil.rmtree(unfinished, ignore_errors=True)
     files = [out] if out.is_file() else [f for f in out.rglob("*") if f.is_file()]
     nbytes = sum(f.stat().st_size for f in files)
     if as_json:

@@ -74,17 +74,22 @@ def judge(r: Runner, windows: np.ndarray, against: Runner | None) -> Evaluation:
         return evaluate(r.logits, r.loaded.params, windows, reference=reference, on_window=done)
 
 
+def encoded(r: Runner, name: str, prompt: str) -> list[int]:
+    """Returns the tokens of a prompt, of which there must be some."""
+    ids = tokenizer_of(r, name).encode(prompt)
+    if not ids:
+        raise ValueError("the prompt is empty; give at least one word.")
+    return ids
+
+
 def continue_text(r: Runner, name: str, prompt: str, max_tokens: int, **options: Any) -> Generation:
     """Generates from a prompt."""
     from qjax.models import generate
 
-    ids = tokenizer_of(r, name).encode(prompt)
-    if not ids:
-        raise ValueError("the prompt is empty; give at least one word.")
     return generate(
         r.apply,
         r.loaded.params,
-        ids,
+        encoded(r, name, prompt),
         config=r.loaded.config,
         max_new_tokens=max_tokens,
         **options,

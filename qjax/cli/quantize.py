@@ -105,8 +105,11 @@ def quantize(
     if evaluate:
         limit = None if full else windows
         pieces = models.text_windows(source, model, evaluation_text, window, limit)
+        models.encoded(source, model, prompt)
     report, batches = None, []
     if calibration is None:
+        if dry_run:
+            return _print_sizes(source, chosen, as_json)
         with step(f"Quantizing by {chosen.name}"):
             qparams, summary = _quantize(source, chosen)
     else:
@@ -132,7 +135,8 @@ def quantize(
     with step(f"Saving to {out}"):
         save_model(out, source.loaded._replace(params=qparams), record=record, overwrite=overwrite)
     del qparams
-    shutil.rmtree(_unfinished(out), ignore_errors=True)
+    if calibration is not None:
+        shutil.rmtree(_unfinished(out), ignore_errors=True)
     result = {
         "model": model,
         "policy": chosen.name,
@@ -153,8 +157,11 @@ def quantize(
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
+    from qjax.checkpoint.target import check_target
+
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out}: exists. Pass --overwrite to replace it, or choose another.")
+    check_target(out, overwrite=overwrite)
 
 
 def _check_calibration(policy: Policy, calibration: str | None) -> None:
@@ -200,6 +207,20 @@ def _quantize_with_data(
             resume=_unfinished(out), report=line,
         )  # fmt: skip
     return qparams, summary(qparams, params), report
+
+
+def _print_sizes(source: Runner, policy: Policy, as_json: bool) -> None:
+    """Prints what rounding to nearest would make: that takes seconds, and no more memory."""
+    import jax
+    import jax.numpy as jnp
+
+    import qjax
+
+    params = source.loaded.params
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
+    used = qjax.usage(source.logits)(shapes, jax.ShapeDtypeStruct((1, 8), jnp.int32))
+    _, summary = qjax.quantize(shapes, policy, usage=used, return_report=True)
+    print_json(summary.to_dict()) if as_json else typer.echo(summary.table())
 
 
 def _print_plan(source: Runner, policy: Policy, batches: list[Any], as_json: bool) -> None:
