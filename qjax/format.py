@@ -87,11 +87,15 @@ class Format:
                 raise ValueError(f"`{name}` must be a positive integer or None, got {value!r}.")
         for name in ("scale", "offset"):
             value = getattr(self, name)
-            if isinstance(value, str) and value not in numerics.SCALE_DTYPES:
+            is_type = isinstance(value, Format) or value in numerics.SCALE_DTYPES
+            if not is_type and not (name == "offset" and value is None):
                 raise ValueError(
                     f"`{name}` must be a Format or one of {', '.join(numerics.SCALE_DTYPES)},"
                     f" got {value!r}."
                 )
+        for name in ("zero_point", "flatten"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be true or false, got {getattr(self, name)!r}.")
         if self.rule is not None and self.rule not in RULES:
             raise ValueError(f"`rule` must be one of {', '.join(RULES)}, got {self.rule!r}.")
         if self.remainder not in REMAINDERS:

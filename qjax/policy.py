@@ -38,7 +38,10 @@ class Rule:
     optional: bool = False
 
     def __post_init__(self):
-        if not self.patterns or not all(isinstance(p, str) and p for p in self.patterns):
+        if isinstance(self.match, list):  # as TOML has it
+            object.__setattr__(self, "match", tuple(self.match))
+        is_some = isinstance(self.match, str | tuple) and len(self.match) > 0
+        if not is_some or not all(isinstance(p, str) and p for p in self.patterns):
             raise ValueError(f"`match` must be one or more patterns, got {self.match!r}.")
         for pattern in self.patterns:
             try:
@@ -173,14 +176,16 @@ class Policy:
                 )
             if "match" not in rule:
                 raise ValueError(f"{at}: `match` is missing.")
-            if bool(rule.get("skip", False)) == ("format" in rule):
+            skip = rule.get("skip", False)
+            if not isinstance(skip, bool):
+                raise ValueError(f"{at}: `skip` must be true or false, got {skip!r}.")
+            if skip == ("format" in rule):
                 raise ValueError(f"{at}: give either a `format` or `skip = true`.")
-            match = rule["match"]
             values = {k: rule[k] for k in ("layout", "min_ndim", "optional") if k in rule}
             if "format" in rule:
                 values["format"] = Format.from_dict(rule["format"], where=f"{at}, format")
             try:
-                rules.append(Rule(tuple(match) if isinstance(match, list) else match, **values))
+                rules.append(Rule(rule["match"], **values))
             except ValueError as e:
                 raise ValueError(f"{at}: {e}") from None
         recipe = spec.get("recipe")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 SCALINGS = ("none", "awq", "smoothquant")
@@ -66,7 +67,7 @@ class Recipe:
             raise ValueError(f"`sweeps` must be an integer from 0 on, got {self.sweeps!r}.")
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise ValueError(f"`alpha` must be from 0 to 1 or None, got {self.alpha!r}.")
-        if self.damping is not None and not self.damping > 0:
+        if self.damping is not None and not 0 < self.damping < math.inf:
             raise ValueError(f"`damping` must be positive or None, got {self.damping!r}.")
         if self.clip and self.rounding != "nearest":
             raise ValueError(

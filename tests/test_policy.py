@@ -58,6 +58,10 @@ def test_a_rule_has_patterns_that_are_patterns(match):
         Rule(match, INT4)
 
 
+def test_a_rule_is_hashable_however_it_was_written():
+    assert hash(Rule(["a", "b"])) == hash(Rule(("a", "b")))
+
+
 def test_a_policy_has_rules():
     with pytest.raises(ValueError, match="'empty' has no rules; it would quantize nothing"):
         Policy([], name="empty")
@@ -123,6 +127,8 @@ def test_a_dict_holds_everything():
         ("[[rules]]\nmatch='re:['\nskip=true", "'p', rule 1: `match`.*no regular expression"),
         ("[[rules]]\nmatch='*'\nskip=true\nmin_ndim='2'", "'p', rule 1: `min_ndim` must be"),
         ("[[rules]]\nmatch='*'\nskip=true\noptional=1", "'p', rule 1: `optional` must be"),
+        ("[[rules]]\nmatch='*'\nskip='false'", "'p', rule 1: `skip` must be true or false, got 'f"),
+        ("[[rules]]\nmatch=3\nskip=true", "'p', rule 1: `match` must be one or more patterns"),
         ("[[rules]]\nmatch='*'\nskip=true\nlayout='xy'", "'p', rule 1: .*layout"),
     ],
 )

@@ -27,6 +27,7 @@ def test_null_is_search_in_text():
         ({"sweep": 3}, "recipe: unknown key 'sweep'. Known: act_order"),
         ({"sweeps": -1}, "from 0 on, got -1"),
         ({"damping": 0.0}, "positive or None, got 0.0"),
+        ({"damping": float("inf")}, "positive or None, got inf"),
         ({"clip": True}, "`clip` is for rounding to nearest; 'gptq' chooses its own scales"),
         ({"alpha": 2}, "from 0 to 1"),
         (3, "expected a table"),
