@@ -6,55 +6,87 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
+from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels import planes
+from pallas_kernels.planes import CHUNK
 
 AND_OR = 0xEA  # lop3: a & b | c
 
 
-def load(ref: Any, bits: int, dtype: Any, zero: int | None = None) -> Array:
+def load(ref: Any, bits: int, dtype: Any, zero: int | None = None, half: Any = None) -> Array:
     """Returns code - zero for codes in shared memory, in a kernel, in the layout of wgmma.
 
     Args:
       ref: uint8 [R, K * bits / 8], in the order of `planes`.
       dtype: of the values: bfloat16 or float16.
       zero: default: the middle, 2 or 4.
+      half: None: all K. Or 0 or 1, which 64 of K = 128 inputs.
     """
     less = 2 ** (bits - 1) if zero is None else zero
     dtype = jnp.dtype(dtype)
-    data = plgpu.load(ref, layout=plgpu.Layout.WGMMA_UPCAST_2X)
-    shape = (data.shape[0], data.shape[1] * 8 // bits)
+    read = plgpu.Layout.WGMMA_UPCAST_2X
+    if half is None:
+        arrays = [plgpu.load(ref, layout=read)]
+        shape = (ref.shape[0], ref.shape[1] * 8 // bits)
+    else:
+        arrays = [plgpu.load(ref.at[:, pl.ds(half * CHUNK, CHUNK)], layout=read)]
+        shape = (ref.shape[0], 64)
+        if bits == 3:  # the highest bits of both halves
+            arrays.append(plgpu.load(ref.at[:, pl.ds(2 * CHUNK, CHUNK)], layout=read))
+            halves = lax.broadcast_in_dim(half.astype(jnp.int32), arrays[0].shape, ())
+            arrays.append(plgpu.layout_cast(halves, read))
 
-    def values(_, data):
+    def values(_, data, *rest):
         i32 = ir.IntegerType.get_signless(32)
         pair = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(dtype))
         layout = plgpu.Layout.WGMMA.to_mgpu()
         out = np.empty(layout.registers_shape(shape), object)
-        words = data.registers.reshape(-1, planes.chunks(bits), 2)  # unit, chunk, rows i and i + 8
-        pairs = out.reshape(len(words), -1, 8, 2)  # unit, its 64 inputs, 8 of them, row
-        for (unit, half, b, row), _ in np.ndenumerate(pairs):
-            own = [words[unit, half, row]] + ([words[unit, 2, row]] if bits == 3 else [])
-            own = [mgpu.utils.bitcast(word, i32) for word in own]
-            text = assembly(bits, b, half, less, dtype)
+        words = _words(data, 1 if rest else planes.chunks(bits))  # unit, chunk, rows i and i + 8
+        if rest:  # those of the second half are brought to where the first's are
+            high, halves = rest
+            first = arith.constant(i32, 0)
+            shift = llvm.extractelement(halves.registers.flat[0], first)
+            highest = _words(high, 1)
+            for at, word in np.ndenumerate(highest):
+                highest[at] = arith.shrui(word, shift)
+            words = np.concatenate([words, words, highest], axis=1)
+        pairs = out.reshape(len(words), -1, 8, 2)  # unit, 64 of its inputs, 8 of them, row
+        for (unit, which, b, row), _ in np.ndenumerate(pairs):
+            own = [words[unit, which, row]] + ([words[unit, 2, row]] if bits == 3 else [])
+            text = assembly(bits, b, which, less, dtype)
             value = llvm.inline_asm(i32, own, text, ",".join(["=r"] + ["r"] * len(own)))
-            pairs[unit, half, b, row] = mgpu.utils.bitcast(value, pair)
+            pairs[unit, which, b, row] = mgpu.utils.bitcast(value, pair)
         return mgpu.FragmentedArray(
             _registers=pairs.reshape(out.shape), _layout=layout, _is_signed=None
         )
 
-    def reference(data):  # read by the interpreter
-        return (planes.codes(data, bits).astype(jnp.int32) - less).astype(dtype)
+    def reference(data, *rest):  # read by the interpreter
+        codes = planes.codes(data, 2 if rest else bits)
+        if rest:
+            high, halves = rest
+            codes |= (planes.codes(high >> halves.astype(jnp.uint8), 2) & 1) << 2
+        return (codes.astype(jnp.int32) - less).astype(dtype)
 
     values.reference = reference  # pyright: ignore[reportFunctionMemberAccess]
     return plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WGMMA_UPCAST_2X,),
+        arg_types=(read,) * len(arrays),
         return_type=plgpu.ShapeDtypeStruct(shape, dtype, plgpu.Layout.WGMMA),
-    )(values)(data)
+    )(values)(*arrays)
+
+
+def _words(array: Any, chunks: int) -> np.ndarray:
+    """Returns the registers of bytes as words, [units, chunks, rows i and i + 8]."""
+    i32 = ir.IntegerType.get_signless(32)
+    words = [mgpu.utils.bitcast(register, i32) for register in array.registers.flat]
+    out = np.empty(len(words), object)
+    out[:] = words
+    return out.reshape(-1, chunks, 2)
 
 
 def assembly(bits: int, b: int, half: int, zero: int, dtype: Any) -> str:

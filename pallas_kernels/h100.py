@@ -285,13 +285,18 @@ def count_instructions(
     r"""Returns opcode counts of a listing of machine code, and of its hot loop.
 
     That is the innermost loop (from a label to a branch back to it) with tensor core instructions;
-    of several, the one with most of them, then the shortest.
+    of several, the one with most of them, then the shortest. Waiting for a barrier is no loop,
+    though it has a branch back: it lies behind the loop that waits, and branches into its middle.
 
     Example:
       >>> lines = ["/*0000*/ MOV R1, R2;", ".L_x_1:", "/*0010*/ HGMMA R1;", "/*0020*/ LDS.U8 R3;"]
       >>> code, loop = count_instructions("\n".join([*lines, "/*0030*/ @P0 BRA `(.L_x_1);"]))
       >>> code.total(), dict(loop)
       (4, {'HGMMA': 1, 'LDS.U8': 1, 'BRA': 1})
+      >>> lines = [".L_x_1:", "/*0000*/ SYNCS R1;", ".L_x_2:", "/*0010*/ HGMMA R1;"]
+      >>> lines += ["/*0020*/ @P0 BRA `(.L_x_1);", "/*0030*/ SYNCS R1;", "/*0040*/ BRA `(.L_x_2);"]
+      >>> dict(count_instructions("\n".join(lines))[1])
+      {'SYNCS': 1, 'HGMMA': 1, 'BRA': 1}
     """
     ops: list[str] = []
     labels: dict[str, int] = {}
@@ -310,6 +315,7 @@ def count_instructions(
         return sum(op in TENSOR_CORE + OLD_TENSOR_CORE for op in ops[slice(*loop)])
 
     loops = [(labels[to], end) for to, end in branches if labels.get(to, end) < end]
+    loops = [a for a in loops if not any(b[0] < a[0] < b[1] < a[1] for b in loops)]
     loops = [loop for loop in loops if work(loop)]
     inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
     hot = max(inner, key=lambda loop: (work(loop), loop[0] - loop[1]), default=(0, 0))

@@ -7,10 +7,9 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import few_bits, four_bits, hopper, weight_only
+from pallas_kernels import few_bits, four_bits, hopper, planes, weight_only
 from pallas_kernels import tuning as tunings
 from pallas_kernels.hopper import Operand
 from pallas_kernels.tuning import TILE_K, TILE_N, Tuning
@@ -40,7 +39,7 @@ def matmul(
       dy: [M, N] bfloat16 or float16.
       w, scale, codebook, zero, experts: as for `weight_only.matmul`, groups of 32, 64 or a multiple
         of 128.
-      bits: of codes in bytes, which do not tell by themselves: 2; or None for all other types.
+      bits: of codes in bytes, which do not tell by themselves: 2 or 3; or None for all other types.
       out_dtype: of dx, bfloat16, float16 or float32; default: dy's.
       tuning: default: `tuning.transposed`.
       interpret: `plgpu.InterpretGPUParams` to run on a CPU.
@@ -58,10 +57,10 @@ def matmul(
         )
     if reason := supports(w.dtype, dy.dtype, K, N, K // G, scale.dtype):
         raise ValueError(f"pallas_kernels.transposed: {reason}.")
-    if bits != (2 if w.dtype == jnp.uint8 else None):
+    if bits not in ((2, 3) if w.dtype == jnp.uint8 else (None,)):
         raise ValueError(
-            f"pallas_kernels.transposed: bits={bits} with {w.dtype.name}: it takes 2 with uint8,"
-            " None with all others."
+            f"pallas_kernels.transposed: bits={bits} with {w.dtype.name}: it takes 2 and 3 with"
+            " uint8, None with all others."
         )
     out_dtype = jnp.dtype(dy.dtype if out_dtype is None else out_dtype)
     tuning = tuning or tunings.transposed(
@@ -70,15 +69,14 @@ def matmul(
     )  # fmt: skip
     group = min(K // G, hopper.ROWS)  # features of one warpgroup with one scale
     rows_of_scales = max(1, TILE_N * G // K)
-    own_columns = hopper.ROWS * columns // K  # of a warpgroup
+    tile_columns = TILE_N * columns // K
 
     def step(w_smem, dy_smem, s_smem, *rest):
         *table, tile, turn, features, total = rest
         if bits is None:
             q = weight_only.upcast(w_smem.at[:, features], dy.dtype, *table)
-        else:  # 64 inputs are those of one unit
-            own = pl.ds(lax.axis_index("wg") * own_columns, own_columns)
-            q = few_bits.load(w_smem.at[:, own], bits, dy.dtype, zero)
+        else:
+            q = few_bits.load(w_smem, bits, dy.dtype, zero, half=lax.axis_index("wg"))
         first = lax.axis_index("wg") * hopper.ROWS * rows_of_scales // TILE_N
         parts = []
         for i in range(hopper.ROWS // group):
@@ -100,8 +98,8 @@ def matmul(
                 "n",
                 is_row=True,
                 rows=tuning.tile_k,
-                columns=own_columns,
-                width=2 * own_columns,
+                columns=hopper.ROWS if bits is None else planes.CHUNK,  # that a warpgroup reads
+                width=tile_columns,
             ),
             Operand(dy, "m", columns=64),
             Operand(weight_only.as_bits(scale), "n", shared_by=K // G),

@@ -125,9 +125,6 @@ def against_transposed(fmt: Format, capability: int | None) -> str | None:
     """Returns why no GPU kernel computes x @ Wᵀ with a prepared weight, or None."""
     if capability is not None:
         return "on GPUs before Hopper"
-    bits = numerics.get_element(fmt.element).bits
-    if bits == 3:
-        return "of weights of 3 bits"
     return "in groups of 16" if fmt.group_size == 16 else None
 
 

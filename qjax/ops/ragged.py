@@ -51,8 +51,8 @@ def ragged_dot(
       implementation: None chooses; "mosaic" is the kernel for an H100, and all else plain JAX.
 
     Raises:
-      NotImplementedError: for "mosaic" and another platform or derivatives in groups of 16 or of 3
-        bits.
+      NotImplementedError: for "mosaic" and another platform or derivatives in groups of
+        16.
     """
     is_prepared = type(qt) is Prepared
     scale, zero = qtensor.read_scales(qt)

@@ -119,7 +119,7 @@ def test_derivatives_of_rounded_activations_are_those_without_rounding(name):
         _close(np.asarray(pull(weight), np.float64), wanted, 2.0**-7)
 
 
-@pytest.mark.parametrize("name", ["int4", "zero point", "nf4-dq"])
+@pytest.mark.parametrize("name", ["int4", "zero point", "int3", "nf4-dq"])
 def test_a_batch_of_products_is_one_kernel(name):
     qt, x = _experts(name, (2, 256, 128)), _rows(2, 3, 256)
     w = np.asarray(qjax.dequantize(qt), np.float64)

@@ -222,13 +222,16 @@ TRANSPOSED = {
     "int8 channels M=1024": (1024, "int8", K, "bfloat16", None),
     "int2 g128 M=64": (64, "int2", 128, "bfloat16", None),
     "int2 g128 M=1024": (1024, "int2", 128, "bfloat16", None),
+    "int3 g128 M=1024": (1024, "int3", 128, "bfloat16", None),
 }
 
 
 @pytest.mark.parametrize("name", TRANSPOSED)
 def test_transposed(name):
     M, dtype, group, scale, codebook = TRANSPOSED[name]
-    f = functools.partial(transposed.matmul, codebook=codebook, bits=2 if dtype == "int2" else None)
+    f = functools.partial(
+        transposed.matmul, codebook=codebook, bits={"int2": 2, "int3": 3}.get(dtype)
+    )
     program = h100.compile(
         f, _array("bfloat16", M, N), _array(dtype, N, K), _array(scale, K // group, N)
     )

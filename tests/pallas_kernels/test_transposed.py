@@ -26,6 +26,8 @@ class TestTransposed(Laws):
         "int2 groups of 64": {"w": "int8", "group": 64, "bits": 2},
         "int2 groups of 32, float16": {"w": "int8", "group": 32, "bits": 2, "x": "float16"},
         "int2 channels": {"w": "int8", "group": 256, "bits": 2},
+        "int3 groups of 128": {"w": "int8", "group": 128, "bits": 3},
+        "int3 groups of 32, float16": {"w": "int8", "group": 32, "bits": 3, "x": "float16"},
     }
     budget = 2.0**-9  # weights times scales are rounded to bfloat16, of 8 places
 
@@ -60,7 +62,7 @@ class TestTransposed(Laws):
         arrays = self.make(8, 256, 256, w="int4", group=16)
         with pytest.raises(ValueError, match="groups of 16"):
             transposed.matmul(arrays["x"], arrays["w"], arrays["scale"])
-        arrays = self.make(8, 256, 256, w="int8", group=128, bits=3)
-        codes = forward.in_order(arrays["w"], 3)
-        with pytest.raises(ValueError, match="bits=3 with uint8: it takes 2"):
-            transposed.matmul(arrays["x"], codes, arrays["scale"], bits=3)
+        arrays = self.make(8, 256, 256, w="int8", group=128, bits=2)
+        codes = forward.in_order(arrays["w"], 2)
+        with pytest.raises(ValueError, match="bits=4 with uint8: it takes 2 and 3"):
+            transposed.matmul(arrays["x"], jnp.tile(codes, (1, 2)), arrays["scale"], bits=4)
