@@ -320,7 +320,7 @@ def _check_range(path: str, leaf: Any, qt: QTensor) -> None:
         limit = numerics.largest_scale(dtype)
         if not largest < limit:
             what = f"ends at {limit:g}" if np.isfinite(limit) else "is not finite for such weights"
-        elif largest == 0 and name.startswith("scale") and jnp.any(_array(leaf) != 0):
+        elif largest == 0 and qt.format.offset is None and jnp.any(_array(leaf) != 0):
             what = "holds 0 for all of them"
         else:
             continue

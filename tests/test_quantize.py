@@ -265,6 +265,8 @@ def test_zeros_and_tiny_groups_need_no_scale():
     w = jnp.concatenate([jnp.full((4, 4), 7.0), jnp.full((4, 4), 1e-12), jnp.zeros((4, 4))])
     assert_equal(qjax.dequantize(quantize(w, fmt))[:4], w[:4])
     quantize(jnp.zeros((4, 4)), fmt)
+    constant = jnp.full((4, 4), 3.0)  # is the offset, at scale 0
+    assert_equal(qjax.dequantize(quantize(constant, Format("uint4", offset="float16"))), constant)
 
 
 def test_under_jit_a_bad_weight_spoils_its_group():
