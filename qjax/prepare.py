@@ -256,6 +256,22 @@ def _capability(device: Any, names: dict[str, int]) -> int | None:
     return capability
 
 
+def against_gpu(qt: QTensor) -> str | None:
+    """Returns why no kernel reads a weight as it is on the GPU at hand, or None without a GPU."""
+    from qjax import ampere
+
+    if jax.default_backend() != "gpu" or isinstance(qt, Prepared):
+        return None
+    try:
+        capability = _capability(None, ampere.DEVICES)
+    except RuntimeError as e:
+        return str(e)
+    if capability is None:
+        return "there are kernels for GPUs of capability 8.0 to 9.0"
+    against = reason_against if capability == 90 else ampere.reason_against
+    return against(qt) or "it is not prepared, see `qjax.prepare`"
+
+
 def restore(qparams: Any) -> Any:
     """Returns the tree as it was before `prepare`, bit for bit."""
     one = lambda leaf: leaf.canonical() if is_qtensor(leaf) else leaf

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from unittest import mock
 
 import jax
@@ -341,6 +342,31 @@ def test_explain_names_what_is_done_beside_the_kernel_on_every_call():
     forced = qjax.explain(lambda x, w: x @ w.T, implementation="mosaic")
     (use,) = forced(jnp.ones((3, 128), jnp.bfloat16), qjax.prepare(_weight("nvfp4"), "h100"))
     assert use.implementation == "mosaic (asked for): no kernel for x @ Wᵀ in groups of 16"
+
+
+def test_explain_says_why_a_gpu_has_no_kernel_for_what_is_not_prepared(monkeypatch):
+    int5 = quantize_array(jnp.ones((2, 256, 128)), qjax.Format("int5", group_size=64))
+    uint8 = quantize_array(jnp.ones((256, 128)), qjax.Format("int8", activation="uint8"))
+    x, sizes = jnp.ones((3, 256), jnp.bfloat16), jnp.array([2, 1])
+
+    def how(w, **options):
+        f = lambda x, w: x @ w if w.ndim == 2 else lax.ragged_dot(x, w, sizes)
+        return qjax.explain(f, **options)(x, w)[0].implementation
+
+    def on(capability):
+        gpu = types.SimpleNamespace(platform="gpu", compute_capability=capability)
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        monkeypatch.setattr(jax, "devices", lambda: [gpu])
+
+    assert "prepare" not in how(_weight("int4"))
+    on("9.0")
+    assert how(_weight("int4")) == "xla, blocks of K: it is not prepared, see `qjax.prepare`"
+    assert how(_weight("int4"), implementation="xla") == "xla, blocks of K (asked for)"
+    assert how(qjax.prepare(_weight("int4"))).startswith("mosaic on CUDA")
+    assert how(int5).startswith("xla, blocks of K: int5 codes: kernels read")
+    assert "int8 codes x uint8 activations" in how(uint8)
+    on("10.0")
+    assert "capability 8.0 to 9.0" in how(_weight("int4"))
 
 
 def test_a_forced_kernel_that_cannot_run_says_why():

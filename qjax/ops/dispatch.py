@@ -109,8 +109,9 @@ def takes_kernel(spec: Spec, x_dtype: Any, platform: str | None) -> bool:
             " plain JAX computes it."
         )
     if not has_kernel:
+        of = "" if not spec.transposed else " of x @ Wᵀ, as in derivatives of its type,"
         raise ValueError(
-            f"{asked} takes x in {' or '.join(KERNEL_ACTIVATIONS)}, got"
+            f"{asked} takes x{of} in {' or '.join(KERNEL_ACTIVATIONS)}, got"
             f" {x_dtype.name}. Cast the activation, or leave the choice to None."
         )
     if platform != "cuda":

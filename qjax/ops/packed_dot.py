@@ -24,7 +24,7 @@ from qjax.ops import activation, native
 from qjax.ops.dispatch import against_native, against_transposed, compute, in_bytes
 from qjax.ops.partitioning import partitioned, shapes_of
 from qjax.ops.spec import IMPLEMENTATIONS, LAYOUTS, Spec
-from qjax.prepare import Prepared, reason_against
+from qjax.prepare import Prepared, against_gpu, reason_against
 from qjax.qtensor import QTensor
 
 
@@ -304,7 +304,7 @@ def describe(qt: QTensor, form: str, implementation: str | None) -> str:
             where = f"{implementation} (asked for){beside}"
             if implementation is None:
                 where = f"{_kernel_name(qt)} on CUDA{beside}, else xla"
-        return f"{where}, {activation.describe(qt)}, {kind}"
+        return f"{where}, {activation.describe(qt)}, {kind}{_unprepared(qt, implementation)}"
     why = None
     if isinstance(qt, Prepared) and form != "forward":
         why = against_transposed(fmt, getattr(qt, "capability", None))
@@ -337,13 +337,19 @@ def _on_every_call(qt: Prepared, form: str) -> str:
     return text
 
 
+def _unprepared(qt: QTensor, implementation: str | None) -> str:
+    """Returns why a GPU at hand has no kernel for a weight, unless something else is asked for."""
+    why = against_gpu(qt) if implementation is None else None
+    return f": {why}" if why else ""
+
+
 def _kernel_name(qt: Prepared) -> str:
     return "triton" if isinstance(qt, ampere.PreparedTriton) else "mosaic"
 
 
 def _describe_cpu(qt: QTensor, form: str, implementation: str | None) -> str:
     asked = "" if implementation is None else " (asked for)"
-    plain = f"xla, blocks of K{asked}"
+    plain = f"xla, blocks of K{asked}{_unprepared(qt, implementation)}"
     if implementation == "xla" or jax.default_backend() != "cpu" or isinstance(qt, Prepared):
         return plain
     why = against_native(qt, form != "forward") or native.why_not()

@@ -26,7 +26,7 @@ from qjax.ops import activation, mosaic_dot, partitioning
 from qjax.ops.dispatch import codes_of, takes_kernel
 from qjax.ops.packed_dot import refuse_weight_tangents
 from qjax.ops.spec import Spec
-from qjax.prepare import Prepared, canonical_codes
+from qjax.prepare import Prepared, against_gpu, canonical_codes
 from qjax.qtensor import QTensor
 
 
@@ -332,7 +332,8 @@ def describe(qt: QTensor, implementation: str | None) -> str:
     text = "xla, blocks of K" + (f", {rounded}, rounded in float" if rounded else "")
     text += ", codes repacked in the op" if isinstance(qt, Prepared) else ""
     if type(qt) is not Prepared or implementation not in (None, "mosaic"):
-        return text
+        why = against_gpu(qt) if implementation is None else None
+        return f"{text}: {why}" if why else text
     if why := _against_rounded(qt.format):
         return f"{text}: {why}"
     for_all = "one kernel for all experts" + qt.in_front(transposed=False)
