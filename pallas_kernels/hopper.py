@@ -178,9 +178,9 @@ def product(
         read nor written; but arrays in rows of tokens, and those in `whole`, fill the last tile.
     """
     (M, K, N), tile_m, stages = sizes, tuning.tile_m, tuning.stages
-    rows = M if M <= TOKENS else -(-M // TOKENS) * TOKENS
+    padded = M if M <= TOKENS else -(-M // TOKENS) * TOKENS
     arrays = [
-        jnp.pad(o.array, ((0, rows - M), (0, 0))) if o.of == "m" and not o.is_row else o.array
+        jnp.pad(o.array, ((0, padded - M), (0, 0))) if o.of == "m" and not o.is_row else o.array
         for o in operands
     ]
     steps = K // tuning.tile_k
@@ -326,7 +326,7 @@ def product(
 
     call = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((parts, rows, N), store_dtype),
+        out_type=jax.ShapeDtypeStruct((parts, padded, N), store_dtype),
         grid=(grid,),
         grid_names=("sm",),
         num_threads=3,

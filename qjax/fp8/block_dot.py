@@ -84,10 +84,34 @@ block_dot_p.def_impl(lambda *args, **params: _eager(**params)(*args))
 def _batch(args, axes, **params):
     size = next(a.shape[d] for a, d in zip(args, axes, strict=True) if d is not None)
 
-    def leading(a, d):
-        return jnp.broadcast_to(a, (size, *a.shape)) if d is None else jnp.moveaxis(a, d, 0)
+    def moved(t, own_axes, to):
+        """Returns blocks with the batch axis at `to`."""
 
-    return block_dot_p.bind(*map(leading, args, axes), **params), 0
+        def one(a, d):
+            if d is not None:
+                return jnp.moveaxis(a, d, to)
+            return jnp.broadcast_to(jnp.expand_dims(a, to), (*a.shape[:to], size, *a.shape[to:]))
+
+        return Blocks(*map(one, t, own_axes))
+
+    pairs = Blocks(*args[:2]), Blocks(*args[2:])
+    pair_axes = axes[:2], axes[2:]
+    is_batched = [any(d is not None for d in own) for own in pair_axes]
+    if all(is_batched):  # one more leading axis
+        a, b = (moved(t, own, 0) for t, own in zip(pairs, pair_axes, strict=True))
+        return block_dot_p.bind(*a, *b, **params), 0
+    # More rows of the one, against the other as it is.
+    at = is_batched.index(True)
+    n_lead = pairs[1 - at].codes.ndim - 3
+    many = moved(pairs[at], pair_axes[at], n_lead)
+    R, _, g = many.codes.shape[-3:]
+    if R % g:  # no block of rows may reach into the next
+        many = Blocks(many.codes, many.by_row)
+    rows = Blocks(*(a.reshape(*a.shape[:n_lead], -1, *a.shape[n_lead + 2 :]) for a in many))
+    both = (rows, pairs[1]) if at == 0 else (pairs[0], rows)
+    y = block_dot_p.bind(*both[0], *both[1], **params)
+    axis = n_lead + at
+    return y.reshape(*y.shape[:axis], size, R, *y.shape[axis + 1 :]), axis
 
 
 batching.primitive_batchers[block_dot_p] = _batch

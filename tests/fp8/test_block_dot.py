@@ -58,12 +58,28 @@ def test_the_kernel_takes_any_number_of_rows(R, S):
     assert error(y, a, b) < 2.0**-8
 
 
-def test_batching_adds_a_leading_axis():
-    a, b = blocks(0, 3, 2, E4M3, g=16, lead=(4,)), blocks(1, 5, 2, E4M3, g=16)
+@pytest.mark.parametrize("in_axes", [(0, 0), (0, None), (None, 0)])
+@pytest.mark.parametrize(("S", "shared"), [(5, False), (5, True), (32, True)])
+def test_a_batch_is_as_many_products(in_axes, S, shared):
+    lead = [() if axis is None else (3,) for axis in in_axes]
+    a = blocks(0, 4, 2, E4M3, g=16, lead=lead[0])
+    b = blocks(1, S, 2, E4M3, g=16, lead=lead[1], shared=shared)
     dot = lambda a, b: block_dot.block_dot(a, b, exact_scale=True, out_dtype="float32")
-    y = jax.vmap(dot, in_axes=(0, None))(a, b)
-    each = jnp.stack([dot(Blocks(q, s), b) for q, s in zip(*a, strict=True)])
-    np.testing.assert_array_equal(y, each)
+    of = lambda t, axis, i: t if axis is None else Blocks(t.codes[i], t.scale[i])
+    each = [dot(of(a, in_axes[0], i), of(b, in_axes[1], i)) for i in range(3)]
+    y = jax.vmap(dot, in_axes=in_axes)(a, b)
+    np.testing.assert_allclose(y, jnp.stack(each), rtol=1e-6, atol=1e-6)
+
+
+def test_a_batch_of_inputs_is_more_rows_for_the_kernel():
+    a, b = _structs()
+    many: Any = [jax.ShapeDtypeStruct((3, *t.shape), t.dtype) for t in a]
+    jaxpr = jax.make_jaxpr(jax.vmap(_dot, in_axes=(0, None)))(Blocks(*many), b)
+    (product,) = (e for e in jaxpr.eqns if e.primitive is block_dot.block_dot_p)
+    shapes: Any = [v.aval for v in product.invars]
+    assert [aval.shape for aval in shapes] == [
+        (768, 2, 128), (768, 2), (256, 2, 128), (256, 2),
+    ]  # fmt: skip
 
 
 def _structs(R=256, S=256, C=2, g=128, lead=(), *, shared=False):
