@@ -481,7 +481,10 @@ def _while(handler, eqn, values):
     carry = _arrays(handler, values[n_cond + n_body :], "while", "a loop may write to its carry")
 
     def cond(carry):
-        return evaluate_closed(handler, p["cond_jaxpr"], [*cond_consts, *carry])[0]
+        def run():
+            return evaluate_closed(handler, p["cond_jaxpr"], [*cond_consts, *carry])[0]
+
+        return handler.nested(run)
 
     def step(carry):
         def run():
@@ -490,15 +493,20 @@ def _while(handler, eqn, values):
 
         return handler.nested(run)
 
-    def body(state):
-        carry, collected = state
-        carry, more = step(carry)
-        return carry, handler.joined(collected, more)
+    if type(handler).empty_like is Handler.empty_like:  # nothing is collected
+        return lax.while_loop(lambda carry: cond(carry)[0], lambda carry: step(carry)[0], carry)
 
-    nothing = {}
-    if type(handler).empty_like is not Handler.empty_like:
-        nothing = handler.empty_like(jax.eval_shape(step, carry)[1])
-    carry, collected = lax.while_loop(lambda state: cond(state[0]), body, (carry, nothing))
+    # A condition returns nothing but itself: what is collected in one leaves with the step before.
+    def body(state):
+        carry, _, collected = state
+        carry, more = step(carry)
+        goes_on, also = cond(carry)
+        return carry, goes_on, handler.joined(handler.joined(collected, more), also)
+
+    goes_on, collected = cond(carry)
+    nothing = handler.empty_like(jax.eval_shape(step, carry)[1])
+    state = (carry, goes_on, handler.joined(nothing, collected))
+    carry, _, collected = lax.while_loop(lambda state: state[1], body, state)
     handler.absorb(collected)
     return carry
 

@@ -65,6 +65,32 @@ def test_streaming_equals_one_batch(observer):
     assert float(whole.rows) == float(parts.rows) == 6
 
 
+def test_a_condition_gives_what_it_is_asked_with():
+    """Once before the loop and once after each step, beside what the body gives."""
+    x, p = weights(5, K) + 1, {"c": weights(K, K), "w": weights(K, K, seed=1)}
+    busy = lambda p, h: jnp.sum(jnp.abs(h @ p["c"])) < 300
+    step = lambda p, h: jnp.sin(h) @ p["w"] + h
+
+    def loop(p, x):
+        return lax.while_loop(lambda h: busy(p, h), lambda h: step(p, h), x)
+
+    def rolled_out(p, x):
+        for _ in range(steps):
+            busy(p, x)
+            x = step(p, x)
+        return busy(p, x)
+
+    h, steps = x, 0
+    while busy(p, h):
+        h, steps = step(p, h), steps + 1
+    assert steps > 1
+    got, want = (calibrate(fn, p, [x], **QUIET) for fn in (loop, rolled_out))
+    for name, asked in (("c", steps + 1), ("w", steps)):
+        assert float(got[name].rows) == float(want[name].rows) == 5 * asked
+        a, b = got[name].stats["hessian"], want[name].stats["hessian"]
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(b.max()))
+
+
 def test_second_moments_are_those_of_the_input():
     x, w = weights(2, 3, K), weights(K, 4)
     site = calibrate(lambda p, x: x @ p["w"], {"w": w}, [x], **QUIET)["w"]
