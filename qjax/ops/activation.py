@@ -347,7 +347,7 @@ def of_experts(x: Float[Array, "M K"], qt: QTensor, group_sizes: Int[Array, " E"
         wide, outside, _ = split_outliers(wide, qt.format.outliers, 0)
     codes, step = _codes_of_experts(wide, qt, group_sizes)
     rounded = codes.astype(jnp.float32) * step + outside
-    return x + lax.stop_gradient(rounded - x)
+    return lax.stop_gradient(rounded) + (x - lax.stop_gradient(x))  # it to the bit
 
 
 def codes_of_experts(
@@ -355,12 +355,15 @@ def codes_of_experts(
 ) -> tuple[Float[Array, "M K"], Float[Array, "M 1"]]:
     """Returns what `of_experts` does as codes, which bfloat16 has exactly, and steps of rows.
 
-    For formats that `have_row_steps`.
+    For formats that `have_row_steps`. Rows of zeros have the step 1, and so have those of no
+    expert, whose result is 0 whatever they are.
     """
     wide = _times_own(x, qt, group_sizes).astype(jnp.float32)
     codes, step = lax.stop_gradient(_codes_of_experts(wide, qt, group_sizes))
+    has_expert = jnp.arange(x.shape[0])[:, None] < jnp.sum(group_sizes)
+    step = jnp.where((step == 0) | ~has_expert, 1.0, step)
     steps = wide / step
-    steps += lax.stop_gradient(codes.astype(jnp.float32) - steps)
+    steps = codes.astype(jnp.float32) + (steps - lax.stop_gradient(steps))  # codes to the bit
     return steps.astype(jnp.bfloat16), step
 
 

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from qjax import _compat, packing, qtensor
 from qjax.format import Format
 from qjax.ops import activation, mosaic_dot, partitioning
-from qjax.ops.dispatch import codes_of, takes_kernel
+from qjax.ops.dispatch import against_stack, codes_of, takes_kernel
 from qjax.ops.packed_dot import refuse_weight_tangents
 from qjax.ops.spec import Spec
 from qjax.prepare import Prepared, against_gpu, canonical_codes
@@ -109,10 +109,8 @@ def takes_codes(qt: QTensor, implementation: str | None) -> bool:
 
 def _against_rounded(fmt: Format) -> str | None:
     """Returns why the kernel for experts does not take activations that are rounded so, or None."""
-    if fmt.activation is None or activation.have_row_steps(fmt):
-        return None
-    of = "outliers" if fmt.outliers is not None else "activations rounded in groups"
-    return f"no kernel for experts with {of}"
+    why = against_stack(fmt)
+    return why and f"no kernel for experts with {why}"
 
 
 def _blocked(x, sizes, data, scale, zero=None, *, spec: Spec, dtype: Any, precision: Any):
@@ -336,7 +334,8 @@ def describe(qt: QTensor, implementation: str | None) -> str:
         return f"{text}: {why}" if why else text
     if why := _against_rounded(qt.format):
         return f"{text}: {why}"
-    for_all = "one kernel for all experts" + qt.in_front(transposed=False)
+    unrounded = dataclasses.replace(qt, format=qt.format.weight_only)  # as the kernel sees it
+    for_all = "one kernel for all experts" + unrounded.in_front(transposed=False)
     taken = f"{rounded} as bfloat16" if rounded else "x in bfloat16 or float16"
     if implementation == "mosaic":
         return f"mosaic (asked for), {rounded and taken + ', '}{for_all}"

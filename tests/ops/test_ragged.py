@@ -105,6 +105,16 @@ def test_rounded_activations_are_codes_to_the_kernel(name):
     _close(_by_the_kernel(lambda: _product(x, prepared, sizes)), wanted, 2e-6)
 
 
+@pytest.mark.parametrize("name", ["w8a8", "w8a8, one step", "w4a8-fp8"])
+def test_a_batch_of_products_of_rounded_activations_is_one_kernel(name):
+    w = jax.random.normal(jax.random.key(0), (2, 256, 128))
+    qt, x = quantize_array(w, ROUNDED[name]), _rows(2, 3, 256)
+    prepared = qjax.prepare(qt, "h100")
+    wanted = np.asarray(packed_dot(x, qt, out_dtype=jnp.float32), np.float64)
+    y = _by_the_kernel(lambda: packed_dot(x, prepared, out_dtype=jnp.float32))
+    _close(y, wanted, 2e-6)
+
+
 @pytest.mark.parametrize("name", ["w8a8", "fp8"])
 def test_derivatives_of_rounded_activations_are_those_without_rounding(name):
     w = jax.random.normal(jax.random.key(0), (3, 256, 128))
@@ -210,6 +220,29 @@ def test_one_expert_input_or_feature_stays_packed(shape):
     for w in (qt, qjax.prepare(qt, "h100")):
         y, wanted = qjax.apply(dot)(x, w), dot(x, qjax.dequantize(qt))
         _close(np.asarray(y, np.float64), np.asarray(wanted, np.float64), 2.0**-8)
+
+
+@pytest.mark.parametrize("scale", ["token", "tensor", "static"])
+def test_rounded_rows_may_be_zero_not_finite_or_far_beyond_the_codes(scale):
+    fmt = qjax.Format("e4m3", activation="e4m3", activation_scale=scale)
+    w = jax.random.normal(jax.random.key(0), (3, 256, 128))
+    qt = quantize_array(w, fmt, act_scale=jnp.full(3, 0.02) if scale == "static" else None)
+    prepared, x, sizes = qjax.prepare(qt, "h100"), _rows(M, 256), jnp.array(SIZES)
+    dy, last = jax.random.normal(jax.random.key(2), (M, 128)), M - 1  # no expert's
+    loss = lambda x, w: jnp.sum(dy * _product(x, w, sizes))
+    values = np.asarray(qjax.dequantize(qt), np.float64)
+    for rows in (x.at[1].set(0), 0 * x, 1e9 * x, x.at[last].set(jnp.nan), x.at[2, 0].set(jnp.inf)):
+        got, wanted = (np.asarray(_product(rows, w, sizes), np.float64) for w in (prepared, qt))
+        np.testing.assert_array_equal(np.isnan(got), np.isnan(wanted))
+        _close(np.nan_to_num(got), np.nan_to_num(wanted), 2.0**-7)
+        if jnp.isfinite(rows).all():
+            got, wanted = (np.asarray(jax.grad(loss)(rows, w), np.float64) for w in (prepared, qt))
+            _close(got, wanted, 2.0**-7)
+    if scale == "static":  # the far ones are the largest code
+        far = 448 * 0.02 * np.sign(np.asarray(x, np.float64)[: SIZES[0]])
+        _close(
+            np.asarray(_product(1e9 * x, qt, sizes), np.float64)[: SIZES[0]], far @ values[0], 1e-6
+        )
 
 
 def test_factors_of_experts_are_found_without_a_loop():
