@@ -311,6 +311,8 @@ def _dot_general(handler, eqn, values):
     (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
     view, x = (lhs, rhs) if weight_first else (rhs, lhs)
     w_axes, x_axes = ((lc, lb), (rc, rb)) if weight_first else ((rc, rb), (lc, lb))
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        return _fall_back(handler, eqn, values, "the other operand is complex")
     how = handler.contraction(view, *w_axes)
     if how is None:
         why = "it contracts neither all of K nor all of N of the weight"

@@ -189,6 +189,7 @@ FALLBACKS = {
     "part-of-k": ("slice", lambda w, x: x[:, :8] @ w[:8]),
     "all-of-k-and-n": ("dot_general", lambda w, x: jnp.vdot(w, jnp.outer(x[0], x[1, :32]))),
     "returned": ("return", lambda w, x: (w, x)),
+    "complex": ("dot_general", lambda w, x: (1j * x + x[::-1]) @ w),
     "weights-product": ("dot_general", lambda w, x: x @ (w @ w.T)),
 }
 
