@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import types
 from unittest import mock
@@ -336,7 +337,9 @@ def test_explain_names_what_is_done_beside_the_kernel_on_every_call():
     assert "offsets by a product" in how(FORMATS["zero point"])
     assert "zero points decoded" in how(FORMATS["zero point"], device="a100")
     one_by_one = "one weight of the stack after another"
-    assert one_by_one in how(QUANTIZED["w8a8"], (2, 256, 128))
+    assert "codes as bfloat16 times all of the stack" in how(QUANTIZED["w8a8"], (2, 256, 128))
+    outliers = dataclasses.replace(QUANTIZED["w8a8"], outliers=6.0)
+    assert f"{one_by_one} (a scan copies them for it): outliers" in how(outliers, (2, 256, 128))
     assert one_by_one in how(FORMATS["int4"], (2, 256, 128), "a100")
     assert how(FORMATS["int4"], (2, 256, 128)) == read
     forced = qjax.explain(lambda x, w: x @ w.T, implementation="mosaic")

@@ -46,7 +46,7 @@ def compute(x, data, scale, *zero, spec: Spec, platform: str | None):
     in_bytes = platform == "cpu" and not lead
     one = functools.partial(_one, spec=spec, platform=platform, in_bytes=in_bytes)
     if lead and _is_batched(spec, x.dtype, platform):
-        y = mosaic_dot.experts(x, *weight, **_options(spec), transposed=spec.transposed)
+        y = _mosaic_stack(x, *weight, spec=spec)
         y = lax.psum(y, spec.summed_over) if spec.summed_over else y
     elif lead and spec.extra is not None:  # no other kernel has a batch axis
         y = lax.map(lambda args: one(*args), (x, *weight))
@@ -131,8 +131,15 @@ def against_transposed(fmt: Format, capability: int | None) -> str | None:
 
 def _is_batched(spec: Spec, x_dtype: Any, platform: str | None) -> bool:
     """Returns whether one kernel multiplies all weights of a stack."""
-    is_quantized = spec.format.activation is not None and not spec.transposed
-    return spec.layout == "mosaic" and not is_quantized and takes_kernel(spec, x_dtype, platform)
+    is_kernel = spec.layout == "mosaic" and takes_kernel(spec, x_dtype, platform)
+    return is_kernel and (spec.transposed or against_stack(spec.format) is None)
+
+
+def against_stack(fmt: Format) -> str | None:
+    """Returns why no kernel multiplies all weights of a stack, or None."""
+    if fmt.activation is None or activation.have_row_steps(fmt):
+        return None
+    return "outliers" if fmt.outliers is not None else "activations rounded in groups"
 
 
 def _options(spec: Spec) -> dict[str, Any]:
@@ -149,6 +156,21 @@ def _mosaic(x, data, scale, zero=None, *, spec: Spec):
         rounded = _quantized_tokens(x, spec) if rounded is None else rounded
         return mosaic_dot.quantized(*rounded, data, scale, **options)
     return mosaic_dot.weight_only(x, data, scale, zero, **options)
+
+
+def _mosaic_stack(x, data, scale, zero=None, *, spec: Spec):
+    """Returns x @ W or x @ Wᵀ for a stack of weights by one Hopper kernel.
+
+    It multiplies rounded activations as codes, which bfloat16 has exactly; the steps of rows are
+    factors of its results.
+    """
+    options = {**_options(spec), "transposed": spec.transposed}
+    if spec.transposed or spec.format.activation is None:
+        return mosaic_dot.experts(x, data, scale, zero, **options)
+    codes, step = _quantized_tokens(x, spec)
+    options["out_dtype"] = "float32"
+    y = mosaic_dot.experts(codes.astype(jnp.bfloat16), data, scale, zero, **options)
+    return (y * step).astype(spec.out_dtype)
 
 
 def _triton(x, data, scale, zero=None, *, spec: Spec):

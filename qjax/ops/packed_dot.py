@@ -21,7 +21,13 @@ from jaxtyping import Array, Float
 
 from qjax import _compat, ampere, numerics, qtensor
 from qjax.ops import activation, native
-from qjax.ops.dispatch import against_native, against_transposed, compute, in_bytes
+from qjax.ops.dispatch import (
+    against_native,
+    against_stack,
+    against_transposed,
+    compute,
+    in_bytes,
+)
 from qjax.ops.partitioning import partitioned, shapes_of
 from qjax.ops.spec import IMPLEMENTATIONS, LAYOUTS, Spec
 from qjax.prepare import Prepared, against_gpu, reason_against
@@ -330,11 +336,15 @@ def describe(qt: QTensor, form: str, implementation: str | None) -> str:
 
 def _on_every_call(qt: Prepared, form: str) -> str:
     """Returns what is done beside the kernel, and whether it is called more than once."""
-    is_rounded = qt.format.activation is not None and form == "forward"
     text = qt.in_front(transposed=form != "forward")
-    if qt.data.ndim > 2 and (is_rounded or isinstance(qt, ampere.PreparedTriton)):
-        text += ", one weight of the stack after another (a scan copies them for it)"
-    return text
+    if qt.data.ndim == 2:
+        return text
+    why = against_stack(qt.format) if form == "forward" else None
+    why = "before Hopper" if isinstance(qt, ampere.PreparedTriton) else why
+    if why is not None:
+        return f"{text}, one weight of the stack after another (a scan copies them for it): {why}"
+    is_rounded = qt.format.activation is not None and form == "forward"
+    return text + (", codes as bfloat16 times all of the stack" if is_rounded else "")
 
 
 def _unprepared(qt: QTensor, implementation: str | None) -> str:
