@@ -29,7 +29,8 @@ def shardings_of(qt: QTensor, sharding: NamedSharding) -> QTensor:
       pre_scale (*lead, K), like data; act_scale (*lead); with a `perm`, K is not split
 
     Where an axis cannot be split over all its mesh axes, it is split over as many of the first ones
-    as can be, so a per-channel scale (G = 1) is replicated along K.
+    as can be, so a per-channel scale (G = 1) is replicated along K. A weight that `qjax.prepare` has
+    prepared is split in whole tiles of 128, and its scales only where it is.
 
     Args:
       qt: arrays or ShapeDtypeStructs.
@@ -92,6 +93,10 @@ def _canonical(qt: QTensor, like: NamedSharding, lead, k: _Axes, n: _Axes) -> QT
     fmt, element, mesh = qt.format, qt.element, like.mesh
     *_, K, N = qt.canonical_shape
     G, C = fmt.groups(K, N)
+    if qt.data_axes == "nk":  # and scales of what is not split are needed whole
+        k_parts, n_parts = qt.parts()
+        k = _splittable(k, mesh, lambda parts: k_parts % parts == 0)
+        n = _splittable(n, mesh, lambda parts: n_parts % parts == 0)
     whole_groups = fmt.group_size is not None and G * fmt.group_size == K
     whole_columns = fmt.group_columns is not None and C * fmt.group_columns == N
     g = _splittable(k, mesh, lambda parts: whole_groups and G % parts == 0)
@@ -117,10 +122,6 @@ def _canonical(qt: QTensor, like: NamedSharding, lead, k: _Axes, n: _Axes) -> QT
     if qt.zero is not None:
         zero = part(qt.zero, packed(G, g) if fmt.zero_point else g)
     k = packed(K, k)
-    if qt.data_axes == "nk":
-        k_parts, n_parts = qt.parts()
-        k = _splittable(k, mesh, lambda parts: k_parts % parts == 0)
-        n = _splittable(n, mesh, lambda parts: n_parts % parts == 0)
     factors = _factors(qt, lead, k)
     place = lambda spec: NamedSharding(mesh, spec, memory_kind=like.memory_kind)
     return dataclasses.replace(

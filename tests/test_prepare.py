@@ -404,6 +404,18 @@ def test_shards_as_the_float_weight_does(spec, name):
     )
 
 
+@pytest.mark.parametrize("spec", [("x", None), (None, "x")], ids=["rows", "columns"])
+def test_scales_of_a_weight_that_cannot_be_split_are_whole(spec):
+    """Else every product would gather them: 3 tiles for 2 devices."""
+    prepared = qjax.prepare(_weight("nvfp4", (384, 384)), "h100")
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    placed = shardings_of(prepared, NamedSharding(mesh, PartitionSpec(*spec)))
+    assert all(s.is_fully_replicated for s in jax.tree.leaves(placed))
+    x = jax.random.normal(jax.random.key(1), (3, 384), jnp.bfloat16)
+    program = jax.jit(packed_dot).lower(x, jax.device_put(prepared, placed)).compile()
+    assert "all-gather" not in program.as_text()
+
+
 @pytest.mark.h100(code=False)
 @pytest.mark.parametrize("name", [*(n for n in QUANTIZED if n != "fp8 shorter"), "fp8 blocks bf16"])
 def test_programs_for_an_h100_multiply_on_its_kernel_and_form_no_float_weight(name):
