@@ -29,8 +29,8 @@ def shardings_of(qt: QTensor, sharding: NamedSharding) -> QTensor:
       pre_scale (*lead, K), like data; act_scale (*lead); with a `perm`, K is not split
 
     Where an axis cannot be split over all its mesh axes, it is split over as many of the first ones
-    as can be, so a per-channel scale (G = 1) is replicated along K. A weight that `qjax.prepare` has
-    prepared is split in whole tiles of 128, and its scales only where it is.
+    as can be, so a per-channel scale (G = 1) is replicated along K. A weight of `qjax.prepare` is
+    split in whole tiles of 128, and its scales only where it is.
 
     Args:
       qt: arrays or ShapeDtypeStructs.
