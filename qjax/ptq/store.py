@@ -24,6 +24,8 @@ from qjax.qtensor import QTensor
 
 # The entry of a file that says what the others are; no array's name begins like that.
 _ABOUT = "~about"
+# What a killed process may leave of a file.
+_PART = ".part"
 
 
 class StoreError(ValueError):
@@ -52,9 +54,9 @@ class Store:
 
     def _open(self, fingerprint: str) -> Exception | None:
         """Makes the directory, or returns why it cannot be used."""
+        about = self.directory / "run.json"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            about = self.directory / "run.json"
             if about.exists():
                 there = json.loads(about.read_text(encoding="utf-8")).get("fingerprint")
                 if there != fingerprint:
@@ -63,12 +65,19 @@ class Store:
                         f" policy ({there}, this one is {fingerprint}). Choose another directory,"
                         " or delete it."
                     )
-            elif any(self.directory.iterdir()):
-                return StoreError(f"{self.directory}: is not empty, and no run to resume.")
+            elif any(p.suffix != _PART for p in self.directory.iterdir()):
+                return StoreError(
+                    f"{self.directory}: is not empty, and no run to resume. Choose another"
+                    " directory, or delete it."
+                )
             else:
                 _write(about, json.dumps({"fingerprint": fingerprint}).encode())
-        except (OSError, ValueError) as e:
+        except OSError as e:
             return e
+        except (ValueError, AttributeError) as e:
+            return StoreError(
+                f"{about}: is damaged ({e}). Choose another directory, or delete this one."
+            )
         return None
 
     def _file(self, key: Hashable) -> pathlib.Path:
@@ -86,7 +95,7 @@ class Store:
             return
         about = {"key": str(key), "node": node, "solved": dataclasses.asdict(what)}
         path = self._file(key)
-        part = path.with_suffix(".part")
+        part = path.with_suffix(_PART)
         try:
             with open(part, "wb") as f:
                 np.savez(f, **arrays | {_ABOUT: np.asarray(json.dumps(about))})  # pyright: ignore[reportArgumentType]
@@ -153,6 +162,6 @@ def _as_first_says(answer: bool) -> bool:
 
 
 def _write(path: pathlib.Path, data: bytes) -> None:
-    part = path.with_suffix(".part")
+    part = path.with_suffix(_PART)
     part.write_bytes(data)
     os.replace(part, path)
