@@ -107,8 +107,11 @@ def _batch(args, axes, **params):
     R, _, g = many.codes.shape[-3:]
     if R % g:  # no block of rows may reach into the next
         many = Blocks(many.codes, many.by_row)
-    more = lambda a: a.reshape(*a.shape[:n_lead], size * a.shape[n_lead + 1], *a.shape[n_lead + 2 :])
-    rows = Blocks(*map(more, many))
+
+    def merged(a):
+        return a.reshape(*a.shape[:n_lead], size * a.shape[n_lead + 1], *a.shape[n_lead + 2 :])
+
+    rows = Blocks(*map(merged, many))
     both = (rows, pairs[1]) if at == 0 else (pairs[0], rows)
     y = block_dot_p.bind(*both[0], *both[1], **params)
     axis = n_lead + at
