@@ -9,8 +9,10 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from qjax.checkpoint.manifest import CheckpointError
+from qjax.checkpoint.target import check_name
 
 
 class Resumable:
@@ -32,13 +34,21 @@ class Resumable:
       setting: what decides the result, as JSON; a directory of another one is refused.
       steps: of the whole run; the last one is saved whatever `every` says.
       every: steps between checkpoints.
+
+    Raises:
+      ValueError: if there is less than one step, or a step between checkpoints.
+      NotImplementedError: for a directory below a name with a bracket, where orbax loses arrays.
     """
 
     def __init__(
         self, directory: str | os.PathLike[str], setting: Any = None, *, steps: int, every: int = 1
     ):
+        for name, value in {"steps": steps, "every": every}.items():
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
         options = ocp.CheckpointManagerOptions(max_to_keep=1)
         self.directory = Path(directory).resolve()
+        check_name(epath.Path(self.directory))
         self.setting = json.loads(json.dumps(setting))
         self.steps, self.every = steps, every
         self._manager = ocp.CheckpointManager(self.directory, options=options)

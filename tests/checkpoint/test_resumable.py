@@ -38,3 +38,11 @@ def test_a_run_of_another_setting_is_refused(tmp_path):
     assert run(tmp_path, 3, {"rate": 0.1, "pair": (1, 2)})[2] == 3
     with pytest.raises(CheckpointError, match=r"another setting: rate 0\.1, not 0\.2"):
         run(tmp_path, 3, {"rate": 0.2, "pair": (1, 2)})
+
+
+def test_what_could_not_go_on_is_refused_before_the_first_step(tmp_path):
+    for wrong in ({"steps": 0}, {"steps": 4, "every": 0}):
+        with pytest.raises(ValueError, match="must be at least 1, got 0"):
+            Resumable(tmp_path, **wrong)
+    with pytest.raises(NotImplementedError, match="a name with a bracket"):
+        Resumable(tmp_path / "lr[0.1]", steps=4)
