@@ -296,9 +296,10 @@ def _check_finite(plan: list[Assignment]) -> None:
         leaf = _array(leaf)
         if fmt is None or _is_abstract(leaf) or np.isfinite(_zero_if_finite(leaf)):
             continue
-        bad = int(jnp.sum(~jnp.isfinite(leaf)))
+        bad = int(jnp.sum(~jnp.isfinite(jnp.asarray(leaf).astype(jnp.float32))))
+        wide = " in float32" if np.dtype(leaf.dtype).itemsize > 4 else ""
         raise QuantizationError(
-            f"{path}: {bad} of its {leaf.size} weights are NaN or Inf. Repair the checkpoint,"
+            f"{path}: {bad} of its {leaf.size} weights are NaN or Inf{wide}. Repair the checkpoint,"
             " or skip this parameter."
         )
 

@@ -269,6 +269,12 @@ def test_zeros_and_tiny_groups_need_no_scale():
     assert_equal(qjax.dequantize(quantize(constant, Format("uint4", offset="float16"))), constant)
 
 
+def test_weights_beyond_float32_are_counted():
+    with jax.enable_x64(True):
+        message = refusal({"w": jnp.ones((8, 4)).at[0, 0].set(1e300)}, Format("int8"))
+    assert message.startswith("w: 1 of its 32 weights are NaN or Inf in float32")
+
+
 def test_under_jit_a_bad_weight_spoils_its_group():
     w = random(64, 4).at[3, 2].set(jnp.nan)
     deq = jax.jit(lambda p: qjax.dequantize(quantize(p, INT4)))({"w": w})["w"]
