@@ -9,7 +9,6 @@ block, which reads and writes all sums for each of them.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.tuning import TILE_K, TILE_N
 from qjax import _compat
-from qjax.ops.partitioning import axes_of
+from qjax.ops.partitioning import axes_of, taker
 
 
 class Blocks(NamedTuple):
@@ -246,19 +245,7 @@ def _partitioned(run: Any, out_dtype: str, qa: Any, sa: Any, qb: Any, sb: Any) -
     def partition(mesh, arg_shapes, result_shape):
         a, _, b, _ = (axes_of(t, mesh) for t in arg_shapes)
         y = axes_of(result_shape, mesh)
-        taken: set[str] = set()
-
-        def take(size: int, *candidates: tuple[str, ...]) -> tuple[str, ...]:
-            """The first candidate's longest prefix of unused mesh axes that splits `size`."""
-            for names in candidates:
-                names = tuple(n for n in names if n not in taken)
-                while names and size % math.prod(mesh.shape[n] for n in names):
-                    names = names[:-1]
-                if names:
-                    taken.update(names)
-                    return names
-            return ()
-
+        take = taker(mesh)
         lead = [take(qa.shape[i], a[i], b[i], y[i]) for i in range(n_lead)]
         r = take(qa.shape[-3], a[-3], y[-2])
         c = take(qa.shape[-2], a[-2], b[-2])

@@ -129,19 +129,7 @@ def partitioned(spec: Spec, shapes: Shapes, platform: str | None, bind: Callable
     def partition(mesh, arg_shapes, result_shape):
         x, data, y = (axes_of(a, mesh) for a in (*arg_shapes[:2], result_shape))
         data_k, data_n = data[n_lead:] if shapes.columns is None else reversed(data[n_lead:])
-        taken: set[str] = set()
-
-        def take(parts: int, *candidates: tuple[str, ...]) -> tuple[str, ...]:
-            """The first candidate's longest prefix of unused mesh axes that splits `parts`."""
-            for names in candidates:
-                names = tuple(a for a in names if a not in taken)
-                while names and parts % math.prod(mesh.shape[a] for a in names):
-                    names = names[:-1]
-                if names:
-                    taken.update(names)
-                    return names
-            return ()
-
+        take = taker(mesh)
         sizes = [a.shape for a in arg_shapes]
         lead = [take(sizes[1][i], data[i], x[i], y[i]) for i in range(n_lead)]
         ends = (x[-1], y[-1]) if not spec.transposed else (y[-1], x[-1])
@@ -181,6 +169,27 @@ def partitioned(spec: Spec, shapes: Shapes, platform: str | None, bind: Callable
         **factors,  # pyright: ignore[reportArgumentType]
     )
     return function
+
+
+def taker(mesh: Any) -> Callable[..., tuple[str, ...]]:
+    """Returns a function that gives each axis of a product mesh axes of its own.
+
+    It takes a size and candidates, in order of preference, and returns the first candidate's
+    longest prefix of mesh axes, none of them given before, that splits the size.
+    """
+    taken: set[str] = set()
+
+    def take(size: int, *candidates: tuple[str, ...]) -> tuple[str, ...]:
+        for names in candidates:
+            names = tuple(a for a in names if a not in taken)
+            while names and size % math.prod(mesh.shape[a] for a in names):
+                names = names[:-1]
+            if names:
+                taken.update(names)
+                return names
+        return ()
+
+    return take
 
 
 def axes_of(a: Any, mesh: Any) -> list[tuple[str, ...]]:
