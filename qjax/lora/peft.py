@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def save_peft(
     Stacked layers are written one by one. A and B are transposed, as PyTorch keeps them.
 
     Args:
-      directory: made if there is none; the two files in it are replaced.
+      directory: made if there is none; the two files in it are replaced, when both are written.
       adapters: of kernels [K, N], or of stacks [L, K, N] below "layers/".
       base_model: the name of the model that they were trained on, for the reader.
       dropout: what they were trained with, likewise.
@@ -101,8 +102,11 @@ def save_peft(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     contiguous = {name: jnp.asarray(np.ascontiguousarray(x)) for name, x in tensors.items()}
-    save_file(contiguous, directory / WEIGHTS, metadata={"format": "pt"})
-    (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".adapter.") as made:
+        save_file(contiguous, Path(made, WEIGHTS), metadata={"format": "pt"})
+        Path(made, CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
+        for name in (WEIGHTS, CONFIG):
+            os.replace(Path(made, name), directory / name)
 
 
 def _targets(modules: list[str]) -> list[str]:

@@ -67,6 +67,17 @@ def test_what_peft_wrote_is_written_again(llama, tmp_path, name):
     assert config.keys() <= theirs.keys()
 
 
+def test_a_save_that_fails_leaves_what_was_there(llama, tmp_path, monkeypatch):
+    adapters = lora.init(jax.random.key(0), llama.params, "*_proj/kernel", rank=3, alpha=5)
+    lora.save_peft(tmp_path, adapters)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert before.keys() == {WEIGHTS, CONFIG}
+    monkeypatch.setattr(json, "dumps", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        lora.save_peft(tmp_path, jax.tree.map(lambda a: a + 1, adapters))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_bfloat16_adapters_come_back_bit_for_bit(llama, tmp_path):
     fresh = lora.init(jax.random.key(0), llama.params, "*_proj/kernel", rank=3, alpha=5)
     lora.save_peft(tmp_path, fresh)
