@@ -148,11 +148,12 @@ def matmul(
         return total.astype(jnp.float32) * scale
 
     operands = [Operand(w, "n", columns=TILE_K), Operand(x, "m", columns=TILE_K)]
-    if in_blocks:  # a tile reads one, as often as TMA can load, or else for each feature
-        width = hopper.ALIGNMENT * 8 // hopper.bits(w_scale.dtype) if has_groups else TILE_N
+    width = TILE_N  # scales of a tile
+    if in_blocks:
+        if has_groups:  # a step reads one, of as many as TMA can load
+            width = hopper.ALIGNMENT * 8 // hopper.bits(w_scale.dtype)
         w_scale = jnp.repeat(w_scale, width, axis=1)
     if has_groups:
-        width = w_scale.shape[1] * TILE_N // N
         operands.append(Operand(w_scale, "n", is_row=True, width=width))
     in_steps = has_groups and not of_tokens  # are scales of x; else they are of sums over all of K
     if in_steps:

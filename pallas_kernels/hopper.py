@@ -260,9 +260,8 @@ def product(
             def fragment(i, slot):
                 tile = share.tile(i)
                 n, m = tile // m_tiles, tile % m_tiles
-                # of the 64 features or tokens of this warpgroup
                 features, tokens = pl.ds(n * TILE_N, TILE_N), pl.ds(m * tile_m, tile_m)
-                if of_tokens:
+                if of_tokens:  # 64 of them are this warpgroup's
                     tokens = pl.ds(m * tile_m + wg * ROWS, ROWS)
                 else:
                     features = pl.ds(n * TILE_N + wg * ROWS, ROWS)

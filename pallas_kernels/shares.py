@@ -118,8 +118,9 @@ def most_parts(tuning: Tuning, sizes: tuple[int, int, int]) -> int:
 def added(sums: Array, share: Share, tile_m: int) -> Array:
     """Returns the sum over the parts that each tile has, [M, N]; there is no number in others."""
     P, M, N = sums.shape
-    n_tiles = N // TILE_N
-    tile = np.arange(n_tiles) * share.tiles // n_tiles + np.arange(M)[:, None] // tile_m
-    is_part = jnp.arange(P)[:, None, None] < share.parts(tile)
+    n_tiles, m_tiles = N // TILE_N, -(-M // tile_m)
+    tile = np.arange(n_tiles) * share.tiles // n_tiles + np.arange(m_tiles)[:, None]
+    has = jnp.repeat(jnp.asarray(share.parts(tile)), tile_m, axis=0)[:M]  # of each token
+    is_part = jnp.arange(P)[:, None, None] < has
     tiles = jnp.where(is_part[..., None], sums.reshape(P, M, n_tiles, TILE_N), 0)
     return jnp.sum(tiles, axis=0, dtype=sums.dtype).reshape(M, N)

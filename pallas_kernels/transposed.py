@@ -69,7 +69,6 @@ def matmul(
     )  # fmt: skip
     group = min(K // G, hopper.ROWS)  # features of one warpgroup with one scale
     rows_of_scales = max(1, TILE_N * G // K)
-    tile_columns = TILE_N * columns // K
 
     def step(w_smem, dy_smem, s_smem, *rest):
         *table, tile, turn, features, total = rest
@@ -99,7 +98,7 @@ def matmul(
                 is_row=True,
                 rows=tuning.tile_k,
                 columns=hopper.ROWS if bits is None else planes.CHUNK,  # that a warpgroup reads
-                width=tile_columns,
+                width=TILE_N * columns // K,
             ),
             Operand(dy, "m", columns=64),
             Operand(weight_only.as_bits(scale), "n", shared_by=K // G),

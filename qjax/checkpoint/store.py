@@ -99,9 +99,7 @@ def save_async(
         args = QTreeSave(qparams, metadata)
         exists = final.exists()
         if exists and "://" not in str(final):
-            final = epath.Path(
-                os.path.realpath(final)
-            )  # a link stays, and shows the new checkpoint
+            final = epath.Path(os.path.realpath(final))  # a link stays, to the new checkpoint
         target = final.with_name(final.name + ".qjax-new") if exists else final
         primary = ocp.multihost.is_primary_host(0)
         if exists and primary and target.exists():

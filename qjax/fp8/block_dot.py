@@ -204,13 +204,12 @@ def describe(block: int, n_lead: int) -> str:
 
 
 def _lower(ctx, *args, platform=None, exact_scale, out_dtype):
-    device = _compat.target(ctx)
+    is_hopper = platform == "cuda" and _compat.capability_of(_compat.target(ctx)) == 90
 
     def run(qa, sa, qb, sb, out_dtype=out_dtype):
         a, b = Blocks(qa, sa), Blocks(qb, sb)
         if platform == "cpu":
             return upcast(a, b, exact_scale).astype(out_dtype)
-        is_hopper = platform == "cuda" and _compat.capability_of(device) == 90
         if is_hopper and against_hopper(qa.shape, qb.shape) is None:
             return hopper(a, b, out_dtype)
         return by_block(a, b).astype(out_dtype)

@@ -69,8 +69,8 @@ def packed_dot(
     Raises:
       ValueError: for an unknown implementation or one that does not take this weight or x, or
         static activations without their step.
-      NotImplementedError: for "native" or "triton" and x @ Wᵀ, "mosaic" and that in groups of
-        16, or "native" for another platform than a CPU or in an export.
+      NotImplementedError: for "native" or "triton" and x @ Wᵀ, "mosaic" and that in groups of 16,
+        or "native" for another platform than a CPU or in an export.
       qjax.ops.native.Unavailable: for "native" where it cannot be had.
     """
     if implementation is not None and implementation not in IMPLEMENTATIONS:

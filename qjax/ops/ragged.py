@@ -51,8 +51,7 @@ def ragged_dot(
       implementation: None chooses; "mosaic" is the kernel for an H100, and all else plain JAX.
 
     Raises:
-      NotImplementedError: for "mosaic" and another platform or derivatives in groups of
-        16.
+      NotImplementedError: for "mosaic" and another platform or derivatives in groups of 16.
     """
     is_prepared = type(qt) is Prepared
     scale, zero = qtensor.read_scales(qt)
@@ -85,7 +84,8 @@ def check(qt: QTensor, implementation: str | None) -> None:
 
     Raises:
       ValueError: for "mosaic" and a weight that is not prepared for it.
-      NotImplementedError: for "triton", or "mosaic" and rounded activations.
+      NotImplementedError: for "triton", or "mosaic" and outliers or activations that are rounded in
+        groups.
     """
     if implementation == "triton":
         raise NotImplementedError('implementation="triton" has no kernel for ragged_dot.')
