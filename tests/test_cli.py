@@ -258,6 +258,19 @@ def test_generate(quantized):
     assert first != other
 
 
+def test_no_command_runs_past_the_context_of_a_model(tiny, text, tmp_path):
+    many = tmp_path / "many.txt"
+    many.write_text(TEXT * 10)
+    assert "at most 247 " in error("generate", tiny, "The quick", "--max-tokens", 248)
+    assert "--window 256" in error("eval", tiny, "--text", many, "--window", 257)
+    out = tmp_path / "q"
+    args = ["quantize", tiny, "-o", out, "-p", "int8", "--text", text, *FEW]
+    assert "take 257 positions" in error(*args, "--prompt", "a", "--max-tokens", 256)
+    args = ["quantize", tiny, "-o", out, "-p", "w4a16-gptq", "-c", many, "--no-eval"]
+    assert "--calibration-window 256" in error(*args, "--calibration-window", 257)
+    assert not out.exists()
+
+
 def test_inspect_reads_every_kind(tiny, quantized):
     table = run("inspect", quantized).stdout
     assert "qjax checkpoint" in table

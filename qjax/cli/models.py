@@ -58,9 +58,20 @@ def read_text(name: str, split: Split = "evaluation") -> str:
     return load_text(name, split)
 
 
-def text_windows(r: Runner, name: str, text: str, window: int, windows: int | None) -> np.ndarray:
-    """Returns a text as windows of tokens, as many as asked for."""
+def text_windows(
+    r: Runner,
+    name: str,
+    text: str,
+    window: int,
+    windows: int | None,
+    option: str = "--window",
+) -> np.ndarray:
+    """Returns a text as windows of tokens, as many as asked for; `option` says their length."""
     from qjax.evaluate import split_windows
+
+    config = r.loaded.config
+    remedy = f"Use {option} {config.max_position}, or less."
+    config.check_length(f"{name}: windows of text", window, remedy)
 
     with step("Tokenizing the text"):
         return split_windows(tokenizer_of(r, name).encode(text), window, windows)
@@ -74,11 +85,14 @@ def judge(r: Runner, windows: np.ndarray, against: Runner | None) -> Evaluation:
         return evaluate(r.logits, r.loaded.params, windows, reference=reference, on_window=done)
 
 
-def encoded(r: Runner, name: str, prompt: str) -> list[int]:
-    """Returns the tokens of a prompt, of which there must be some."""
+def encoded(r: Runner, name: str, prompt: str, max_tokens: int) -> list[int]:
+    """Returns the tokens of a prompt: there must be some, and room for as many new ones."""
+    from qjax.models.generate import check_length
+
     ids = tokenizer_of(r, name).encode(prompt)
     if not ids:
         raise ValueError("the prompt is empty; give at least one word.")
+    check_length(r.loaded.config, len(ids), max_tokens)
     return ids
 
 
@@ -89,7 +103,7 @@ def continue_text(r: Runner, name: str, prompt: str, max_tokens: int, **options:
     return generate(
         r.apply,
         r.loaded.params,
-        encoded(r, name, prompt),
+        encoded(r, name, prompt, max_tokens),
         config=r.loaded.config,
         max_new_tokens=max_tokens,
         **options,

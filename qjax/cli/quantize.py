@@ -105,7 +105,7 @@ def quantize(
     if evaluate:
         limit = None if full else windows
         pieces = models.text_windows(source, model, evaluation_text, window, limit)
-        models.encoded(source, model, prompt)
+        models.encoded(source, model, prompt, max_tokens)
     report, batches = None, []
     if calibration is None:
         if dry_run:
@@ -184,7 +184,7 @@ def calibration_batches(
 
     from qjax.evaluate import spread
 
-    every = models.text_windows(source, name, text, window, None)
+    every = models.text_windows(source, name, text, window, None, "--calibration-window")
     if len(every) < windows:
         raise ValueError(
             f"the calibration text fills {len(every)} windows of {window} tokens, not {windows}."

@@ -106,6 +106,21 @@ class ModelConfig:
                 f"`head_dim` must be even to be rotated in halves, got {self.head_dim}."
             )
 
+    def check_length(self, what: str, tokens: int, remedy: str) -> None:
+        """Refuses a sequence with positions that the model was not made for.
+
+        Nothing else would tell: rotary angles exist for any position, but past `max_position` the
+        model has never seen them, and its logits soon mean nothing.
+
+        Raises:
+          ValueError: with `what` it is that is so long, both lengths and the remedy.
+        """
+        if tokens > self.max_position:
+            raise ValueError(
+                f"{what} take {tokens} positions, but the model was made for {self.max_position}"
+                f" (`config.max_position`). {remedy}"
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """Returns a dict that JSON can hold and `from_dict` reads."""
         out: dict[str, Any] = dataclasses.asdict(self) | {"eos_ids": list(self.eos_ids)}

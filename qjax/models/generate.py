@@ -87,8 +87,8 @@ def generate(
       cache_dtype: of the key-value cache.
 
     Raises:
-      ValueError: if a prompt is empty or has an id outside the vocabulary, or an argument is out of
-        range.
+      ValueError: if a prompt is empty or has an id outside the vocabulary, an argument is out of
+        range, or a prompt and `max_new_tokens` pass the context that the model was made for.
     """
     prompts = _rows(prompt_tokens, config)
     if max_new_tokens < 1:
@@ -103,6 +103,7 @@ def generate(
         raise ValueError(f"`top_k` must be in 1..{config.vocab_size}, got {top_k}.")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"`top_p` must be in (0, 1], got {top_p}.")
+    check_length(config, max(map(len, prompts)), max_new_tokens)
     if eos_id is None:
         eos_id = config.eos_ids
     ends = (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
@@ -140,6 +141,19 @@ def generate(
         decode_tokens_per_s=len(prompts) * (n - 1) / (decoded - prefilled)
         if n > 1
         else float("nan"),
+    )
+
+
+def check_length(config: ModelConfig, prompt: int, new: int) -> None:
+    """Refuses to continue a prompt of so many tokens past the context that the model was made for.
+
+    Raises:
+      ValueError: with what there is room for.
+    """
+    room = config.max_position - prompt
+    ask = f"Ask for at most {room} (`max_new_tokens`, --max-tokens), or s" if room > 0 else "S"
+    config.check_length(
+        f"a prompt of {prompt} tokens and {new} new ones", prompt + new, f"{ask}horten the prompt."
     )
 
 

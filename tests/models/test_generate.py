@@ -1,5 +1,7 @@
 """Generation equals running the whole sequence anew for every token."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -146,9 +148,18 @@ def test_buckets_waste_at_most_a_quarter(n):
         ([1], {"temperature": 1.0}, "pass `key`"),
         ([1], {"top_k": 38}, r"`top_k` must be in 1\.\.37, got 38"),
         ([1], {"top_p": 0.0}, r"`top_p` must be in \(0, 1\], got 0.0"),
+        ([[2], [1] * 2000], {"max_new_tokens": 49}, r"take 2049 .* made for 2048 .* at most 48 "),
+        ([1] * 2048, {"max_new_tokens": 1}, r"take 2049 .* made for 2048 .*\. Shorten the prompt"),
     ],
 )
 def test_wrong_arguments_are_named(model, prompt, options, message):
     model, params = model
     with pytest.raises(ValueError, match=message):
         generate(model.apply, params, prompt, config=CONFIG, **options)
+
+
+def test_a_context_can_be_filled_to_its_end(model):
+    model, params = model
+    config = dataclasses.replace(CONFIG, max_position=24)
+    out = generate(model.apply, params, [5] * 20, config=config, max_new_tokens=4)
+    assert out.tokens[0].tolist() == greedy(model, params, [5] * 20, 4)
