@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src import ad_util as _ad_util
 from jax._src import config as _config
 from jax._src import core as _core
 from jax._src import dispatch as _dispatch
@@ -62,6 +63,12 @@ def extended_results(aval: Any, sharding: Any, committed: bool) -> Any:
     make = _pxla.global_result_handlers[_core.ShapedArray]
     physical = make(_core.physical_aval(aval), sharding, committed)
     return lambda buffers: _earray.EArray(aval, physical(buffers))
+
+
+# JAX knows how to add arrays of extended dtypes, but outside of `jit` not their class.
+_ad_util.raw_jaxval_adders.setdefault(
+    _earray.EArray, lambda x, y: x.dtype._rules.add(x.dtype, x, y)
+)
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:

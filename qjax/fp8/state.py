@@ -46,13 +46,17 @@ def empty(leads: dict[str, tuple[int, ...]], recipe: Fp8Recipe) -> State:
 def push(state: State, seen: dict[str, Float[Array, "*lead 3"]]) -> State:
     """Returns the state one step later.
 
+    Where there was nothing to see, in a branch not taken, for an expert without tokens, the history
+    stays as it is: zeros in its place would after some such steps leave nothing to scale by.
+
     Args:
       seen: the largest magnitudes of this step by path, of input, weight and gradient; below 0
         where a weight was not used.
     """
 
     def one(history, new):
-        return jnp.concatenate([jnp.maximum(new, 0.0)[..., None], history[..., :-1]], axis=-1)
+        new = new[..., None]
+        return jnp.where(new > 0, jnp.concatenate([new, history[..., :-1]], axis=-1), history)
 
     return State(
         {

@@ -223,7 +223,8 @@ def init(
       recipe: as for `apply`.
 
     Raises:
-      ValueError: naming a weight that no gradient reaches: it never has a history.
+      ValueError: naming a weight of which this call saw nothing: no gradient reaches its products,
+        or none of them ran. Inside `jit` its history is empty instead, and its first scales are 1.
     """
     recipe = Fp8Recipe.of(recipe)
 
@@ -239,9 +240,12 @@ def init(
         for path, a in seen.items():
             if not isinstance(a, Tracer) and np.all(np.asarray(a) < 0):
                 raise ValueError(
-                    f"{path}: no gradient reaches a product with it, and delayed scaling sees"
-                    " magnitudes there. Leave it in float by a rule without a format, or use"
-                    " current scaling."
+                    f"{path}: no gradient came to a product with it in this call, and delayed"
+                    " scaling sees magnitudes there. If the product is in a branch of a `cond` that"
+                    " was not taken, or in a loop of no steps, make the state from arguments that"
+                    " run it, or from several: `fp8.init(lambda params, *batches: sum(loss(params,"
+                    " b) for b in batches), recipe)`. If no gradient ever comes (`stop_gradient`),"
+                    " leave the weight in float by a rule without a format, or use current scaling."
                 )
         return states.push(states.empty(metered, recipe), seen)
 

@@ -203,6 +203,12 @@ def branched(params, x, n):
     return jnp.sum(lax.scan(body, x, jnp.arange(n + 2))[0] ** 2)
 
 
+def test_several_uses_need_no_jit():
+    params, recipe = {"w": normal(16, 16)}, RECIPES["delayed"]
+    eager = fp8.init(lambda params, x: repeated(params, x, 3), recipe)(params, X)
+    assert_close(eager, start(lambda params, x: repeated(params, x, 3), recipe, params, X))
+
+
 @pytest.mark.parametrize("loop", [repeated, scanned, branched])
 def test_several_uses_share_their_largest_magnitude_not_the_sum(loop):
     params = {"w": normal(16, 16)}
@@ -366,8 +372,37 @@ def test_a_state_that_does_not_fit_is_refused():
 def test_a_weight_that_no_gradient_reaches_has_no_history():
     params = PARAMS | {"side": normal(16, 4)}
     fn = lambda params, x: loss_of(params, x) + jnp.sum(lax.stop_gradient(x @ params["side"]))
-    with pytest.raises(ValueError, match="side: no gradient reaches"):
+    with pytest.raises(ValueError, match=r"side: no gradient came .*`stop_gradient`"):
         fp8.init(fn, "delayed")(params, X)
+
+
+def either(params, batch):
+    """One of two weights, by a branch."""
+    x, left = batch
+    one, other = (lambda x, w=w: x @ params[w] for w in ("left", "right"))
+    return jnp.sum(lax.cond(left, one, other, x) ** 2)
+
+
+def test_the_state_of_branches_is_made_from_arguments_that_take_them_all():
+    params = {"left": normal(16, 4), "right": normal(16, 4, seed=1)}
+    with pytest.raises(ValueError, match=r"right: no gradient came .* branch of a `cond`"):
+        fp8.init(either, "delayed")(params, (X, True))
+    every = lambda params, *batches: sum(either(params, b) for b in batches)  # as the error says
+    state = fp8.init(every, "delayed")(params, (X, True), (2 * X, False))
+    largest = [state.history[w].input[0] for w in ("left", "right")]
+    assert largest == [jnp.max(jnp.abs(X)), 2 * jnp.max(jnp.abs(X))]
+
+
+def test_steps_that_do_not_use_a_weight_do_not_forget_it():
+    params = {"left": normal(16, 4), "right": normal(16, 4, seed=1)}
+    recipe = RECIPES["delayed"]
+    every = lambda params, *batches: sum(either(params, b) for b in batches)
+    before = state = start(every, recipe, params, (X, True), (X, False))
+    for _ in range(recipe.history + 1):
+        (_, state), _ = step(either, recipe, state, params, (2 * X, True))
+    for a, b in zip(before.history["right"], state.history["right"], strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert (state.history["left"].input == 2 * jnp.max(jnp.abs(X))).all()
 
 
 def test_a_loss_that_is_no_scalar_is_refused():
