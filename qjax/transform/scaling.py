@@ -240,6 +240,7 @@ _MOVES: dict[str, Callable[[Operation, Dims], Dims | None]] = {
     "copy": _same,
     "copy_p": _same,
     "name": _same,
+    "stop_gradient": _same,
     "sharding_constraint": _same,
     "reshard": _same,
     "pvary": _same,
@@ -493,10 +494,7 @@ def _back_gather(operation, label):
 
 _RULES: dict[str, Callable[[Operation, Label], list[Option]]] = {
     "convert_element_type": _back_convert,
-    **dict.fromkeys(
-        ("reduce_precision", "copy", "copy_p", "name", "sharding_constraint", "reshard", "pvary"),
-        _back_same,
-    ),
+    **{name: _back_same for name, move in _MOVES.items() if move is _same},
     **dict.fromkeys(("reshape", "squeeze"), _back_reshape),
     "transpose": _back_transpose,
     "broadcast_in_dim": _back_broadcast,

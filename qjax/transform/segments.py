@@ -63,10 +63,10 @@ class _Var:
 # Operations that only move a weight: they run again in every segment that reads it.
 _MOVES = {
     "transpose", "reshape", "squeeze", "broadcast_in_dim", "convert_element_type", "copy", "copy_p",
-    "sharding_constraint", "slice", "dynamic_slice", "split", "pvary",
+    "sharding_constraint", "slice", "dynamic_slice", "split", "pvary", "name", "stop_gradient",
 }  # fmt: skip
 # Moves that do the same to a slice of a stack as to all of it, with the same parameters.
-_ELEMENTWISE = {"convert_element_type", "copy", "copy_p"}
+_ELEMENTWISE = {"convert_element_type", "copy", "copy_p", "name", "stop_gradient"}
 _PRODUCTS = {"dot_general", "conv_general_dilated", "ragged_dot_general"}
 
 

@@ -201,6 +201,11 @@ def _rebind(handler, eqn, values):
     return out if all(v is not None for v in out) else _fall_back(handler, eqn, values)
 
 
+def _stop_gradient(handler, eqn, values):
+    out = handler.rebind(values[0], lax.stop_gradient)  # which leaves integers alone
+    return [out] if out is not None else _fall_back(handler, eqn, values)
+
+
 def _reshard(handler, eqn, values):
     out = handler.reshard(values[0], eqn.params["dst_sharding"])
     return [out] if out is not None else _fall_back(handler, eqn, values)
@@ -633,6 +638,8 @@ _RULES: dict[str, Callable] = {
     "sharding_constraint": _move(_same),
     "reshard": _reshard,
     "pvary": _rebind,
+    "name": _rebind,
+    "stop_gradient": _stop_gradient,
     "optimization_barrier": _barrier,
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,

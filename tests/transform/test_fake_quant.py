@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import qjax
@@ -303,3 +304,19 @@ def test_shard_map(normal):
         for f in (fn, mlp)
     ]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-2), *grads)
+
+
+def test_a_weight_that_fn_holds_constant_has_no_gradient_and_is_a_weight_still():
+    def fn(params, x):
+        return x @ params["a"] + x @ lax.stop_gradient(params["b"])
+
+    params = {name: jax.random.normal(jax.random.key(i), (64, 32)) for i, name in enumerate("ab")}
+    x = jax.random.normal(jax.random.key(2), (5, 64))
+    fake = qjax.fake_quant(fn, "int4-g32")
+    used = qjax.usage(fn)(params, x)
+    assert used.layout("b") == "kn"
+    packed = qjax.apply(fn)(qjax.quantize(params, "int4-g32", usage=used), x)
+    assert jnp.array_equal(fake(params, x), packed)
+    grads = jax.grad(lambda params: jnp.sum(fake(params, x) ** 2))(params)
+    assert jnp.any(grads["a"] != 0)
+    assert not jnp.any(grads["b"] != 0)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 import qjax
 from qjax.models.config import ModelConfig
@@ -186,6 +187,7 @@ def mlp(activation):
         lambda x: jnp.repeat(x[:, None], 2, axis=1).sum(1),
         lambda x: jax.jit(jax.checkpoint(lambda y: -y.T))(x).T,
         lambda x: lax.optimization_barrier(x).astype(jnp.float32),
+        lambda x: checkpoint_name(lax.stop_gradient(x), "x"),
         lambda x: lax.cumsum(jnp.concatenate([x[1:], x[:1]]), axis=0),
     ],
 )

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 import qjax
 from qjax import Format
@@ -41,6 +42,8 @@ DOTS = {
     "sliced-columns": lambda w, x: x @ w[:, 8:24],
     "squeezed": lambda w, x: x @ w[None].squeeze(0),
     "constrained": lambda w, x: x @ lax.optimization_barrier((w, x))[0],
+    "constant": lambda w, x: x @ lax.stop_gradient(w),
+    "named": lambda w, x: x @ checkpoint_name(w, "w"),
     "dot-general": lambda w, x: lax.dot_general(x, w, (((1,), (0,)), ((), ()))),
 }
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from qjax import Format
 from qjax.layout import Layout
@@ -145,9 +146,14 @@ def test_a_reversed_scan_is_walked_from_its_end():
     assert cut.keys == [Key("w", (2,)), Key("w", (1,)), Key("w", (0,))]
 
 
-def test_a_cast_before_the_scan_is_followed():
+@pytest.mark.parametrize(
+    "moved",
+    [lambda w: w, lax.stop_gradient, lambda w: checkpoint_name(w, "w")],
+    ids=["cast", "constant", "named"],
+)
+def test_a_cast_before_the_scan_is_followed(moved):
     def fn(p, x):
-        w = p["w"].astype(jnp.bfloat16)
+        w = moved(p["w"].astype(jnp.bfloat16))
         return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
 
     p = {"w": jax.random.normal(jax.random.key(0), (3, D, D))}
