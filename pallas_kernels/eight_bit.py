@@ -110,31 +110,45 @@ def matmul(
         turn.begin()
         plgpu.wgmma(total, w, x_smem.T)
         turn.end()
+        if is_packed:
+            hopper.loaded()
         plgpu.wgmma_wait(0)  # before the stage is released
         return total
 
     def step_in_groups(w_smem, x_smem, sw_smem, *rest):
         *sx_smem, turn, rows, total = rest
-        d = summed(weight(w_smem.at[rows]), x_smem, turn, shape)
-        # One for the whole tile is a factor of a token's, and not of every sum.
-        scale = sw_smem[0, 0].astype(jnp.float32) if in_blocks else by_row(sw_smem.at[0, rows])
-        for ref in sx_smem:
-            own = ref.at[0, pl.ds(0, tile_m)]
-            scale = by_column(own, scale) if in_blocks else scale * by_column(own)
-        return total + d * scale
+        w = weight(w_smem.at[rows])
+
+        def scale():
+            # One for the whole tile is a factor of a token's, and not of every sum.
+            s = sw_smem[0, 0].astype(jnp.float32) if in_blocks else by_row(sw_smem.at[0, rows])
+            for ref in sx_smem:
+                own = ref.at[0, pl.ds(0, tile_m)]
+                s = by_column(own, s) if in_blocks else s * by_column(own)
+            return s
+
+        if sx_smem and tile_m > 64:  # too many to hold during the products
+            d = summed(w, x_smem, turn, shape, is_loaded=False)
+            total += d * scale()
+            hopper.loaded()
+            return total
+        s = scale()
+        return total + summed(w, x_smem, turn, shape) * s
 
     def step_by_token(w_smem, x_smem, sw_smem, sx_smem, turn, rows, total):
+        s = plgpu.load(sx_smem.at[0, rows], layout=plgpu.Layout.WGMMA.reduce(1))
+        s *= sw_smem[0, 0].astype(jnp.float32)
         d = summed(x_smem.at[rows], w_smem, turn, (hopper.ROWS, TILE_N))
-        scale = plgpu.load(sx_smem.at[0, rows], layout=plgpu.Layout.WGMMA.reduce(1))
-        scale *= sw_smem[0, 0].astype(jnp.float32)
-        return total + d * lax.broadcast_in_dim(scale, d.shape, (0,))
+        return total + d * lax.broadcast_in_dim(s, d.shape, (0,))
 
-    def summed(left, right, turn, shape):
+    def summed(left, right, turn, shape, is_loaded=True):
         """Returns the sums of a group's products, in float32."""
 
         def product(d):
             plgpu.wgmma(d, left, right.T)
             turn.end()
+            if is_loaded:
+                hopper.loaded()
             return d[...]  # waits
 
         turn.begin()
@@ -175,7 +189,7 @@ def matmul(
         scaled if in_epilogue else lambda total, *_: total,
         whole=late if in_epilogue else (),
         in_tensor_core=None if has_groups else total_dtype,
-        loads_blocks=has_groups or is_packed,
+        loads_blocks=False,
         rows_of="m" if by_token else "n",
         sum_dtype=sum_dtype,
         out_dtype=sum_dtype if late and not in_epilogue else out_dtype,

@@ -138,6 +138,16 @@ class Turn:
             plgpu.barrier_arrive(self.barriers.at[1 - self.wg])
 
 
+def loaded() -> None:
+    """Says in a step that its blocks are in registers, as far as it loads any.
+
+    Loads go through the generic proxy, the TMA that next writes the buffer through the async one: a
+    barrier alone does not order them. Best said while products are on their way, where it takes no
+    time of its own. What only a wgmma reads needs no such fence.
+    """
+    plgpu.commit_smem()
+
+
 def product(
     operands: Sequence[Operand],
     step: Callable[..., Any],
