@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from qjax import fp8, lora, qat
 from qjax.checkpoint import load, save
+from qjax.errors import QuantizationError
 from qjax.format import Format
 from qjax.policy import Policy, Rule, presets
 from qjax.prepare import prepare, restore
 from qjax.qtensor import QTensor, is_qtensor
-from qjax.quantize import QuantizationError, dequantize, quantize
+from qjax.quantize import dequantize, quantize
 from qjax.recipe import Recipe
 from qjax.summary import Summary, summary
 from qjax.transform.apply import apply, explain

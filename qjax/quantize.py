@@ -13,6 +13,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qjax import numerics, qtensor
+from qjax.errors import QuantizationError
 from qjax.format import Format
 from qjax.latent import is_latent
 from qjax.layout import DEFAULT, Layout
@@ -21,12 +22,9 @@ from qjax.policy import Policy, Rule
 from qjax.ptq import hqq
 from qjax.qtensor import QTensor, is_qtensor
 from qjax.recipe import Recipe
+from qjax.scale_range import check_range
 from qjax.sharding import float_sharding, shardings_of
 from qjax.summary import Summary, energies, row_of
-
-
-class QuantizationError(ValueError):
-    """Parameters and policy do not fit together; the message names the parameter path."""
 
 
 class Assignment(NamedTuple):
@@ -304,34 +302,6 @@ def _check_finite(plan: list[Assignment]) -> None:
         )
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
-def _largest(stored, dtype):
-    return jnp.max(jnp.abs(numerics.read_scale(stored, dtype)))
-
-
-def _check_range(path: str, leaf: Any, qt: QTensor) -> None:
-    """Refuses scales that their type cannot hold: it would clip weights, or make all of them 0."""
-    parts = [("scale", qt.scale, qt.format.scale), ("offset", qt.zero, qt.format.offset)]
-    for name, stored, dtype in parts:
-        while isinstance(dtype, Format):
-            stored, dtype, name = stored.scale, dtype.scale, f"{name}.scale"
-        if dtype is None:
-            continue
-        largest = float(_largest(stored, dtype))
-        limit = numerics.largest_scale(dtype)
-        if not largest < limit:
-            what = f"ends at {limit:g}" if np.isfinite(limit) else "is not finite for such weights"
-        elif largest == 0 and qt.format.offset is None and jnp.any(_array(leaf) != 0):
-            what = "holds 0 for all of them"
-        else:
-            continue
-        raise QuantizationError(
-            f"{path}: its {name}s do not fit into {dtype}, which {what}; the largest weight is"
-            f" {float(jnp.max(jnp.abs(_array(leaf)))):.3g}. Use another type of scale ('float32'"
-            " holds most), or scale or skip this parameter."
-        )
-
-
 def _is_abstract(leaf: Any) -> bool:
     return isinstance(_array(leaf), Tracer | jax.ShapeDtypeStruct)
 
@@ -424,7 +394,7 @@ def quantize(
             qt, energy = run(leaf)
         is_made = not any(map(_is_abstract, jax.tree.leaves(qt)))
         if is_made:
-            _check_range(path, leaf, qt)
+            check_range(path, _array(leaf), qt)
         done = last_use[id(leaf)] == i and id(leaf) not in kept
         if donate and done and isinstance(leaf, jax.Array) and is_made:
             jax.block_until_ready(qt)
@@ -465,7 +435,7 @@ def _quantize_with_data(
             weights.append(pipeline.Weight(path, leaf, fmt, layout))
         else:  # only looked up: no product whose error could be measured
             out[path] = _quantizer(fmt, layout, None, False)(leaf)[0]
-            _check_range(path, leaf, out[path])
+            check_range(path, leaf, out[path])
     made, params, what = pipeline.run(
         fn, params, weights, batches, policy.recipe or Recipe(), usage,
         mask=mask, resume=resume, report=report,

@@ -18,6 +18,7 @@ from qjax.lora.adapter import Adapter, Adapters
 from qjax.lora.transform import check_fits
 from qjax.paths import path_str
 from qjax.qtensor import QTensor, is_qtensor
+from qjax.scale_range import check_range
 from qjax.summary import sqnr_db
 from qjax.tables import align
 
@@ -104,9 +105,11 @@ def merge_quantized(
             )
         fmt = leaf.format if format is None else format
         try:
-            qt, (base_energy, update, merged, error, kept) = _requantized(leaf, adapter, fmt)
+            qt, largest, energies = _requantized(leaf, adapter, fmt)
         except ValueError as e:
             raise ValueError(f"{path}: {e}") from None
+        check_range(path, largest, qt)
+        base_energy, update, merged, error, kept = energies
         norm_of = lambda energy: math.sqrt(float(energy))
         rows.append(
             MergedRow(
@@ -153,7 +156,10 @@ def _merged(leaf: Any, adapter: Adapter) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _requantized(leaf: Any, adapter: Adapter, fmt: Format) -> tuple[QTensor, tuple[Array, ...]]:
+def _requantized(
+    leaf: Any, adapter: Adapter, fmt: Format
+) -> tuple[QTensor, Array, tuple[Array, ...]]:
+    """Returns the merged weight, its largest magnitude and the energies of its report."""
     w, update = _canonical(leaf, adapter), adapter.update()
     merged = w + update
     factors = {}
@@ -164,4 +170,4 @@ def _requantized(leaf: Any, adapter: Adapter, fmt: Format) -> tuple[QTensor, tup
     qt = dataclasses.replace(qt, dtype=jnp.dtype(leaf.dtype).name)
     stored = qtensor.dequantize_canonical(qt)
     energies = tuple(jnp.sum(x * x) for x in (w, update, merged, stored - merged))
-    return qt, (*energies, jnp.sum((stored - w) * update))
+    return qt, jnp.max(jnp.abs(merged)), (*energies, jnp.sum((stored - w) * update))

@@ -19,6 +19,7 @@ from qjax.ptq import awq, columns, gptq, hqq, tiles
 from qjax.ptq.grid import is_by_column, probe_format
 from qjax.ptq.moments import Moments
 from qjax.qtensor import QTensor, dequantize_canonical, quantize_array
+from qjax.scale_range import check_range
 from qjax.transform.calibrate import CalibrationError
 
 # Candidates for λ. How much of H to believe depends on how many independent rows it
@@ -265,7 +266,8 @@ def _solve_together(
     ]
     seconds = (time.perf_counter() - start) / len(items)
     out = []
-    for item, q, errors in zip(items, parts, jax.device_get(judged), strict=True):
+    for item, w, q, errors in zip(items, weights, parts, jax.device_get(judged), strict=True):
+        check_range(item.name, w, q)
         rtn, final, held_rtn, held_final = (None if e is None else float(e) for e in errors)
         assert rtn is not None
         assert final is not None
@@ -389,6 +391,7 @@ def round_weight(
         qt, _ = awq.solve(canonical, h, fmt, plain)
     else:
         qt = rtn
+    check_range(name, canonical, qt)
     judge = h if h is not None else jnp.broadcast_to(jnp.eye(K), (*canonical.shape[:-2], K, K))
     before, after = (float(jnp.mean(relative_error(canonical, q, judge))) for q in (rtn, qt))
     qt = dataclasses.replace(

@@ -12,11 +12,12 @@ from jax.core import Tracer
 from jaxtyping import Array
 
 from qjax import numerics, qtensor, scales
+from qjax.errors import QuantizationError
 from qjax.latent import ACT_RULES, Latent, is_latent
 from qjax.policy import Policy
 from qjax.qat.ranges import Range
 from qjax.qtensor import QTensor, is_qtensor
-from qjax.quantize import Assignment, QuantizationError, assign
+from qjax.quantize import Assignment, assign
 
 STARTS = ("rule", "lsq")
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qjax.errors import QuantizationError
 from qjax.latent import Latent, is_latent
 from qjax.paths import path_str
 from qjax.policy import Policy
@@ -19,7 +20,7 @@ from qjax.qat.learned import shapes_of
 from qjax.qat.ranges import Range
 from qjax.qat.schedules import Phase
 from qjax.qtensor import is_qtensor
-from qjax.quantize import QuantizationError, assign
+from qjax.quantize import assign
 from qjax.transform import fake_quant
 
 

@@ -115,6 +115,9 @@ def test_what_does_not_fit_is_refused_by_path():
         lora.merge({"a": base["a"].T}, adapters)
     with pytest.raises(ValueError, match=r"a: .*group_size"):
         lora.merge_quantized(base, adapters, Format("int4", group_size=24))
+    large = {"a": base["a"] * 1e7}
+    with pytest.raises(qjax.QuantizationError, match="a: its scales do not fit into float16"):
+        lora.merge_quantized(large, adapters, Format("int4", scale="float16"))
 
 
 # ---- several -------------------------------------------------------------------------------------

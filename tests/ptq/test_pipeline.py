@@ -120,6 +120,32 @@ def test_bad_calls_are_refused(params, batches, change, message):
         qjax.quantize(params, INT4, **arguments)
 
 
+GPTQ = {"sweeps": 0, "refit": False, "asymmetric": False, "damping": 0.1}
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"rounding": "nearest"},
+        {"rounding": "nearest", "clip": True},
+        {"rounding": "nearest", "scaling": "awq"},
+        {"rounding": "hqq"},
+        GPTQ,
+        GPTQ | {"mode": "parallel"},
+    ],
+    ids=["nearest", "clip", "awq", "hqq", "sequential", "parallel"],
+)
+def test_scales_that_their_type_cannot_hold_are_refused_by_every_solver(recipe):
+    x = jax.random.normal(jax.random.key(0), (8, 16))
+    w = jax.random.normal(jax.random.key(1), (16, 8)) * 1e7
+    fmt = qjax.Format("uint4", group_size=16, scale="float16", offset="float16")
+    policy = qjax.Policy([qjax.Rule("a/w", fmt)], recipe=qjax.Recipe(**recipe))
+    with pytest.raises(qjax.QuantizationError, match=r"a/w: its .* do not fit into float16"):
+        qjax.quantize(
+            {"a": {"w": w}}, policy, fn=lambda p, x: x @ p["a"]["w"], calibration=[x], report=None
+        )
+
+
 def test_an_expert_without_data_is_an_error():
     params = {"w": jnp.ones((3, 16, 8))}
     sizes = jnp.array([2, 0, 3])
