@@ -81,7 +81,9 @@ def matmul(
     if reason := supports(w.dtype, x.dtype, K, N, K // G if K % G == 0 else 0):
         raise ValueError(f"pallas_kernels.eight_bit: {reason}.")
     out_dtype = jnp.dtype(out_dtype)
-    tuning = tuning or tunings.eight_bit(M, K, N, hopper.bits(w.dtype), K // G)
+    tuning = tuning or tunings.eight_bit(
+        M, K, N, hopper.bits(w.dtype), K // G, hopper.bits(out_dtype)
+    )
     tile_m = tuning.tile_m
     total_dtype = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
     is_packed = w.dtype == jnp.int4

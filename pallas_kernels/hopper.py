@@ -32,6 +32,7 @@ ROWS = 64  # of a wgmma: the output features of one warpgroup
 MEMORY_REGISTERS = 88  # of a thread that loads; with fewer its index arithmetic spills
 COMPUTE_REGISTERS = 208  # of one that multiplies: half of the others of an SM, in eights
 TOKENS = 8  # TMA moves rows of tokens in eights; if there are fewer in all, as many as there are
+STORED = 128  # tokens that are stored at once, through shared memory
 ALIGNMENT = 128  # bytes: TMA writes at multiples of it in shared memory, where blocks lie in a ring
 
 
@@ -201,7 +202,7 @@ def product(
         raise ValueError(f"{tuning} has {tile_m} tokens in a tile: rows of tokens need {2 * ROWS}.")
     of_tokens = rows_of == "m"
     shape = (ROWS, TILE_N if of_tokens else tile_m)
-    out_shape = shape if of_tokens else shape[::-1]
+    out_shape = shape if of_tokens else (min(tile_m, STORED), ROWS)
     if experts is None:
         parts = most_parts(tuning, sizes)
     else:  # fewer tiles may be cut into more
@@ -292,14 +293,18 @@ def product(
 
                 def store(total):
                     sums = finish(total, features, tokens, *extra).astype(store_dtype)
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the fragment before
                     own = out_smem.at[wg]
-                    if of_tokens:
-                        own[...] = sums
-                    else:
-                        own.T[...] = plgpu.layout_cast(sums, plgpu.Layout.WGMMA_TRANSPOSED)
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(own, out.at[share.part(i), tokens, features])
+                    for first in range(0, shape[1], STORED):
+                        part = sums if shape[1] <= STORED else sums[:, first : first + STORED]
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the one before
+                        if of_tokens:
+                            own[...] = part
+                            at = tokens, features
+                        else:
+                            own.T[...] = plgpu.layout_cast(part, plgpu.Layout.WGMMA_TRANSPOSED)
+                            at = pl.ds(m * tile_m + first, own.shape[0]), features
+                        plgpu.commit_smem()
+                        plgpu.copy_smem_to_gmem(own, out.at[share.part(i), *at])
 
                 accumulator = None
                 if in_tensor_core is None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 SMS = 132  # streaming multiprocessors of an H100 SXM; kernels never query a device
 TILE_N = 128  # output features of one CTA: two warpgroups with the 64 rows of a wgmma each
@@ -19,7 +20,7 @@ class Tuning:
     """How one product is laid out on the GPU.
 
     Attributes:
-      tile_m: tokens of one CTA, the n of its wgmma: 8, 16, 32, 64 or 128.
+      tile_m: tokens of one CTA, the n of its wgmma: 8, 16, 32, 64, 128 or 256.
       tile_k: inputs of one pipeline step, 128 or 256.
       stages: steps whose loads may be in flight.
       scale_on: "accumulator" multiplies the float32 sum of every group, which is exact and costs in
@@ -67,6 +68,10 @@ EIGHT_BIT = {
     64: Tuning(64, 6),
     math.inf: Tuning(128, 4, in_turn=True),
 }
+# Where a CTA has nothing else to do, it reads a quarter fewer bytes for the same products if it has
+# twice the tokens: a tile of 128 asks the L2 cache for 64 bytes a clock. No GPU has timed it yet.
+# What decodes has no registers left for so many sums.
+EIGHT_BIT_WIDE = Tuning(256, 4)
 
 
 def weight_only(
@@ -112,57 +117,83 @@ def transposed(
     return _for_shape(TRANSPOSED, M, N, K, TILE_K, bits, 16, 32, table_bytes, experts)
 
 
-def eight_bit(M: int, K: int, N: int, bits: int = 8, group_size: int | None = None) -> Tuning:
+def eight_bit(
+    M: int, K: int, N: int, bits: int = 8, group_size: int | None = None, out_bits: int = 32
+) -> Tuning:
     """Returns the tuning of a product of M tokens of 8 bits with a [K, N] weight of 8 or 4.
 
     Args:
       group_size: inputs with a scale of their own; None: all of K. Without groups there is little
         to do between products, and no need to take turns.
+      out_bits: of an output.
     """
-    t = _for_shape(EIGHT_BIT, M, K, N, TILE_K, bits, 8, 32, 0)
-    return dataclasses.replace(t, in_turn=t.in_turn and group_size not in (None, K))
+    has_groups = group_size not in (None, K)
+    row = next(row for most, row in EIGHT_BIT.items() if most >= M)
+    rows = [dataclasses.replace(row, in_turn=row.in_turn and has_groups)]
+    if row.tile_m == 128 and bits == 8 and not has_groups:
+        rows.insert(0, EIGHT_BIT_WIDE)
+    group = TILE_K if has_groups else None
+    fitted = [_fitted(row, M, K, N, group, bits, 8, out_bits, 0) for row in rows]
+    return min(fitted, key=lambda one: one[0])[1]
 
 
-def _for_shape(
-    table: dict[float, Tuning],
+def _for_shape(table: dict[float, Tuning], M: int, *args: Any, **kwargs: Any) -> Tuning:
+    """Returns the first row of a table that is large enough, as `_fitted` does."""
+    row = next(row for most, row in table.items() if most >= M)
+    return _fitted(row, M, *args, **kwargs)[1]
+
+
+def _fitted(
+    row: Tuning,
     M: int,
     K: int,
     N: int,
-    group_size: int,
+    group_size: int | None,
     w_bits: int,
     x_bits: int,
     out_bits: int,
     table_bytes: int,
     experts: int | None = None,
-) -> Tuning:
-    row = next(row for most, row in table.items() if most >= M)
-    if K % row.tile_k or (group_size % row.tile_k and row.tile_k % group_size):
+) -> tuple[float, Tuning]:
+    """Returns a tuning for a shape and shared memory, after the microseconds it is expected.
+
+    Without a `group_size` the loop reads no scales.
+    """
+    g = group_size or K
+    if K % row.tile_k or (g % row.tile_k and row.tile_k % g):
         row = dataclasses.replace(row, tile_k=TILE_K)
     # As many buffers as fit beside the output tile, all scales being float32 at most.
-    scales = 4 * (TILE_N * max(1, row.tile_k // group_size) + max(row.tile_m, 32))
+    scales = 4 * (TILE_N * max(1, row.tile_k // g) + max(row.tile_m, 32)) if group_size else 0
     stage = row.tile_k * (TILE_N * w_bits + row.tile_m * x_bits) // 8 + scales
-    m_tiles = -(-M // row.tile_m) * (experts or 1)
-    pieces = split_k(
-        m_tiles * (N // TILE_N), K // row.tile_k, tile_k=row.tile_k, tile_m=row.tile_m,
-        w_bits=w_bits, x_bits=x_bits, most=8 if experts else None,
+    m_tiles = -(-M // row.tile_m)
+    us, pieces = cut(
+        m_tiles * (experts or 1) * (N // TILE_N), K // row.tile_k, tile_k=row.tile_k,
+        tile_m=row.tile_m, w_bits=w_bits, x_bits=x_bits, shared_by=m_tiles,
+        most=8 if experts else None,
     )  # fmt: skip
-    out = TILE_N * row.tile_m * (out_bits if pieces == 1 else 32) // 8
+    out = TILE_N * min(row.tile_m, 128) * (out_bits if pieces == 1 else 32) // 8
     fit = (SMEM_BYTES - out - table_bytes - 1024) // stage
-    return dataclasses.replace(row, stages=min(row.stages, fit), split_k=pieces)
+    return us, dataclasses.replace(row, stages=min(row.stages, fit), split_k=pieces)
 
 
 # What an H100 SXM was seen to do in a microsecond: bytes that it reads from memory, and weights
 # that an SM multiplies, by the tokens of a tile and the bits of an activation.
 BYTES_PER_US = 3e6
-WEIGHTS_PER_US = {16: {16: 40e3, 8: 100e3}, 64: {16: 32e3, 8: 65e3}, 128: {16: 21e3, 8: 42e3}}
+# For 256 no GPU has timed it: half of that for 128, and a twentieth more for fewer bytes.
+WEIGHTS_PER_US = {
+    16: {16: 40e3, 8: 100e3},
+    64: {16: 32e3, 8: 65e3},
+    128: {16: 21e3, 8: 42e3},
+    256: {8: 22e3},
+}
 SUMS_US = 1.0  # of starting the kernel that adds parts
 
 
-def split_k(
+def cut(
     tiles: int, steps: int, *, tile_k: int = 256, tile_m: int = 16, w_bits: int = 4,
-    x_bits: int = 16, most: int | None = None,
-) -> int:  # fmt: skip
-    """Returns into how many pieces K of every tile is cut, a divisor of its `steps`.
+    x_bits: int = 16, shared_by: int = 1, most: int | None = None,
+) -> tuple[float, int]:  # fmt: skip
+    """Returns microseconds, and into how many pieces K of every tile is cut, a divisor of `steps`.
 
     The fewest that take the least time: of the busiest SM, or of reading all weights if that is
     longer, and of the sums. For tiles of up to 64 tokens there are enough pieces for all SMs.
@@ -172,18 +203,19 @@ def split_k(
       steps: of a tile, of `tile_k` inputs.
       tile_m: tokens of a tile.
       w_bits, x_bits: of a weight and an activation.
+      shared_by: tiles that have the same weights, which all but one find in the L2 cache.
       most: pieces, about. Few experts may be used, and each piece of a tile then be a part of it.
 
     Example:
-      >>> split_k(tiles=32, steps=16)  # 4096 x 4096
+      >>> cut(tiles=32, steps=16)[1]  # 4096 x 4096
       8
-      >>> split_k(tiles=1792, steps=32, tile_m=128)
+      >>> cut(tiles=1792, steps=32, tile_m=128)[1]
       1
     """
     rates = next(rates for most, rates in WEIGHTS_PER_US.items() if most >= tile_m)
     step = tile_k * TILE_N
     step_us = step / rates[x_bits]
-    memory_us = tiles * steps * step * w_bits / 8 / BYTES_PER_US
+    memory_us = tiles / shared_by * steps * step * w_bits / 8 / BYTES_PER_US
 
     def us(pieces: int) -> float:
         busiest = -(-tiles * pieces // SMS) * (steps // pieces)
@@ -200,4 +232,4 @@ def split_k(
         few = [d for d in divisors if d <= most]
         enough = [d for d in enough if d <= most] or few[-1:]
         divisors = few
-    return min(enough if tile_m <= 64 else divisors, key=lambda d: (us(d), d))
+    return min((us(d), d) for d in (enough if tile_m <= 64 else divisors))

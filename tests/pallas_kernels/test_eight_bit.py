@@ -86,6 +86,13 @@ class TestEightBit(Laws):
         arrays = self.make(3, 64, 5, w="float8_e4m3fn", group=32)
         np.testing.assert_allclose(reference.eight_bit(**arrays), self.exact(arrays), rtol=1e-4)
 
+    @pytest.mark.parametrize("name", ["int8 rows x columns", "fp8 rows x columns"])
+    def test_a_wide_tile_is_stored_in_parts_of_which_some_are_beyond_the_last_token(self, name):
+        arrays = self.make(300, 256, 256, seed=3, **self.formats[name])
+        error, races = self.error(arrays, Tuning(256, 2, sms=2))
+        assert error <= self.budget_of(name), error
+        assert not races
+
     def test_refuses_what_it_cannot_compute(self):
         for w, x in {"int8": "bfloat16", "int4": "float8_e5m2", "float8_e4m3fn": "int8"}.items():
             arrays = self.make(8, 256, 256, w=w, x=x)

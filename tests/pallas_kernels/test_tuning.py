@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from pallas_kernels import tuning
-from pallas_kernels.tuning import SMEM_BYTES, SMS, TILE_N, split_k
+from pallas_kernels.tuning import SMEM_BYTES, SMS, TILE_N, cut
 
 
 @pytest.mark.parametrize("tiles", [1, 8, 32, 64, 131, 132, 448])
 @pytest.mark.parametrize("steps", [1, 16, 32, 112])
 def test_parts_are_whole_steps_and_as_many_as_fill_the_gpu(tiles, steps):
-    parts = split_k(tiles, steps)
+    _, parts = cut(tiles, steps)
     assert steps % parts == 0
     assert tiles * parts >= SMS or parts == steps
 
@@ -41,6 +41,27 @@ def test_tokens_are_tiled_by_the_first_row_that_is_large_enough():
     assert [tuning.weight_only(M, 4096, 4096).tile_m for M in (1, 8, 9, 17, 64, 65, 999)] == [
         8, 8, 16, 32, 64, 128, 128,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("out_bits", [16, 32])
+@pytest.mark.parametrize("M", [1, 64, 129, 512, 1024, 4096])
+@pytest.mark.parametrize(("bits", "group"), [(8, None), (4, None), (8, 128), (4, 128)])
+def test_eight_bit_fits_any_shape(M, bits, group, out_bits):
+    for K, N in ((4096, 4096), (4608, 128), (128, 256), (4096, 28672)):
+        t = tuning.eight_bit(M, K, N, bits, group, out_bits)
+        assert K % (t.tile_k * t.split_k) == 0
+        buffers = t.stages * t.tile_k * (TILE_N * bits + t.tile_m * 8) // 8
+        out = TILE_N * min(t.tile_m, 128) * (out_bits if t.split_k == 1 else 32) // 8
+        assert t.stages >= 2
+        assert buffers + out <= SMEM_BYTES
+
+
+def test_a_tile_is_wide_where_nothing_is_decoded_and_the_gpu_stays_full():
+    tile_m = lambda *args: tuning.eight_bit(*args).tile_m
+    assert tile_m(1024, 4096, 28672) == tile_m(4096, 4096, 4096) == 256
+    assert tile_m(1024, 4096, 28672, 4) == tile_m(1024, 4096, 28672, 8, 128) == 128
+    assert tile_m(128, 4096, 28672) == tile_m(384, 4096, 28672) == 128  # no tokens more
+    assert tile_m(512, 4096, 4096) == 128  # 64 tiles of 256 would leave half of it idle
 
 
 @pytest.mark.parametrize("experts", [1, 8, 64])
