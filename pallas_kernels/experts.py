@@ -84,7 +84,7 @@ def matmul(
     *,
     transposed: bool = False,
     codebook: Sequence[float] | None = None,
-    zero: int | None = None,
+    zero: int | Array | None = None,
     bits: int | None = None,
     out_dtype: Any = None,
     tuning: Tuning | None = None,
@@ -133,7 +133,7 @@ def batched(
     *,
     transposed: bool = False,
     codebook: Sequence[float] | None = None,
-    zero: int | None = None,
+    zero: int | Array | None = None,
     bits: int | None = None,
     out_dtype: Any = None,
     tuning: Tuning | None = None,
@@ -157,7 +157,7 @@ def batched(
     return y.reshape(*padded.shape[:2], -1)[:, :M]
 
 
-def _kernel(transposed: bool, zero: int | None, bits: int | None) -> Any:
+def _kernel(transposed: bool, zero: int | Array | None, bits: int | None) -> Any:
     if transposed:
         return functools.partial(transposed_kernel.matmul, zero=zero, bits=bits)
     return functools.partial(weight_only.matmul, zero=zero)

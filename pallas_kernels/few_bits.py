@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,22 +14,28 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_kernels import planes
+from pallas_kernels import planes, zero_points
 from pallas_kernels.planes import CHUNK
 
 AND_OR = 0xEA  # lop3: a & b | c
+FIELDS = {"bfloat16": 3, "float16": 4}  # of 2 bits that fit into the fraction beside a highest bit
+SUFFIXES = {"bfloat16": "bf16x2", "float16": "f16x2"}
 
 
-def load(ref: Any, bits: int, dtype: Any, zero: int | None = None, half: Any = None) -> Array:
+def load(
+    ref: Any, bits: int, dtype: Any, zero: int | Sequence[Array] | None = None, half: Any = None
+) -> Array:
     """Returns code - zero for codes in shared memory, in a kernel, in the layout of wgmma.
 
     Args:
       ref: uint8 [R, K * bits / 8], in the order of `planes`.
       dtype: of the values: bfloat16 or float16.
-      zero: default: the middle, 2 or 4.
+      zero: of all; or `zero_points.load` of each of the groups that lie side by side in what is
+        returned. Default: the middle, 2 or 4.
       half: None: all K. Or 0 or 1, which 64 of K = 128 inputs.
     """
     less = 2 ** (bits - 1) if zero is None else zero
+    zeros = () if isinstance(less, int) else tuple(less)
     dtype = jnp.dtype(dtype)
     read = plgpu.Layout.WGMMA_UPCAST_2X
     if half is None:
@@ -43,6 +50,7 @@ def load(ref: Any, bits: int, dtype: Any, zero: int | None = None, half: Any = N
             arrays.append(plgpu.layout_cast(halves, read))
 
     def values(_, data, *rest):
+        rest, minus = rest[: len(arrays) - 1], rest[len(arrays) - 1 :]
         i32 = ir.IntegerType.get_signless(32)
         pair = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(dtype))
         layout = plgpu.Layout.WGMMA.to_mgpu()
@@ -56,28 +64,39 @@ def load(ref: Any, bits: int, dtype: Any, zero: int | None = None, half: Any = N
             for at, word in np.ndenumerate(highest):
                 highest[at] = arith.shrui(word, shift)
             words = np.concatenate([words, words, highest], axis=1)
-        pairs = out.reshape(len(words), -1, 8, 2)  # unit, 64 of its inputs, 8 of them, row
-        for (unit, which, b, row), _ in np.ndenumerate(pairs):
-            own = [words[unit, which, row]] + ([words[unit, 2, row]] if bits == 3 else [])
-            text = assembly(bits, b, which, less, dtype)
+        tiles = shape[0] // 64
+        # 64 rows, unit, 64 of its inputs, 8 of them, row
+        pairs = out.reshape(tiles, len(words) // tiles, -1, 8, 2)
+        words = words.reshape(*pairs.shape[:2], -1, 2)
+        offsets = _offsets(minus, dtype) if zeros else None
+        for (tile, unit, which, b, row), _ in np.ndenumerate(pairs):
+            own = [words[tile, unit, which, row]]
+            own += [words[tile, unit, 2, row]] if bits == 3 else []
+            if offsets is not None:
+                column = 8 * (b + 8 * (which + pairs.shape[2] * unit))
+                group = column * len(zeros) // shape[1]
+                own.append(offsets[b % len(offsets)][tile, group, row])
+            text = assembly(bits, b, which, less if offsets is None else None, dtype)
             value = llvm.inline_asm(i32, own, text, ",".join(["=r"] + ["r"] * len(own)))
-            pairs[unit, which, b, row] = mgpu.utils.bitcast(value, pair)
+            pairs[tile, unit, which, b, row] = mgpu.utils.bitcast(value, pair)
         return mgpu.FragmentedArray(
             _registers=pairs.reshape(out.shape), _layout=layout, _is_signed=None
         )
 
     def reference(data, *rest):  # read by the interpreter
+        rest, minus = rest[: len(arrays) - 1], rest[len(arrays) - 1 :]
         codes = planes.codes(data, 2 if rest else bits)
         if rest:
             high, halves = rest
             codes |= (planes.codes(high >> halves.astype(jnp.uint8), 2) & 1) << 2
-        return (codes.astype(jnp.int32) - less).astype(dtype)
+        minus = zero_points.spread(minus, shape) if zeros else less
+        return (codes.astype(jnp.int32) - minus).astype(dtype)
 
     values.reference = reference  # pyright: ignore[reportFunctionMemberAccess]
     return plgpu.inline_mgpu(
-        arg_types=(read,) * len(arrays),
+        arg_types=(read,) * len(arrays) + (zero_points.ROWS,) * len(zeros),
         return_type=plgpu.ShapeDtypeStruct(shape, dtype, plgpu.Layout.WGMMA),
-    )(values)(*arrays)
+    )(values)(*arrays, *zeros)
 
 
 def _words(array: Any, chunks: int) -> np.ndarray:
@@ -89,7 +108,45 @@ def _words(array: Any, chunks: int) -> np.ndarray:
     return out.reshape(-1, chunks, 2)
 
 
-def assembly(bits: int, b: int, half: int, zero: int, dtype: Any) -> str:
+def _offsets(zeros: Sequence[Any], dtype: Any) -> list[np.ndarray]:
+    """Returns what `assembly` adds to fields j = 0, 1, ..., by `zero_points.words`."""
+    i32, name = ir.IntegerType.get_signless(32), jnp.dtype(dtype).name
+    first = zero_points.words(zeros, zero_points.POWERS[name] | 0x80)
+    out = [first]
+    for j in range(1, FIELDS[name]):
+        out.append(np.empty_like(first))
+        for at, word in np.ndenumerate(first):
+            out[j][at] = llvm.inline_asm(i32, [word], offset_assembly(j, dtype), "=r,r")
+    return out
+
+
+def offset_assembly(j: int, dtype: Any) -> str:
+    """Returns PTX that makes -(2^7 * 4^-j + zero) twice, $0, of that for j = 0, $1; exactly.
+
+    In float16, of 2^10.
+    """
+    name = jnp.dtype(dtype).name
+    more = float(_power(dtype)) * (1 - 4.0**-j)
+    return f"""{{
+.reg .b32 more;
+mov.b32 more, {_twice(more, dtype):#x};
+add.{SUFFIXES[name]} $0, $1, more;
+}}"""
+
+
+def _power(dtype: Any) -> np.ndarray:
+    """Returns 2^7 or 2^10, whose last place is 1."""
+    bits = zero_points.POWERS[jnp.dtype(dtype).name] << 8
+    return np.array(bits, np.uint16).view(dtype)
+
+
+def _twice(value: float, dtype: Any) -> int:
+    """Returns a word of twice a float."""
+    half = int(np.array(value, dtype).view(np.uint16))
+    return half << 16 | half
+
+
+def assembly(bits: int, b: int, half: int, zero: int | None, dtype: Any) -> str:
     """Returns PTX that makes two floats, $0, of the b-th pair of codes of a word.
 
     The fields of both codes are put, by one mask, into the fraction of 2^7 (bfloat16) or 2^10
@@ -102,11 +159,10 @@ def assembly(bits: int, b: int, half: int, zero: int, dtype: Any) -> str:
     Args:
       b: of the 8 pairs of a word $1 of the lower 2 bits.
       half: with 3 bits, which of two such words it is; their highest bits are in $2.
+      zero: None, if the last operand is twice what is added, of `offset_assembly`.
     """
     name = jnp.dtype(dtype).name
-    magic, suffix, fields = {
-        "bfloat16": (0x4300, "bf16x2", 3), "float16": (0x6400, "f16x2", 4)
-    }[name]  # fmt: skip
+    magic, suffix, fields = zero_points.POWERS[name] << 8, SUFFIXES[name], FIELDS[name]
     twice = lambda field: field << 16 | field
     j = b % fields
     by = 2 * (b - j)  # bits that the word is shifted by
@@ -120,12 +176,12 @@ def assembly(bits: int, b: int, half: int, zero: int, dtype: Any) -> str:
             f"{'shr' if by >= 0 else 'shl'}.b32 high, $2, {abs(by)};",
             f"lop3.b32 codes, high, {twice(4 << 2 * j):#x}, codes, {AND_OR:#x};",
         ]
-    implied = np.array(magic, np.uint16).view(dtype).astype(np.float64) * 4.0**-j + zero
-    constants = [
-        twice(int(np.array(value, dtype).view(np.uint16))) for value in (4.0**-j, -implied)
-    ]
+    lines.append(f"mov.b32 scale, {_twice(4.0**-j, dtype):#x};")
+    offset = f"${bits}"  # after one word of 2 bits, two of 3
+    if zero is not None:
+        offset, implied = "offset", float(_power(dtype)) * 4.0**-j + zero
+        lines.append(f"mov.b32 offset, {_twice(-implied, dtype):#x};")
     return "\n".join([
         "{", ".reg .b32 low, high, codes, scale, offset;", *lines,
-        f"mov.b32 scale, {constants[0]:#x};", f"mov.b32 offset, {constants[1]:#x};",
-        f"fma.rn.{suffix} $0, codes, scale, offset;", "}",
+        f"fma.rn.{suffix} $0, codes, scale, {offset};", "}",
     ])  # fmt: skip

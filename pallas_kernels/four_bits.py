@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm
 
+from pallas_kernels import zero_points
 from pallas_kernels.interleave import bytes_of_int4
 
 BANKS = 32  # of shared memory, 4 bytes wide; lane i of a warp reads its own, the i-th
@@ -37,52 +38,62 @@ def table(levels: Sequence[float], dtype: Any) -> Array:
     return jnp.asarray(np.repeat(words[:, None], BANKS, axis=1))
 
 
-def load(ref: Any, dtype: Any, words: Any = None) -> Array:
+def load(ref: Any, dtype: Any, words: Any = None, zero: int | Sequence[Array] = 8) -> Array:
     """Returns the values of codes in shared memory, inside a kernel, in the layout of wgmma.
 
     Args:
       ref: int4 [R, C], interleaved.
       dtype: of the values: bfloat16 or float16.
       words: None, for integers; or `table` in shared memory.
+      zero: what integers are less, as q + 8 is unsigned: of all; or `zero_points.load` of each of
+        the groups that lie side by side in C.
     """
     dtype = jnp.dtype(dtype)
     q = plgpu.load(ref, layout=plgpu.Layout.WGMMA_UPCAST_4X)
-    tables = () if words is None else (words,)
+    zeros = () if isinstance(zero, int) else tuple(zero)
+    operands = zeros if words is None else (words,)
+    types = [zero_points.ROWS] * len(zeros) if words is None else [plgpu.RefType()]
 
-    def values(_, q, *tables):
+    def values(_, q, *operands):
         i32 = ir.IntegerType.get_signless(32)
         constant = lambda n: arith.constant(i32, n)
         pair = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(dtype))
         layout = plgpu.Layout.WGMMA.to_mgpu()
         out = np.empty(layout.registers_shape(q.shape), object)
-        by_block = out.reshape(-1, 4, 2)  # 32 columns, 8 of them, rows i and i + 8
+        rows, columns = q.shape
+        by_block = out.reshape(rows // 64, -1, 4, 2)  # 32 columns, 8 of them, rows i and i + 8
         thread = arith.index_cast(i32, gpu.thread_id(gpu.Dimension.x))
         lane = arith.shli(arith.andi(thread, constant(BANKS - 1)), constant(2))
-        for (block, row), eight in np.ndenumerate(q.registers.reshape(-1, 2)):
+        less = zero_points.words(operands, zero_points.POWERS[dtype.name]) if zeros else None
+        for (tile, block, row), eight in np.ndenumerate(q.registers.reshape(rows // 64, -1, 2)):
             word = mgpu.utils.bitcast(eight, i32)
             upper = arith.shrui(word, constant(4))
             for byte in range(4):
-                if tables:
-                    value = _looked_up(word, byte, lane, *tables)
+                if words is not None:
+                    value = _looked_up(word, byte, lane, *operands)
+                elif less is None:
+                    value = _converted(word, upper, byte, dtype, zero)
                 else:
-                    value = _converted(word, upper, byte, dtype)
-                by_block[block, byte, row] = mgpu.utils.bitcast(value, pair)
+                    group = (32 * block + 8 * byte) * len(zeros) // columns
+                    value = _converted(word, upper, byte, dtype, less[tile, group, row])
+                by_block[tile, block, byte, row] = mgpu.utils.bitcast(value, pair)
         return mgpu.FragmentedArray(
             _registers=by_block.reshape(out.shape), _layout=layout, _is_signed=None
         )
 
-    def reference(q, *tables):  # read by the interpreter
+    def reference(q, *operands):  # read by the interpreter
         bytes = bytes_of_int4(q)
-        if tables:
-            return lax.bitcast_convert_type(tables[0][bytes, 0], dtype).reshape(q.shape)
-        pairs = jnp.stack([bytes << 4, bytes & jnp.uint8(0xF0)], axis=-1).reshape(q.shape)
-        return (lax.bitcast_convert_type(pairs, jnp.int8) >> 4).astype(dtype)
+        if words is not None:
+            return lax.bitcast_convert_type(operands[0][bytes, 0], dtype).reshape(q.shape)
+        codes = jnp.stack([bytes & 15, bytes >> 4], axis=-1).reshape(q.shape) ^ jnp.uint8(8)
+        less = zero_points.spread(operands, q.shape) if zeros else zero
+        return (codes.astype(jnp.int32) - less).astype(dtype)
 
     values.reference = reference  # pyright: ignore[reportFunctionMemberAccess]
     return plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WGMMA_UPCAST_4X, *(plgpu.RefType() for _ in tables)),
+        arg_types=(plgpu.Layout.WGMMA_UPCAST_4X, *types),
         return_type=plgpu.ShapeDtypeStruct(q.shape, dtype, plgpu.Layout.WGMMA),
-    )(values)(q, *tables)
+    )(values)(q, *operands)
 
 
 def load_bytes(ref: Any, dtype: Any) -> Array:
@@ -207,27 +218,34 @@ def _looked_up(word: Any, byte: int, lane: Any, table: Any) -> Any:
     return llvm.load(i32, place)
 
 
-def _converted(word: Any, upper: Any, byte: int, dtype: Any) -> Any:
-    """Returns two integers as floats."""
+def _converted(word: Any, upper: Any, byte: int, dtype: Any, zero: Any) -> Any:
+    """Returns two integers as floats, less `zero`: an int, or a word of `zero_points.words`."""
     i32 = ir.IntegerType.get_signless(32)
-    return llvm.inline_asm(i32, [word, upper], assembly(byte, dtype), "=r,r,r")
+    known = zero if isinstance(zero, int) else None
+    operands = [word, upper] + ([zero] if known is None else [])
+    constraints = ",".join(["=r"] + ["r"] * len(operands))
+    return llvm.inline_asm(i32, operands, assembly(byte, dtype, known), constraints)
 
 
-def assembly(byte: int, dtype: Any) -> str:
+def assembly(byte: int, dtype: Any, zero: int | None) -> str:
     """Returns PTX that makes two floats, $0, of the two integers in a byte of a word.
 
     A code with its sign flipped, q + 8, is put below the bits of 2^7 (bfloat16) or 2^10 (float16),
-    where the last place is 1; then 2^7 + 8 or 2^10 + 8 is subtracted.
+    where the last place is 1; then 2^7 + zero or 2^10 + zero is subtracted.
 
     Args:
       byte: of the word $1; $2 is the same, 4 bits to the right.
+      zero: None, if $3 has twice what is subtracted.
     """
-    magic = {"bfloat16": 0x43084308, "float16": 0x64086408}[jnp.dtype(dtype).name]
-    pair = {"bfloat16": "bf16x2", "float16": "f16x2"}[jnp.dtype(dtype).name]
+    name = jnp.dtype(dtype).name
+    power = zero_points.POWERS[name] << 8
+    twice = lambda half: f"{half << 16 | half:#x}"
+    pair = {"bfloat16": "bf16x2", "float16": "f16x2"}[name]
+    less = "$3" if zero is None else "less"
     return f"""{{
-.reg .b32 codes, magic;
+.reg .b32 codes, less;
 prmt.b32 codes, $1, $2, 0xF{byte + 4}F{byte};
-lop3.b32 codes, codes, 0x000F000F, {magic:#x}, 0x6a;
-mov.b32 magic, {magic:#x};
-sub.{pair} $0, codes, magic;
+lop3.b32 codes, codes, 0x000F000F, {twice(power | 8)}, 0x6a;
+{"" if zero is None else f"mov.b32 less, {twice(power | zero)};"}
+sub.{pair} $0, codes, {less};
 }}"""

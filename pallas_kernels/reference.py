@@ -17,6 +17,7 @@ def weight_only(
     scale: Array | Nested,
     *,
     codebook: Sequence[float] | None = None,
+    zero: int | Array | None = None,
     out_dtype: Any = jnp.float32,
 ) -> Array:
     """Returns y[m, n] = sum_k x[m, k] * w[n, k] * scale[k // g, n], summed in float32.
@@ -27,10 +28,17 @@ def weight_only(
       scale: [G, N]; a group has g = K / G inputs. uint8 stands for the power 2^(scale - 127); and
         `Nested` for what it decodes to.
       codebook: None; or the values of codes 0 .. 15, the bits of int4, rounded to x's type.
+      zero: None; or zero points of unsigned codes, [G, N] or one: u - zero then takes the place of
+        w, of int4 u = w + 8, of int8 w + 128.
     """
     scale = float_scale(scale)
-    wide = jnp.repeat(scale.astype(jnp.float32), x.shape[1] // scale.shape[0], axis=0)  # [K, N]
-    w = values(w, codebook, x.dtype).astype(jnp.float32).T * wide
+    stored = w.dtype.name
+    of_inputs = lambda a: jnp.repeat(a.astype(jnp.float32), x.shape[1] // len(a), axis=0)  # [K, N]
+    w = values(w, codebook, x.dtype).astype(jnp.float32).T
+    if zero is not None:
+        w += {"int4": 8, "int8": 128}.get(stored, 0)
+        w -= zero if isinstance(zero, int) else of_inputs(zero)
+    w *= of_inputs(scale)
     y = jnp.dot(x.astype(jnp.float32), w, precision=lax.Precision.HIGHEST)
     return y.astype(out_dtype)
 
@@ -53,16 +61,17 @@ def transposed(
     scale: Array,
     *,
     codebook: Sequence[float] | None = None,
+    zero: int | Array | None = None,
     out_dtype: Any = jnp.float32,
 ) -> Array:
     """Returns dx[m, k] = sum_n dy[m, n] * w[n, k] * scale[k // g, n], summed in float32.
 
     Args:
       dy: [M, N] derivatives.
-      w, scale, codebook: as for `weight_only`.
+      w, scale, codebook, zero: as for `weight_only`.
     """
     one = jnp.eye(w.shape[1], dtype=dy.dtype)
-    w = weight_only(one, w, scale, codebook=codebook)  # [K, N]
+    w = weight_only(one, w, scale, codebook=codebook, zero=zero)  # [K, N]
     dx = jnp.dot(dy.astype(jnp.float32), w.T, precision=lax.Precision.HIGHEST)
     return dx.astype(out_dtype)
 
@@ -86,15 +95,26 @@ def eight_bit(
     return y.astype(out_dtype)
 
 
-def experts(x: Array, w: Array, scale: Array, group_sizes: Array, **options: Any) -> Array:
+def experts(
+    x: Array,
+    w: Array,
+    scale: Array,
+    group_sizes: Array,
+    *,
+    zero: int | Array | None = None,
+    **options: Any,
+) -> Array:
     """Returns y[m] = x[m] @ W[expert of m] for tokens sorted by expert; 0 for those without one.
 
     Args:
       x: [M, K] activations.
-      w: [E, N, K], scale: [E, G, N] and **options: as for `weight_only`.
+      w: [E, N, K], scale: [E, G, N], zero: [E, G, N] or one, and **options: as for `weight_only`.
       group_sizes: [E], how many tokens each expert has.
     """
-    y = jnp.stack([weight_only(x, w[e], scale[e], **options) for e in range(w.shape[0])])
+    own_zero = lambda e: zero if zero is None or isinstance(zero, int) else zero[e]
+    y = jnp.stack(
+        [weight_only(x, w[e], scale[e], zero=own_zero(e), **options) for e in range(w.shape[0])]
+    )
     ends = jnp.cumsum(group_sizes)
     token = jnp.arange(x.shape[0])
     own = jnp.minimum(jnp.searchsorted(ends, token, side="right"), w.shape[0] - 1)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import few_bits, four_bits, hopper, planes, weight_only
+from pallas_kernels import few_bits, four_bits, hopper, planes, weight_only, zero_points
 from pallas_kernels import tuning as tunings
 from pallas_kernels.hopper import Operand
 from pallas_kernels.tuning import TILE_K, TILE_N, Tuning
@@ -21,7 +21,7 @@ def matmul(
     scale: Array,
     *,
     codebook: Sequence[float] | None = None,
-    zero: int | None = None,
+    zero: int | Array | None = None,
     bits: int | None = None,
     experts: Array | None = None,
     out_dtype: Any = None,
@@ -57,6 +57,7 @@ def matmul(
         )
     if reason := supports(w.dtype, dy.dtype, K, N, K // G, scale.dtype):
         raise ValueError(f"pallas_kernels.transposed: {reason}.")
+    weight_only.check_zero(zero, w, bits or hopper.bits(w.dtype), scale, codebook)
     if bits not in ((2, 3) if w.dtype == jnp.uint8 else (None,)):
         raise ValueError(
             f"pallas_kernels.transposed: bits={bits} with {w.dtype.name}: it takes 2 and 3 with"
@@ -68,17 +69,21 @@ def matmul(
         table_bytes=0 if codebook is None else four_bits.TABLE_BYTES,
     )  # fmt: skip
     group = min(K // G, hopper.ROWS)  # features of one warpgroup with one scale
+    groups = range(hopper.ROWS // group)
     rows_of_scales = max(1, TILE_N * G // K)
+    zeros = None if zero is None or isinstance(zero, int) else zero
 
     def step(w_smem, dy_smem, s_smem, *rest):
+        z_smem, rest = (None, rest) if zeros is None else (rest[0], rest[1:])
         *table, tile, turn, features, total = rest
-        if bits is None:
-            q = weight_only.upcast(w_smem.at[:, features], dy.dtype, *table)
-        else:
-            q = few_bits.load(w_smem, bits, dy.dtype, zero, half=lax.axis_index("wg"))
         first = lax.axis_index("wg") * hopper.ROWS * rows_of_scales // TILE_N
+        less = zero if z_smem is None else [zero_points.load(z_smem.at[first + i]) for i in groups]
+        if bits is None:
+            q = weight_only.upcast(w_smem.at[:, features], dy.dtype, *table, zero=less)
+        else:
+            q = few_bits.load(w_smem, bits, dy.dtype, less, half=lax.axis_index("wg"))
         parts = []
-        for i in range(hopper.ROWS // group):
+        for i in groups:
             s = weight_only.read_scale(s_smem.at[first + i], scale.dtype).astype(dy.dtype)
             columns = q[:, i * group : (i + 1) * group]
             parts.append(columns * lax.broadcast_in_dim(s, columns.shape, (0,)))
@@ -102,6 +107,7 @@ def matmul(
             ),
             Operand(dy, "m", columns=64),
             Operand(weight_only.as_bits(scale), "n", shared_by=K // G),
+            *([] if zeros is None else [Operand(zeros, "n", shared_by=K // G)]),
         ],
         step,
         lambda total, *_: total,

@@ -11,7 +11,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import e4m3, few_bits, four_bits, hopper, signed_bytes
+from pallas_kernels import e4m3, few_bits, four_bits, hopper, signed_bytes, zero_points
 from pallas_kernels import tuning as tunings
 from pallas_kernels.hopper import Operand
 from pallas_kernels.nested import Nested, as_float
@@ -22,10 +22,15 @@ _ACTIVATIONS = ("bfloat16", "float16")
 _SCALES = ("bfloat16", "float16", "float32", "float8_e4m3fn", "uint8")
 
 
-def upcast(w_smem: Any, dtype: Any, *table: Any) -> Array:
-    """Returns weights in shared memory as 16-bit floats, in the layout of wgmma, in a kernel."""
+def upcast(w_smem: Any, dtype: Any, *table: Any, zero: int | Sequence[Array] | None) -> Array:
+    """Returns weights in shared memory as 16-bit floats, in the layout of wgmma, in a kernel.
+
+    Args:
+      table: of the values of int4.
+      zero: what unsigned integers are less, see `four_bits.load`; None: the middle.
+    """
     if w_smem.dtype == jnp.int4:
-        return four_bits.load(w_smem, dtype, *table)
+        return four_bits.load(w_smem, dtype, *table, zero=8 if zero is None else zero)
     if w_smem.dtype == jnp.int8:
         return signed_bytes.load(w_smem, dtype)
     q = plgpu.load(w_smem, layout=plgpu.Layout.WGMMA_UPCAST_2X)  # for few shuffles
@@ -87,13 +92,36 @@ def supports(
     return None
 
 
+def check_zero(
+    zero: int | Array | None, w: Array, bits: int, scale: Array, codebook: Sequence[float] | None
+) -> None:
+    """Refuses zero points that a kernel cannot subtract from codes of so many bits.
+
+    Raises:
+      ValueError: for them.
+    """
+    if zero is None:
+        return
+    if isinstance(zero, int) and not 0 <= zero < 2**bits:
+        raise ValueError(f"a zero point of {zero} must be a code, 0 to {2**bits - 1}.")
+    if codebook is not None or w.dtype not in (jnp.int4, jnp.uint8):
+        raise ValueError(
+            f"zero points of {'a codebook' if codebook is not None else w.dtype.name}: kernels take"
+            " them of int4 and of codes of 2 and 3 bits."
+        )
+    if not isinstance(zero, int) and (zero.shape != scale.shape or zero.dtype != jnp.uint8):
+        raise ValueError(
+            f"zero points {zero.dtype.name} {zero.shape} must be uint8 {scale.shape}, as scales."
+        )
+
+
 def matmul(
     x: Array,
     w: Array,
     scale: Array | Nested,
     *,
     codebook: Sequence[float] | None = None,
-    zero: int | None = None,
+    zero: int | Array | None = None,
     experts: Array | None = None,
     out_dtype: Any = None,
     tuning: Tuning | None = None,
@@ -114,7 +142,9 @@ def matmul(
         16, 32, 64 or a multiple of 128. Or `Nested` ones, without experts.
       codebook: None, or the 16 values of the codes 0 .. 15, which the bits of int4 are then. They
         are rounded to x's type.
-      zero: of codes of 2 or 3 bits; default: the middle, 2 or 4.
+      zero: zero point, what unsigned codes are less: uint8 [G, N], all of them codes, or one for
+        all. Of int4 these codes are w + 8. Default: the middle, so that int4 is as it is, and of
+        codes of 2 and 3 bits 2 and 4.
       experts: None; or of each tile of `tuning.tile_m` tokens the expert that it is multiplied by,
         as `experts.Tiles` has them. Then w is [E, N, K] and scale [E, G, N].
       out_dtype: of y, bfloat16, float16 or float32; default: x's.
@@ -137,6 +167,7 @@ def matmul(
         )
     if nested is not None and experts is not None:
         raise ValueError("pallas_kernels.weight_only: nested scales of experts: it takes others.")
+    check_zero(zero, w, bits, scale, codebook)
     stored = jnp.dtype(scale.dtype if nested is None else jnp.float32)
     if reason := supports(w.dtype, x.dtype, K, N, K // G, stored):
         raise ValueError(f"pallas_kernels.weight_only: {reason}.")
@@ -157,12 +188,32 @@ def matmul(
     on_sums = G == 1 and nested is None and experts is None and stored.itemsize > 1
     on_accumulator = tuning.scale_on == "accumulator" and not on_sums
     n_scales = 0 if on_sums else 1 if nested is None else 2
+    zeros = None if zero is None or isinstance(zero, int) else zero
 
-    def columns_of(w_smem, *table):
+    def parts(w_smem, *rest):
+        """Returns what a step has, by what it is: blocks of scales, how to decode columns, ..."""
+        scales, rest = rest[:n_scales], rest[n_scales:]
+        z_smem, rest = (None, rest) if zeros is None else (rest[0], rest[1:])
+        *table, turn, rows, total = rest
+        return scales, columns_of(w_smem.at[rows], z_smem, rows, *table), turn, rows, total
+
+    def columns_of(w_smem, z_smem, rows, *table):
         """Returns a function (first, count) -> those columns of a block, decoded."""
+
+        def less(first, n):
+            if z_smem is None:
+                return zero
+            width = min(group, n)
+            return [
+                zero_points.load(z_smem.at[k // group, rows])
+                for k in range(first, first + n, width)
+            ]
+
         if packed is None:
-            return lambda first, n: upcast(w_smem.at[:, pl.ds(first, n)], x.dtype, *table)
-        q = few_bits.load(w_smem, packed, x.dtype, zero)
+            return lambda first, n: upcast(
+                w_smem.at[:, pl.ds(first, n)], x.dtype, *table, zero=less(first, n)
+            )
+        q = few_bits.load(w_smem, packed, x.dtype, less(0, tuning.tile_k))
         return lambda first, n: q[:, first : first + n]
 
     def scale_of(g, rows, s_smem, *outer):
@@ -174,8 +225,7 @@ def matmul(
         return codes * factors[0, 2 * g] + factors[0, 2 * g + 1]
 
     def step_on_accumulator(w_smem, x_smem, *rest):
-        scales, (*table, turn, rows, total) = rest[:n_scales], rest[n_scales:]
-        columns = columns_of(w_smem.at[rows], *table)
+        scales, columns, turn, rows, total = parts(w_smem, *rest)
         groups = range(tuning.tile_k // group)
         # All groups are multiplied before the first is waited for, if there are registers.
         at_once = len(groups) if tuning.tile_m <= 16 else 1
@@ -196,8 +246,7 @@ def matmul(
         return total
 
     def step_in_tensor_core(w_smem, x_smem, *rest):
-        scales, (*table, turn, rows, total) = rest[:n_scales], rest[n_scales:]
-        columns = columns_of(w_smem.at[rows], *table)
+        scales, columns, turn, rows, total = parts(w_smem, *rest)
         for first in range(0, tuning.tile_k, TILE_K):  # one is multiplied, the next one decoded
             w = columns(first, TILE_K)
             if scales:
@@ -238,6 +287,8 @@ def matmul(
         operands.append(
             Operand(outer, "n", shared_by=nested.columns, width=width, steps_per_row=steps)
         )
+    if zeros is not None:
+        operands.append(Operand(zeros, "n", is_row=True, rows=per_step, steps_per_row=steps))
     return hopper.product(
         operands,
         step_on_accumulator if on_accumulator else step_in_tensor_core,

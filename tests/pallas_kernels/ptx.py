@@ -33,6 +33,10 @@ def _sub(dtype):
     return lambda a, b: (a.view(dtype) - b.view(dtype)).view(np.uint32)
 
 
+def _add(dtype):
+    return lambda a, b: (a.view(dtype) + b.view(dtype)).view(np.uint32)
+
+
 def _pack(high, low):
     half = lambda a: a.view(np.float32).astype(ml_dtypes.bfloat16).view(np.uint16).astype(np.uint32)
     return half(high) << np.uint32(16) | half(low)
@@ -63,6 +67,8 @@ _OPERATIONS: dict[str, Callable] = {
     "shl.b32": lambda a, b: a << b,
     "mov.b32": lambda a: a,
     "mov.u32": lambda a: a,
+    "add.f16x2": _add(np.float16),
+    "add.bf16x2": _add(ml_dtypes.bfloat16),
     "sub.f32": _sub(np.float32),
     "sub.f16x2": _sub(np.float16),
     "sub.bf16x2": _sub(ml_dtypes.bfloat16),

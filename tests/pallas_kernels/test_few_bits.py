@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import few_bits, planes
+from pallas_kernels import few_bits, planes, zero_points
 from tests.pallas_kernels import ptx
 from tests.pallas_kernels.test_four_bits import of_threads
 
@@ -71,3 +71,11 @@ def test_every_code_is_exact_whatever_lies_beside_it(dtype, bits):
         value = (out & 0xFFFF).astype(np.uint16).view(jnp.dtype(dtype)).astype(np.int64)
         code = (low >> 2 * b & 3) | (4 * (high >> 2 * b + half & 1) if bits == 3 else 0)
         np.testing.assert_array_equal(value, code.astype(np.int64) - zero)
+        offset = ptx.run(
+            zero_points.assembly(0x80 | zero_points.POWERS[dtype]), "$1", 0 * low + zero
+        )
+        if j := b % few_bits.FIELDS[dtype]:
+            offset = ptx.run(few_bits.offset_assembly(j, dtype), "$1", offset["$0"])
+        text = few_bits.assembly(bits, b, half, None, dtype)
+        more[f"${bits}"] = offset["$0"]
+        np.testing.assert_array_equal(ptx.run(text, "$1", low, **more)["$0"], out)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import four_bits
+from pallas_kernels import four_bits, zero_points
 from pallas_kernels.four_bits import SIGNS, UPPER
 from pallas_kernels.interleave import for_e4m3, for_int8, interleaved, of_int4, place
 from tests.pallas_kernels import ptx
@@ -22,10 +22,31 @@ SIGNED = lambda codes: (codes.astype(np.int64) ^ 8) - 8
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_assembly_converts_every_byte_in_every_place(dtype, byte):
     words = (BYTES << 8 * byte) | (np.uint32(0x5A3C96E1) & ~np.uint32(0xFF << 8 * byte))
-    out = ptx.run(four_bits.assembly(byte, dtype), "$1", words, **{"$2": words >> 4})["$0"]
+    out = ptx.run(four_bits.assembly(byte, dtype, 8), "$1", words, **{"$2": words >> 4})["$0"]
     pairs = out.view(jnp.dtype(dtype)).astype(np.float64).reshape(-1, 2)
     np.testing.assert_array_equal(pairs[:, 0], SIGNED(BYTES & 15))
     np.testing.assert_array_equal(pairs[:, 1], SIGNED(BYTES >> 4))
+
+
+@pytest.mark.parametrize("byte", range(4))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_assembly_subtracts_every_zero_point_from_every_byte(dtype, byte):
+    words = (BYTES << 8 * byte) | (np.uint32(0x5A3C96E1) & ~np.uint32(0xFF << 8 * byte))
+    words = np.repeat(words[:, None], 16, axis=1)
+    zero = np.arange(16, dtype=np.uint32) + 0 * words
+    unsigned = np.stack([BYTES & 15, BYTES >> 4], axis=-1)[:, None] ^ np.uint32(8)
+    wanted = unsigned.astype(np.int64) - zero[..., None]
+    pair = ptx.run(zero_points.assembly(zero_points.POWERS[dtype]), "$1", zero)["$0"]
+    more = {"$2": words >> np.uint32(4), "$3": pair}
+    out = ptx.run(four_bits.assembly(byte, dtype, None), "$1", words, **more)["$0"]
+    pairs = np.ascontiguousarray(out).view(jnp.dtype(dtype)).reshape(wanted.shape)
+    np.testing.assert_array_equal(pairs.astype(np.int64), wanted)
+    for z in range(16):  # the same, known when it is compiled
+        out = ptx.run(
+            four_bits.assembly(byte, dtype, z), "$1", words[:, z], **{"$2": words[:, z] >> 4}
+        )
+        pairs = np.ascontiguousarray(out["$0"]).view(jnp.dtype(dtype)).reshape(-1, 2)
+        np.testing.assert_array_equal(pairs.astype(np.int64), wanted[:, z])
 
 
 def _as_e4m3(words):

@@ -69,12 +69,30 @@ WEIGHT_ONLY = {
     "fp8 weights M=16": (16, "float8_e4m3fn", 128, "bfloat16", 3.7, 1.5),
     "fp8 weights, float16 M=16": (16, "float8_e4m3fn", 128, "float16", 2.2, 1.0),
 }
+# The same, with a zero point beside every scale.
+ZERO_POINTS = {
+    "zero points g128 M=1": (1, "int4", 128, "bfloat16", 2.6, 1.25),
+    "zero points g128 M=16": (16, "int4", 128, "bfloat16", 2.65, 1.25),
+    "zero points g128 M=64": (64, "int4", 128, "bfloat16", 3.05, 1.3),
+    "zero points g128 M=1024": (1024, "int4", 128, "bfloat16", 3.35, 1.35),
+    "zero points g64 M=16": (16, "int4", 64, "bfloat16", 3.1, 1.3),
+    "zero points g32 M=1": (1, "int4", 32, "bfloat16", 3.25, 1.3),
+    "zero points g32 M=16": (16, "int4", 32, "bfloat16", 3.25, 1.3),
+    "zero points g32 M=64": (64, "int4", 32, "bfloat16", 3.3, 1.3),
+    "zero points g32 M=1024": (1024, "int4", 32, "bfloat16", 3.65, 1.35),
+    "zero points channels M=16": (16, "int4", K, "bfloat16", 2.45, 1.25),
+    "zero points g128, float16 M=16": (16, "int4", 128, "float16", 2.65, 1.25),
+    "int3 zero points g128 M=16": (16, "int3", 128, "bfloat16", 3.0, 1.4),
+    "int3 zero points g64 M=64": (64, "int3", 64, "bfloat16", 3.5, 1.45),
+    "int2 zero points g128 M=16": (16, "int2", 128, "bfloat16", 2.25, 0.8),
+    "int2 zero points g64 M=16": (16, "int2", 64, "bfloat16", 2.75, 0.8),
+}
 BITS = {"int2": 2, "int3": 3, "int4": 4}
 PREFILL = {"int2": 0.37, "int3": 0.45, "int4": 0.5, "int8": 0.5}
 # Instructions for each weight, and cycles to issue the loop against those of the tensor core.
 EIGHT_BIT = {
     "int8 M=16": (16, "int8", "int8", 1, 1.1, None),
-    "int8 M=1024": (1024, "int8", "int8", 1, 1.1, 0.3),
+    "int8 M=1024": (1024, "int8", "int8", 1, 1.1, 0.13),
     "int4 x int8 M=16": (16, "int4", "int8", K // 128, 1.6, None),
     "int4 x int8 M=64": (64, "int4", "int8", K // 128, 2.3, None),
     "int4 x int8 M=1024": (1024, "int4", "int8", K // 128, 3.4, 0.85),
@@ -86,8 +104,8 @@ EIGHT_BIT = {
     "int4 x fp8, channels M=16": (16, "int4", "float8_e4m3fn", 1, 2.0, None),
     "int4 x fp8, channels M=1024": (1024, "int4", "float8_e4m3fn", 1, 2.0, 0.5),
     "fp8 M=16": (16, "float8_e4m3fn", "float8_e4m3fn", 1, 1.1, None),
-    "fp8 M=1024": (1024, "float8_e4m3fn", "float8_e4m3fn", 1, 1.1, 0.3),
-    "fp8 gradients M=1024": (1024, "float8_e4m3fn", "float8_e5m2", 1, 1.1, 0.3),
+    "fp8 M=1024": (1024, "float8_e4m3fn", "float8_e4m3fn", 1, 1.1, 0.13),
+    "fp8 gradients M=1024": (1024, "float8_e4m3fn", "float8_e5m2", 1, 1.1, 0.13),
     "fp8 blocks M=16": (16, "float8_e4m3fn", "float8_e4m3fn", K // 128, 1.1, None),
     "fp8 blocks M=1024": (1024, "float8_e4m3fn", "float8_e4m3fn", K // 128, 2.0, 0.5),
     # A step for every 128 values of a token, too. With many of them, these are the rows.
@@ -104,14 +122,17 @@ def _array(dtype, *shape):
 
 
 @functools.cache
-def compiled_weight_only(M, dtype, group, x, scale="bfloat16", codebook=None):
+def compiled_weight_only(M, dtype, group, x, scale="bfloat16", codebook=None, zeros=False):
     operands = [_array(x, M, K), _array(dtype, N, K)]
     if scale == "nested":
         f = lambda x, w, *s: weight_only.matmul(x, w, Nested(*s, 256), codebook=codebook)
         pairs = _array("float32", K // group, 2 * N // 256)
         return h100.compile(f, *operands, _array("uint8", K // group, N), pairs)
-    f = functools.partial(weight_only.matmul, codebook=codebook)
-    return h100.compile(f, *operands, _array(scale, K // group, N))
+    operands.append(_array(scale, K // group, N))
+    if zeros:
+        f = lambda x, w, s, z: weight_only.matmul(x, w, s, zero=z)
+        return h100.compile(f, *operands, _array("uint8", K // group, N))
+    return h100.compile(functools.partial(weight_only.matmul, codebook=codebook), *operands)
 
 
 def compiled_eight_bit(M, w, x, groups, steps=1):
@@ -146,10 +167,11 @@ def _workspace(t, M, out_bytes):
     return parts * _rows(M) * N * 4 if parts > 1 else (_rows(M) != M) * _rows(M) * N * out_bytes
 
 
-@pytest.mark.parametrize("name", WEIGHT_ONLY)
+@pytest.mark.parametrize("name", WEIGHT_ONLY | ZERO_POINTS)
 def test_weight_only(name):
-    M, dtype, group, x, total, integer, *stored = WEIGHT_ONLY[name]
-    program = compiled_weight_only(M, dtype, group, x, *stored)
+    M, dtype, group, x, total, integer, *stored = (WEIGHT_ONLY | ZERO_POINTS)[name]
+    has_zeros = name in ZERO_POINTS
+    program = compiled_weight_only(M, dtype, group, x, *stored, zeros=has_zeros)
     kernel = _check(program, "HGMMA")
     t = tuning.weight_only(
         M, K, N, group, BITS.get(dtype, 8),
@@ -160,7 +182,8 @@ def test_weight_only(name):
     assert kernel.per_weight(weights) <= total
     assert kernel.per_weight(weights, integer=True) <= integer
     narrow = sum(n for op, n in kernel.loop.items() if op.startswith(("LDS.U", "LDS.S")))
-    assert narrow <= 2 * max(1, t.tile_k // group)  # those are the scales
+    # Those are the scales, and the zero points.
+    assert narrow <= (2 + 2 * has_zeros) * max(1, t.tile_k // group)
     x_bytes = 2 * K * _rows(M) if _rows(M) != M else 0
     if "nested" in stored:  # factors and offsets in order
         x_bytes += 128 * (K // t.tile_k) * (N // 256)
@@ -175,7 +198,7 @@ def test_eight_bit(name):
     steps = groups if "1x128" in name else 1  # of a token
     program = compiled_eight_bit(M, w, x, groups, steps)
     kernel = _check(program, "IGMMA" if x == "int8" else "QGMMA")
-    t = tuning.eight_bit(M, K, N, 4 if w == "int4" else 8)
+    t = tuning.eight_bit(M, K, N, 4 if w == "int4" else 8, K // groups, 16)
     assert kernel.per_weight(64 * t.tile_k) <= total
     if prefill:  # the tensor core has 4096 products of bytes a cycle
         assert kernel.loop.total() / (64 * t.tile_k * t.tile_m / 4096) <= prefill

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import four_bits, interpreter, planes, reference, weight_only
+from pallas_kernels import four_bits, interpreter, planes, reference, weight_only, zero_points
 from pallas_kernels.interleave import of_int4
 from pallas_kernels.nested import Nested
 from pallas_kernels.testing import TUNINGS, Laws
@@ -53,31 +53,72 @@ class TestWeightOnly(Laws):
         "scales of e4m3": {"w": "int4", "group": 16, "codebook": E2M1, "scale": "float8_e4m3fn"},
         "nested scales": {"w": "int4", "group": 64, "codebook": LEVELS, "scale": "nested"},
         "nested scales of channels": {"w": "int8", "group": 256, "scale": "nested"},
+        "zero points": {"w": "int4", "group": 128, "zero": True},
+        "zero points of groups of 32, float16": {
+            "w": "int4",
+            "group": 32,
+            "zero": True,
+            "x": "float16",
+        },
+        "zero points of channels": {"w": "int4", "group": 256, "zero": True},
+        "zero points of groups of 16": {
+            "w": "int4",
+            "group": 16,
+            "zero": True,
+            "scale": "float8_e4m3fn",
+        },
+        "zero points, nested scales": {"w": "int4", "group": 128, "zero": True, "scale": "nested"},
+        "int4 less one zero point": {"w": "int4", "group": 128, "zero": 3},
         "int3 groups of 128": {"w": "int8", "group": 128, "bits": 3},
         "int3 groups of 32, float16": {"w": "int8", "group": 32, "bits": 3, "x": "float16"},
         "int3 channels": {"w": "int8", "group": 256, "bits": 3},
         "int2 groups of 64": {"w": "int8", "group": 64, "bits": 2},
         "int2 groups of 32, float16": {"w": "int8", "group": 32, "bits": 2, "x": "float16"},
+        "int3 zero points of groups of 64": {"w": "int8", "group": 64, "bits": 3, "zero": True},
+        "int3 zero points of channels, float16": {
+            "w": "int8",
+            "group": 256,
+            "bits": 3,
+            "zero": True,
+            "x": "float16",
+        },
+        "int2 zero points of groups of 32": {"w": "int8", "group": 32, "bits": 2, "zero": True},
+        "int2 zero points of groups of 128, float16": {
+            "w": "int8",
+            "group": 128,
+            "bits": 2,
+            "zero": True,
+            "x": "float16",
+        },
         "int8 channels": {"w": "int8", "group": 256},
         "fp8 weights": {"w": "float8_e4m3fn", "group": 128},
         "fp8 weights, fp16 activations": {"w": "float8_e4m3fn", "group": 128, "x": "float16"},
     }
 
-    mutated: ClassVar = ((None, Tuning(8, 2, sms=1)), ("a codebook", _ON_WEIGHT))
+    mutated: ClassVar = (
+        (None, Tuning(8, 2, sms=1)),
+        ("a codebook", _ON_WEIGHT),
+        ("zero points", Tuning(8, 2, sms=1)),
+    )
 
     def make(
-        self, M, K, N, seed=0, *, w, group, x="bfloat16", codebook=None, scale="bfloat16", bits=None
-    ):
+        self, M, K, N, seed=0, *, w, group, x="bfloat16", codebook=None, scale="bfloat16",
+        bits=None, zero=None,
+    ) -> dict[str, Any]:  # fmt: skip
         keys = jax.random.split(jax.random.key(seed), 3)
         low, high = (-8, 8) if w == "int4" else (-128, 128)
         if bits is not None:
             low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
-        return {
+        arrays = {
             "x": jax.random.normal(keys[0], (M, K), x),
             "w": jax.random.randint(keys[1], (N, K), low, high).astype(w),
             "scale": _scales(keys[2], (K // group, N), scale),
             "codebook": codebook,
         } | ({} if bits is None else {"bits": bits})
+        if zero is True:
+            key, largest = jax.random.key(seed + 1000), -2 * low
+            zero = jax.random.randint(key, (K // group, N), 0, largest).astype(jnp.uint8)
+        return arrays if zero is None else arrays | {"zero": zero}
 
     def run(self, arrays, *, tuning, interpret):
         scale = arrays["scale"]
@@ -100,7 +141,13 @@ class TestWeightOnly(Laws):
         if arrays["codebook"] is not None:
             levels = np.asarray(jnp.asarray(arrays["codebook"], arrays["x"].dtype), np.float64)
             w = levels[w.astype(int) & 15]
-        return x @ (w.T * np.repeat(scale, x.shape[1] // scale.shape[0], axis=0))
+        of_inputs = lambda a: np.repeat(a, x.shape[1] // len(a), axis=0)
+        w = w.T
+        if (zero := arrays.get("zero")) is not None:
+            bits = arrays.get("bits") or (4 if arrays["w"].dtype == jnp.int4 else 8)
+            zero = np.broadcast_to(np.asarray(zero, np.float64), scale.shape)
+            w = w + 2 ** (bits - 1) - of_inputs(zero)
+        return x @ (w * of_inputs(scale))
 
     def test_nested_scales_are_code_times_factor_plus_offset_of_their_block(self):
         scale = _scales(jax.random.key(0), (3, 300), "nested")
@@ -109,9 +156,11 @@ class TestWeightOnly(Laws):
             wanted = codes[g, n] * outer[g, n // 128 * 2] + outer[g, n // 128 * 2 + 1]
             np.testing.assert_allclose(scale.decoded()[g, n], wanted, rtol=1e-6)
 
-    @pytest.mark.parametrize("name", ["int4 groups of 32", "powers of two", "nested scales"])
+    @pytest.mark.parametrize(
+        "name", ["int4 groups of 32", "powers of two", "nested scales", "zero points of channels"]
+    )
     def test_the_reference_agrees_with_float64(self, name):
-        arrays = self.make(3, 64, 5, **self.formats[name])
+        arrays = self.make(3, 256, 5, **self.formats[name])
         wanted = self.exact(arrays)
         atol = 1e-6 * np.linalg.norm(wanted)
         np.testing.assert_allclose(reference.weight_only(**arrays), wanted, rtol=1e-5, atol=atol)
@@ -119,6 +168,8 @@ class TestWeightOnly(Laws):
     @pytest.mark.parametrize("weight", [
         {"w": "int4", "group": 256}, {"w": "int4", "group": 32},
         {"w": "int8", "bits": 3, "group": 64}, {"w": "int8", "bits": 2, "group": 32},
+        {"w": "int4", "group": 256, "zero": True}, {"w": "int4", "group": 32, "zero": True},
+        {"w": "int8", "bits": 3, "group": 256, "zero": True},
     ])  # fmt: skip
     def test_scales_on_the_weight_cost_one_rounding(self, weight):
         tuning = dataclasses.replace(_ON_WEIGHT, tile_k=256)  # two parts of a step
@@ -196,6 +247,16 @@ class TestWeightOnly(Laws):
         arrays = self.make(8, 256, 256, **self.formats["int3 groups of 128"])
         assert not self.error(arrays, TUNINGS["decode"])[0] <= 0.01
 
+    def test_the_zero_points_of_another_group_are_an_error(self, monkeypatch):
+        if interpreter.on_gpu():
+            pytest.skip("of the function that is interpreted")
+        arrays = self.make(8, 128, 128, w="int4", group=32, zero=True)
+        assert self.error(arrays, _ON_WEIGHT)[0] <= 2.0**-9
+        original = zero_points.spread
+        of_the_next = lambda zeros, shape: original((*zeros[1:], zeros[0]), shape)
+        monkeypatch.setattr(zero_points, "spread", of_the_next)
+        assert not self.error(arrays, _ON_WEIGHT)[0] <= 0.01
+
     def test_refuses_what_it_cannot_compute(self):
         arrays = self.make(8, 256, 256, w="int4", group=128)
         with pytest.raises(ValueError, match="a codebook of 3 values"):
@@ -206,5 +267,15 @@ class TestWeightOnly(Laws):
             weight_only.matmul(**(arrays | {"x": arrays["x"].astype(jnp.float32)}))
         with pytest.raises(ValueError, match="codes of 4 bits"):
             weight_only.matmul(**(arrays | {"w": jnp.zeros((256, 128), jnp.uint8)}))
+        zeros = jnp.zeros((2, 256), jnp.uint8)
+        for bad in (zeros[:1], zeros.astype(jnp.float32)):
+            with pytest.raises(ValueError, match=r"must be uint8 \(2, 256\), as scales"):
+                weight_only.matmul(**arrays, zero=bad)
+        with pytest.raises(ValueError, match="zero point of 16 must be a code, 0 to 15"):
+            weight_only.matmul(**arrays, zero=16)
+        with pytest.raises(ValueError, match="zero points of a codebook"):
+            weight_only.matmul(**(arrays | {"codebook": LEVELS}), zero=zeros)
+        with pytest.raises(ValueError, match="zero points of float8_e4m3fn"):
+            weight_only.matmul(**(arrays | {"w": arrays["w"].astype("float8_e4m3fn")}), zero=zeros)
         with pytest.raises(ValueError, match="must be"):
             weight_only.matmul(**(arrays | {"w": arrays["w"][:128]}))
