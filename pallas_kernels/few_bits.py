@@ -111,7 +111,7 @@ def _words(array: Any, chunks: int) -> np.ndarray:
 def _offsets(zeros: Sequence[Any], dtype: Any) -> list[np.ndarray]:
     """Returns what `assembly` adds to fields j = 0, 1, ..., by `zero_points.words`."""
     i32, name = ir.IntegerType.get_signless(32), jnp.dtype(dtype).name
-    first = zero_points.words(zeros, zero_points.POWERS[name] | 0x80)
+    first = zero_points.words(zeros, zero_points.assembly(zero_points.POWERS[name] | 0x80))
     out = [first]
     for j in range(1, FIELDS[name]):
         out.append(np.empty_like(first))

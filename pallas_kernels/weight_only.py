@@ -32,7 +32,7 @@ def upcast(w_smem: Any, dtype: Any, *table: Any, zero: int | Sequence[Array] | N
     if w_smem.dtype == jnp.int4:
         return four_bits.load(w_smem, dtype, *table, zero=8 if zero is None else zero)
     if w_smem.dtype == jnp.int8:
-        return signed_bytes.load(w_smem, dtype)
+        return signed_bytes.load(w_smem, dtype, signed_bytes.MIDDLE if zero is None else zero)
     q = plgpu.load(w_smem, layout=plgpu.Layout.WGMMA_UPCAST_2X)  # for few shuffles
     q = plgpu.layout_cast(q, plgpu.Layout.WGMMA)
     if dtype != jnp.float16:
@@ -104,10 +104,10 @@ def check_zero(
         return
     if isinstance(zero, int) and not 0 <= zero < 2**bits:
         raise ValueError(f"a zero point of {zero} must be a code, 0 to {2**bits - 1}.")
-    if codebook is not None or w.dtype not in (jnp.int4, jnp.uint8):
+    if codebook is not None or w.dtype not in (jnp.int4, jnp.int8, jnp.uint8):
         raise ValueError(
             f"zero points of {'a codebook' if codebook is not None else w.dtype.name}: kernels take"
-            " them of int4 and of codes of 2 and 3 bits."
+            " them of int4, int8 and codes of 2 and 3 bits."
         )
     if not isinstance(zero, int) and (zero.shape != scale.shape or zero.dtype != jnp.uint8):
         raise ValueError(
@@ -143,8 +143,8 @@ def matmul(
       codebook: None, or the 16 values of the codes 0 .. 15, which the bits of int4 are then. They
         are rounded to x's type.
       zero: zero point, what unsigned codes are less: uint8 [G, N], all of them codes, or one for
-        all. Of int4 these codes are w + 8. Default: the middle, so that int4 is as it is, and of
-        codes of 2 and 3 bits 2 and 4.
+        all. Of int4 these codes are w + 8, of int8 w + 128. Default: the middle, so that both are
+        as they are, and of codes of 2 and 3 bits 2 and 4.
       experts: None; or of each tile of `tuning.tile_m` tokens the expert that it is multiplied by,
         as `experts.Tiles` has them. Then w is [E, N, K] and scale [E, G, N].
       out_dtype: of y, bfloat16, float16 or float32; default: x's.

@@ -28,12 +28,12 @@ def load(ref: Any) -> Array:
     return plgpu.load(ref, layout=ROWS)
 
 
-def words(zeros: Sequence[Any], upper: int) -> np.ndarray:
+def words(zeros: Sequence[Any], text: str) -> np.ndarray:
     """Returns registers of pairs, [64 rows, group, rows i and i + 8], in inlined GPU code.
 
     Args:
       zeros: fragmented arrays [R], one for each group of columns.
-      upper: byte above a zero point in each half of a word, as of `POWERS`.
+      text: PTX that makes a word, $0, of a zero point, $1, as `assembly`.
     """
     i32 = ir.IntegerType.get_signless(32)
     tiles = zeros[0].registers.size // 2
@@ -41,12 +41,12 @@ def words(zeros: Sequence[Any], upper: int) -> np.ndarray:
     for (tile, group, row), _ in np.ndenumerate(out):
         byte = zeros[group].registers.reshape(tiles, 2)[tile, row]
         byte = arith.extui(i32, mgpu.utils.bitcast(byte, ir.IntegerType.get_signless(8)))
-        out[tile, group, row] = llvm.inline_asm(i32, [byte], assembly(upper), "=r,r")
+        out[tile, group, row] = llvm.inline_asm(i32, [byte], text, "=r,r")
     return out
 
 
 def assembly(upper: int) -> str:
-    """Returns PTX that makes a word, $0, of twice the byte $1, below the `upper` one."""
+    """Returns PTX that makes a word, $0, of twice the byte $1, below `upper`, of `POWERS`."""
     return f"mad.lo.u32 $0, $1, 0x10001, {upper << 8 | upper << 24:#x};"
 
 

@@ -91,6 +91,14 @@ class TestWeightOnly(Laws):
             "x": "float16",
         },
         "int8 channels": {"w": "int8", "group": 256},
+        "int8 zero points of groups of 64": {"w": "int8", "group": 64, "zero": True},
+        "int8 zero points of channels, float16": {
+            "w": "int8",
+            "group": 256,
+            "zero": True,
+            "x": "float16",
+        },
+        "int8 less one zero point": {"w": "int8", "group": 256, "zero": 3},
         "fp8 weights": {"w": "float8_e4m3fn", "group": 128},
         "fp8 weights, fp16 activations": {"w": "float8_e4m3fn", "group": 128, "x": "float16"},
     }
