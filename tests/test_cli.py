@@ -1,9 +1,12 @@
 """The command line: every command on a tiny model, its JSON, exit codes and error lines."""
 
+import gc
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models
 from typer.testing import CliRunner
 
 from qjax.cli import app
+from qjax.cli.terminal import interruptible
 
 GOLDEN = Path(__file__).parent / "golden"
 TEXT = "The quick brown fox jumps over the lazy dog. " * 8  # one token a character
@@ -227,6 +231,18 @@ def test_overwrite_replaces(tiny, quantized, tmp_path):
     assert "exists" in error("quantize", tiny, "-p", "int8", "-o", out, "--no-eval")
     run("quantize", tiny, "-p", "nf4", "-o", out, "--no-eval", "--overwrite")
     assert "nf4" in run("inspect", out).stdout
+
+
+def test_an_interrupt_while_garbage_is_collected_is_not_lost():
+    def callback(phase, info):  # JAX has one, in which Python raises what has come meanwhile
+        gc.callbacks.remove(callback)
+        signal.raise_signal(signal.SIGINT)
+
+    with interruptible():
+        gc.callbacks.append(callback)
+        gc.collect()
+        with pytest.raises(KeyboardInterrupt):
+            time.sleep(10)
 
 
 # ---- the other commands --------------------------------------------------------------------------

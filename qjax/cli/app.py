@@ -15,7 +15,7 @@ from qjax.cli.inspect import inspect
 from qjax.cli.plan import plan
 from qjax.cli.presets import presets
 from qjax.cli.quantize import quantize
-from qjax.cli.terminal import guarded
+from qjax.cli.terminal import guarded, interruptible
 
 app = typer.Typer(
     name="qjax",
@@ -68,4 +68,5 @@ for _name, _command in {
 
 def main() -> None:
     """Runs the program; what `qjax` on the command line calls."""
-    app(prog_name="qjax")
+    with interruptible():
+        app(prog_name="qjax")

@@ -6,6 +6,9 @@ import contextlib
 import functools
 import json
 import math
+import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -47,6 +50,31 @@ def guarded[**P](command: Callable[P, None]) -> Callable[P, None]:
             _fail(f"{type(e).__name__}: {e} (`--debug` shows where)", FAILURE)
 
     return run
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Raises KeyboardInterrupt later where Python had to drop it.
+
+    An interrupt that arrives while garbage is collected is raised in whatever Python code runs
+    first, and that is a callback of the collector, which JAX has one of. Nothing can be raised from
+    there: Python says "Exception ignored", and the program would go on.
+    """
+    usual = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if unraisable.exc_type is not KeyboardInterrupt:
+            return usual(unraisable)
+        # By then the main thread is out of the callback; if it is in another one, once more.
+        again = threading.Timer(0.01, signal.raise_signal, [signal.SIGINT])
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = usual
 
 
 def _fail(message: str, code: int) -> None:
