@@ -25,7 +25,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.shares import added, most_parts, share_of
+from pallas_kernels.shares import Share, added, most_parts, share_of
 from pallas_kernels.tuning import TILE_N, Tuning
 
 ROWS = 64  # of a wgmma: the output features of one warpgroup
@@ -156,10 +156,10 @@ def product(
     *,
     whole: Sequence[Array] = (),
     table: Array | None = None,
-    scratch: Any = None,
     in_tensor_core: Any = None,
     loads_blocks: bool = True,
     rows_of: str = "n",
+    stored_as: Any = plgpu.Layout.WGMMA_TRANSPOSED,
     experts: Array | None = None,
     sum_dtype: Any = jnp.float32,
     out_dtype: Any,
@@ -171,197 +171,253 @@ def product(
 
     Args:
       operands: what the loop reads.
-      step: function (*blocks in shared memory, table and scratch if there are, turn, rows, total)
+      step: function (*blocks in shared memory, table if there is one, turn, rows, total)
         -> total that adds the products of one step for `rows` of the tile's features.
       finish: function (sums [64, tile_m], features, tokens, *whole) -> sums to store.
       whole: arrays that `finish` reads from global memory.
       table: an array that every CTA first copies to shared memory.
-      scratch: shared memory of a warpgroup, its first axis of size 2 taken away.
       in_tensor_core: None: `total` is a float32 value; or the type of the accumulator that it is.
       loads_blocks: whether `step` loads blocks into registers and does not itself end with
         `commit_smem`. What only a wgmma reads needs no fence before TMA overwrites it.
       rows_of: what the 64 rows of a warpgroup are: "n", features, or "m", tokens, of which a tile
         then has 128. Sums are [64, 128] there, and `rows` some of the tile's tokens.
+      stored_as: layout of sums [64, tile_m] in registers when they are stored, of rows of features:
+        what `finish` returns, or what a wgmma's can be cast to.
       experts: None; or int32 [M / tile_m + 1]: of each tile of tokens its expert, the index into
         stacked operands; and last how many tiles there are. What follows them is not computed.
       sum_dtype: of what `finish` returns; sums of fragments are stored and added in it.
       sizes: (M, K, N), the latter two multiples of the tiles. Tokens that there are not are neither
         read nor written; but arrays in rows of tokens, and those in `whole`, fill the last tile.
     """
-    (M, K, N), tile_m, stages = sizes, tuning.tile_m, tuning.stages
+    (M, K, N), tile_m = sizes, tuning.tile_m
+    if (K // tuning.tile_k) % tuning.split_k or K % tuning.tile_k or N % TILE_N:
+        raise ValueError(f"{tuning} does not tile K={K}, N={N}.")
+    if rows_of == "m" and tile_m != 2 * ROWS:
+        raise ValueError(f"{tuning} has {tile_m} tokens in a tile: rows of tokens need {2 * ROWS}.")
+    # Of experts, fewer tiles than there may be can be cut into more parts.
+    parts = most_parts(tuning, sizes) if experts is None else tuning.split_k
+    store_dtype = jnp.dtype(out_dtype if parts == 1 else sum_dtype)
+    kernel = _Kernel(
+        operands, step, finish, in_tensor_core, loads_blocks, rows_of == "m", stored_as, tuning,
+        sizes, store_dtype,
+    )  # fmt: skip
     padded = M if M <= TOKENS else -(-M // TOKENS) * TOKENS
     arrays = [
         jnp.pad(o.array, ((0, padded - M), (0, 0))) if o.of == "m" and not o.is_row else o.array
         for o in operands
     ]
-    steps = K // tuning.tile_k
-    if steps % tuning.split_k or K % tuning.tile_k or N % TILE_N:
-        raise ValueError(f"{tuning} does not tile K={K}, N={N}.")
-    size = {"n": TILE_N, "m": tile_m}
-    if size[rows_of] != 2 * ROWS:
-        raise ValueError(f"{tuning} has {tile_m} tokens in a tile: rows of tokens need {2 * ROWS}.")
-    of_tokens = rows_of == "m"
-    shape = (ROWS, TILE_N if of_tokens else tile_m)
-    out_shape = shape if of_tokens else (min(tile_m, STORED), ROWS)
-    if experts is None:
-        parts = most_parts(tuning, sizes)
-    else:  # fewer tiles may be cut into more
-        parts = tuning.split_k
-    store_dtype = jnp.dtype(out_dtype if parts == 1 else sum_dtype)
-    grid = share_of(tuning, sizes).ctas
+    given = {
+        "ins": [a.reshape(-1, a.shape[-1]) for a in arrays],
+        "whole": list(whole),
+        "experts": experts,
+        "table": table,
+    }
 
-    def kernel(*refs):
-        refs = list(refs)
-        ins, extra = [refs.pop(0) for _ in operands], [refs.pop(0) for _ in whole]
-        expert_of = None if experts is None else refs.pop(0)
-        source = None if table is None else refs.pop(0)
-        out, out_smem, is_full, is_free = (refs.pop(0) for _ in range(4))
-        rings = [refs.pop(0) for _ in operands]
-        own_scratch = () if scratch is None else (refs.pop(0),)
-        turns = refs.pop(0) if tuning.in_turn else None
-        tables = ()
-        if table is not None:
-            table_smem, is_there = refs
-            tables = (table_smem,)
+    memory = kernel.memory(table)
 
-            @pl.when(lax.axis_index("wg") == 0)
-            def _():
-                assert source is not None
-                plgpu.copy_gmem_to_smem(source, table_smem, is_there)
-
-            plgpu.barrier_wait(is_there)
-
-        m_tiles = -(-M // tile_m)
-        if expert_of is not None:
-            m_tiles = expert_of[m_tiles]
-        share = share_of(tuning, sizes, lax.axis_index("sm"), m_tiles)
-
-        def after(slot):
-            return jnp.where(slot == stages - 1, 0, slot + 1)
-
-        def load():
-            """Fills the ring, one warpgroup."""
-
-            def one(i, slot, wait):
-                tile, k = share.step(i)
-                at = {"n": tile // m_tiles, "m": tile % m_tiles}
-                if wait:
-                    plgpu.barrier_wait(is_free.at[slot])
-                expert = None if expert_of is None else expert_of[at["m"]]
-                for o, ref, ring in zip(operands, ins, rings, strict=True):
-                    if expert is not None and o.array.ndim == 3:
-                        n = o.array.shape[1]
-                        ref = ref.at[pl.ds(expert * n, n)]
-                    block = o.at(ref, at[o.of], k, size[o.of], tuning.tile_k)
-                    plgpu.copy_gmem_to_smem(block, ring.at[slot], is_full.at[slot])
-                return after(slot)
-
-            count = share.count
-            first = jnp.minimum(stages, count)
-            lax.fori_loop(0, first, functools.partial(one, wait=False), 0)
-            lax.fori_loop(first, count, functools.partial(one, wait=True), 0)
-
-        def compute():
-            """Empties it, two warpgroups."""
-            wg = lax.axis_index("wg")
-            rows = pl.ds(wg * ROWS, ROWS)
-            turn = Turn(turns, wg)
-            turn.open()
-
-            def fragment(i, slot):
-                tile = share.tile(i)
-                n, m = tile // m_tiles, tile % m_tiles
-                features, tokens = pl.ds(n * TILE_N, TILE_N), pl.ds(m * tile_m, tile_m)
-                if of_tokens:  # 64 of them are this warpgroup's
-                    tokens = pl.ds(m * tile_m + wg * ROWS, ROWS)
-                else:
-                    features = pl.ds(n * TILE_N + wg * ROWS, ROWS)
-
-                def body(_, carry):
-                    slot, total = carry
-                    plgpu.barrier_wait(is_full.at[slot])
-                    work = [ref.at[wg] for ref in own_scratch]
-                    add = total if accumulator is None else accumulator
-                    blocks = (ring.at[slot] for ring in rings)
-                    total = step(*blocks, *tables, *work, turn, rows, add)
-                    if loads_blocks:
-                        # Loads go through the generic proxy, the TMA that next writes this buffer
-                        # through the async one: a barrier alone does not order them.
-                        plgpu.commit_smem()
-                    plgpu.barrier_arrive(is_free.at[slot])
-                    return after(slot), None if accumulator is not None else total
-
-                def store(total):
-                    sums = finish(total, features, tokens, *extra).astype(store_dtype)
-                    own = out_smem.at[wg]
-                    for first in range(0, shape[1], STORED):
-                        part = sums if shape[1] <= STORED else sums[:, first : first + STORED]
-                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the one before
-                        if of_tokens:
-                            own[...] = part
-                            at = tokens, features
-                        else:
-                            own.T[...] = plgpu.layout_cast(part, plgpu.Layout.WGMMA_TRANSPOSED)
-                            at = pl.ds(m * tile_m + first, own.shape[0]), features
-                        plgpu.commit_smem()
-                        plgpu.copy_smem_to_gmem(own, out.at[share.part(i), *at])
-
-                accumulator = None
-                if in_tensor_core is None:
-                    zeros = jnp.zeros(shape, jnp.float32)
-                    zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
-                    slot, total = lax.fori_loop(*share.bounds(i), body, (slot, zeros))
-                    store(total)
-                    return slot
-
-                def in_accumulator(total):
-                    nonlocal accumulator
-                    accumulator = total
-                    end, _ = lax.fori_loop(*share.bounds(i), body, (slot, None))
-                    store(total[...])
-                    return end
-
-                return pl.run_scoped(
-                    in_accumulator, plgpu.WGMMAAccumulatorRef(shape, in_tensor_core)
-                )
-
-            lax.fori_loop(0, share.fragments, fragment, 0)
-            plgpu.wait_smem_to_gmem(0)
-
-        @pl.when(lax.axis_index("wg") == 2)
-        def _():
-            plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
-            load()
-
-        @pl.when(lax.axis_index("wg") < 2)
-        def _():
-            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-            compute()
+    def body(given: dict[str, Any], out: Any, *own: Any):
+        kernel.run(_Cta(**given, out=out, **dict(zip(memory, own, strict=True))))
 
     call = plgpu.kernel(
-        kernel,
+        body,
         out_type=jax.ShapeDtypeStruct((parts, padded, N), store_dtype),
-        grid=(grid,),
+        grid=(share_of(tuning, sizes).ctas,),
         grid_names=("sm",),
         num_threads=3,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        scratch_types=[
-            plgpu.SMEM(
-                (2, *out_shape), store_dtype, transforms=transforms(out_shape[1], store_dtype)
-            ),
-            plgpu.Barrier(num_arrivals=len(operands), num_barriers=stages),
-            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            *(o.ring(stages, size[o.of], tuning.tile_k) for o in operands),
-            *([] if scratch is None else [scratch]),
-            *([plgpu.Barrier(num_barriers=2)] if tuning.in_turn else []),
-            *([] if table is None else [plgpu.SMEM(table.shape, table.dtype), plgpu.Barrier()]),
-        ],
+        scratch_types=list(memory.values()),  # in this order
         interpret=interpret,
     )
-    rest = [a for a in (experts, table) if a is not None]
-    sums = call(*(a.reshape(-1, a.shape[-1]) for a in arrays), *whole, *rest)[:, :M]
+    sums = call(given)[:, :M]
     if parts == 1:
         return sums[0]
     m_tiles = None if experts is None else experts[-1]
     return added(sums, share_of(tuning, sizes, m_tiles=m_tiles), tile_m).astype(out_dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cta:
+    """What a CTA has: arrays in global memory, and its own shared memory and barriers.
+
+    Attributes:
+      ins, whole, experts, table: what `product` was given.
+      out: [parts, M, N].
+      out_smem: what each warpgroup stores next.
+      rings: of every operand the buffers, which are full or free as one.
+      is_full, is_free: a barrier for each buffer.
+      turns: see `Turn`.
+      table_smem, has_table: the table's copy, and a barrier.
+    """
+
+    ins: Sequence[Any]
+    whole: Sequence[Any]
+    experts: Any
+    table: Any
+    out: Any
+    out_smem: Any
+    rings: Sequence[Any]
+    is_full: Any
+    is_free: Any
+    turns: Any = None
+    table_smem: Any = None
+    has_table: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kernel:
+    """A kernel: what its three warpgroups do. Attributes are those of `product`.
+
+    Attributes:
+      of_tokens: whether the rows of a warpgroup are tokens.
+      store_dtype: of what is stored.
+    """
+
+    operands: Sequence[Operand]
+    step: Callable[..., Any]
+    finish: Callable[..., Any]
+    in_tensor_core: Any
+    loads_blocks: bool
+    of_tokens: bool
+    stored_as: Any
+    tuning: Tuning
+    sizes: tuple[int, int, int]
+    store_dtype: Any
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of a warpgroup's sums."""
+        return ROWS, TILE_N if self.of_tokens else self.tuning.tile_m
+
+    def size(self, of: str) -> int:
+        """Returns the features ("n") or tokens ("m") of a tile."""
+        return {"n": TILE_N, "m": self.tuning.tile_m}[of]
+
+    def memory(self, table: Array | None) -> dict[str, Any]:
+        """Returns the types of shared memory and barriers, by their names in `_Cta`."""
+        stages, tile_m = self.tuning.stages, self.tuning.tile_m
+        stored = self.shape if self.of_tokens else (min(tile_m, STORED), ROWS)
+        types = {
+            "out_smem": plgpu.SMEM(
+                (2, *stored), self.store_dtype, transforms=transforms(stored[1], self.store_dtype)
+            ),
+            "is_full": plgpu.Barrier(num_arrivals=len(self.operands), num_barriers=stages),
+            "is_free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            "rings": [o.ring(stages, self.size(o.of), self.tuning.tile_k) for o in self.operands],
+        }
+        if self.tuning.in_turn:
+            types["turns"] = plgpu.Barrier(num_barriers=2)
+        if table is not None:
+            types["table_smem"] = plgpu.SMEM(table.shape, table.dtype)
+            types["has_table"] = plgpu.Barrier()
+        return types
+
+    def run(self, cta: _Cta) -> None:
+        """Is the kernel's body, of every warpgroup."""
+        if cta.table is not None:
+            copy = lambda: plgpu.copy_gmem_to_smem(cta.table, cta.table_smem, cta.has_table)
+            pl.when(lax.axis_index("wg") == 0)(copy)
+            plgpu.barrier_wait(cta.has_table)
+        m_tiles = -(-self.sizes[0] // self.tuning.tile_m)
+        if cta.experts is not None:
+            m_tiles = cta.experts[m_tiles]
+        share = share_of(self.tuning, self.sizes, lax.axis_index("sm"), m_tiles)
+
+        @pl.when(lax.axis_index("wg") == 2)
+        def _():
+            plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+            self.load(cta, share, m_tiles)
+
+        @pl.when(lax.axis_index("wg") < 2)
+        def _():
+            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+            self.compute(cta, share, m_tiles)
+
+    def after(self, slot: Any) -> Any:
+        """Returns the buffer that follows one in the ring."""
+        return jnp.where(slot == self.tuning.stages - 1, 0, slot + 1)
+
+    def load(self, cta: _Cta, share: Share, m_tiles: Any) -> None:
+        """Fills the ring, step after step of all tiles."""
+
+        def one(i, slot, wait):
+            tile, k = share.step(i)
+            at = {"n": tile // m_tiles, "m": tile % m_tiles}
+            if wait:
+                plgpu.barrier_wait(cta.is_free.at[slot])
+            expert = None if cta.experts is None else cta.experts[at["m"]]
+            for o, ref, ring in zip(self.operands, cta.ins, cta.rings, strict=True):
+                if expert is not None and o.array.ndim == 3:
+                    n = o.array.shape[1]
+                    ref = ref.at[pl.ds(expert * n, n)]
+                block = o.at(ref, at[o.of], k, self.size(o.of), self.tuning.tile_k)
+                plgpu.copy_gmem_to_smem(block, ring.at[slot], cta.is_full.at[slot])
+            return self.after(slot)
+
+        first = jnp.minimum(self.tuning.stages, share.count)
+        lax.fori_loop(0, first, functools.partial(one, wait=False), 0)
+        lax.fori_loop(first, share.count, functools.partial(one, wait=True), 0)
+
+    def compute(self, cta: _Cta, share: Share, m_tiles: Any) -> None:
+        """Empties it, and stores the sums of one fragment after another."""
+        wg = lax.axis_index("wg")  # asked for here alone: in a loop that takes instructions
+        turn = Turn(cta.turns, wg)
+        turn.open()
+
+        def fragment(i, slot):
+            tile = share.tile(i)
+            n, m = tile // m_tiles, tile % m_tiles
+            slot, total = self.sum(cta, turn, share.bounds(i), slot)
+            self.store(cta, wg, total, (n, m), share.part(i))
+            return slot
+
+        lax.fori_loop(0, share.fragments, fragment, 0)
+        plgpu.wait_smem_to_gmem(0)
+
+    def sum(self, cta: _Cta, turn: Turn, bounds: tuple[Any, Any], slot: Any) -> tuple[Any, Any]:
+        """Returns the sums of some steps of a tile, after the buffer that comes next."""
+        rows = pl.ds(turn.wg * ROWS, ROWS)
+        extra = [cta.table_smem] if cta.table_smem is not None else []
+
+        def one(slot, total):
+            plgpu.barrier_wait(cta.is_full.at[slot])
+            blocks = (ring.at[slot] for ring in cta.rings)
+            total = self.step(*blocks, *extra, turn, rows, total)
+            if self.loads_blocks:
+                loaded()
+            plgpu.barrier_arrive(cta.is_free.at[slot])
+            return self.after(slot), total
+
+        if self.in_tensor_core is None:
+            zeros = plgpu.layout_cast(jnp.zeros(self.shape, jnp.float32), plgpu.Layout.WGMMA)
+            return lax.fori_loop(*bounds, lambda _, carry: one(*carry), (slot, zeros))
+
+        def in_accumulator(total):
+            end = lax.fori_loop(*bounds, lambda _, slot: one(slot, total)[0], slot)
+            return end, total[...]
+
+        return pl.run_scoped(
+            in_accumulator, plgpu.WGMMAAccumulatorRef(self.shape, self.in_tensor_core)
+        )
+
+    def store(self, cta: _Cta, wg: Any, total: Any, tile: tuple[Any, Any], part: Any) -> None:
+        """Stores a warpgroup's sums of a fragment of a tile, through shared memory."""
+        (n, m), tile_m = tile, self.tuning.tile_m
+        features, tokens = pl.ds(n * TILE_N, TILE_N), pl.ds(m * tile_m, tile_m)
+        if self.of_tokens:  # 64 of them are this warpgroup's
+            tokens = pl.ds(m * tile_m + wg * ROWS, ROWS)
+        else:
+            features = pl.ds(n * TILE_N + wg * ROWS, ROWS)
+        sums = self.finish(total, features, tokens, *cta.whole).astype(self.store_dtype)
+        own = cta.out_smem.at[wg]
+        for first in range(0, self.shape[1], STORED):
+            some = sums if self.shape[1] <= STORED else sums[:, first : first + STORED]
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the one before
+            if self.of_tokens:
+                own[...] = some
+            else:
+                some = plgpu.layout_cast(some, self.stored_as)
+                plgpu.store(own.T, some, optimized=False)  # if banks collide, they do once a tile
+                tokens = pl.ds(m * tile_m + first, own.shape[0])
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(own, cta.out.at[part, tokens, features])
