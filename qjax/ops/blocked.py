@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -96,9 +97,9 @@ def matmul(
     )
     bias = _bias(scale, zero, offset, element)
     chunk = _chunk(g, element)
-    if FUSES_ROWS and (M == 1 or M / chunk <= _PARTIAL_SUMS):
+    if FUSES_ROWS and _is_at_most(M, max(1, int(chunk * _PARTIAL_SUMS))):
         return _few_rows(x.astype(jnp.float32), data, scale, bias, element, g, chunk)
-    if in_bytes and digits.is_faster(M, K, g, element):
+    if in_bytes and isinstance(M, int) and digits.is_faster(M, K, g, element):
         y = digits.matmul(x, data, scale, element=element, g=g)
         return _finish(y, x, None, bias, g)
     nb, gb = K // block, min(block, g)
@@ -107,7 +108,7 @@ def matmul(
     is_bf16 = x.dtype == jnp.bfloat16 and not element.levels and block <= g and cpu.has_bf16_dot()
     dtype = jnp.bfloat16 if is_bf16 else jnp.float32
     # The scale belongs on whichever is smaller: the products of a group, or its weights.
-    on_products = is_bf16 or (block <= g and block >= 8 * M)
+    on_products = is_bf16 or (block <= g and _is_at_most(M, block // 8))
 
     # x, columns reordered as the block holds its rows: [nb, M, block].
     xb = x.astype(dtype).reshape(M, nb, block // gb, gb // n, n) * _gains(element).astype(dtype)
@@ -129,6 +130,11 @@ def matmul(
     else:
         y, _ = lax.scan(step, y, inputs)
     return _finish(y, x, scale if g == K else None, bias, g)
+
+
+def _is_at_most(tokens: Any, most: int) -> bool:
+    """Whether there are so many or fewer; of a symbolic number, in `jax.export`, it is not known."""
+    return isinstance(tokens, int) and tokens <= most
 
 
 @functools.partial(jax.jit, static_argnames=("K", "element", "group_size", "columns"))
@@ -169,7 +175,7 @@ def matmul_t(
         w = _block_values(data, element, block // gb)  # [Gb, gb, N]
         s = _block_scales(scale, i, block, g)[:, None]
         xs = jnp.broadcast_to(x, (block // gb, M, N))
-        if gb > M:
+        if _is_at_most(M, gb - 1):
             xs = xs * s
         else:
             w = w * s

@@ -148,6 +148,18 @@ def test_export(assert_close, params, x):
     assert_close(exported.call(params, x), mlp(qjax.dequantize(params), x), depth=2)
 
 
+@pytest.mark.parametrize("fmt", ["int8", "int4-g32", "nf4", "w8a8"])
+def test_export_for_any_number_of_tokens(quantize, normal, fmt):
+    """One program for all M; its values are those of the program for the M at hand."""
+    params = qjax.quantize({"up": normal(64, 32), "down": normal(32, 64)}, fmt)
+    fn = jax.jit(qjax.apply(lambda p, x: (jnp.tanh(x @ p["up"]) @ p["down"]) @ p["up"] @ p["up"].T))
+    (tokens,) = jax.export.symbolic_shape("b")
+    exported = jax.export.export(fn)(params, jax.ShapeDtypeStruct((tokens, 64), jnp.float32))
+    for M in (1, 7):
+        x = normal(M, 64)
+        np.testing.assert_allclose(exported.call(params, x), fn(params, x), rtol=1e-4, atol=1e-3)
+
+
 def test_serialized_export(assert_close, params, x):
     pytest.importorskip("flatbuffers")
     leaves, tree = jax.tree.flatten(params)
