@@ -125,6 +125,20 @@ class QTensor:
         """Returns it with `data` as the checkpoint has it; only `qjax.prepare` changes that."""
         return self
 
+    @property
+    def zero_unit(self) -> int:
+        """The fewest groups whose integer zero points lie in bytes of their own."""
+        return packing.unit(self.element.bits) if self.element.is_packed else 1
+
+    def zero_points(self) -> Float[Array, "*b G C"]:
+        """Returns the integer zero points in float32."""
+        element, codes = self.element, self.zero
+        if element.is_packed:
+            *_, K, N = self.canonical_shape
+            G, _ = self.format.groups(K, N)
+            codes = packing.unpack(codes, element.bits, packing.padding(G, element.bits))
+        return numerics.decode(codes, element)
+
     def codes_of_rows(self, rows: Int[Array, " i"]) -> Array:
         """Returns the codes [i, N] of stored rows of a weight [K, N]."""
         return packing.unpack_rows(self.data, self.element.bits, rows)
@@ -142,7 +156,7 @@ class QTensor:
     def __repr__(self) -> str:
         try:
             shape = "x".join(map(str, self.shape))
-        except (AttributeError, TypeError):  # inside tree_map the children may be anything
+        except (AttributeError, TypeError, ValueError):  # inside tree_map the children may be anything
             return f"QTensor({self.format}, children={type(self.data).__name__})"
         extra = "".join(f", {n}" for n in PARTS[3:] if getattr(self, n) is not None)
         return (
@@ -328,13 +342,7 @@ def read_scales(qt: QTensor) -> tuple[Float[Array, "*b G C"], Float[Array, "*b G
     scale = restore_scales(qt.scale, qt.format.scale)
     if qt.format.offset is not None:
         return scale, restore_scales(qt.zero, qt.format.offset)
-    if qt.format.zero_point:
-        element, G = qt.element, scale.shape[-2]
-        codes = qt.zero
-        if element.is_packed:
-            codes = packing.unpack(codes, element.bits, packing.padding(G, element.bits))
-        return scale, numerics.decode(codes, element)
-    return scale, None
+    return scale, qt.zero_points() if qt.format.zero_point else None
 
 
 def read_codes(qt: QTensor) -> Float[Array, "*b K N"]:

@@ -344,7 +344,8 @@ def test_tree_operations_keep_the_type(qt):
     leaves_equal(jax.tree.unflatten(tree, leaves), qt)
     leaves_equal(jax.device_put(qt), qt)
     assert is_qtensor(jax.tree.map(lambda a: None, qt))
-    assert repr(jax.tree.map(lambda a: "anything", qt)).startswith("QTensor(")
+    for child in ("anything", jnp.dtype("uint8"), 1.5, (2, 3)):
+        assert repr(jax.tree.map(lambda a, child=child: child, qt)).startswith("QTensor(")
     paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(qt)]
     assert paths == [".data", ".scale", ".zero"]
 
