@@ -156,7 +156,7 @@ class QTensor:
     def __repr__(self) -> str:
         try:
             shape = "x".join(map(str, self.shape))
-        except (AttributeError, TypeError, ValueError):  # inside tree_map the children may be anything
+        except (AttributeError, TypeError, ValueError):  # in tree_map children are anything
             return f"QTensor({self.format}, children={type(self.data).__name__})"
         extra = "".join(f", {n}" for n in PARTS[3:] if getattr(self, n) is not None)
         return (

@@ -133,7 +133,7 @@ def matmul(
 
 
 def _is_at_most(tokens: Any, most: int) -> bool:
-    """Whether there are so many or fewer; of a symbolic number, in `jax.export`, it is not known."""
+    """Whether there are so many or fewer; of a symbolic number, in `jax.export`, nobody knows."""
     return isinstance(tokens, int) and tokens <= most
 
 
