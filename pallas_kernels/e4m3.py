@@ -15,33 +15,40 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 CONVERT = "cvt.rn.f16x2.e4m3x2 $0, $1;"  # two bytes; float16 has all values of e4m3, and NaN
 
 
-def load(ref: Any) -> Array:
+def load(ref: Any, layout: Any) -> Array:
     """Returns e4m3 scales, whose bits are int8 [R] in shared memory, as float32, in a kernel.
 
-    There is one for every row of weights, as for an accumulator of wgmma: a lane has those of rows
-    i and i + 8, which it converts at once.
+    Two are converted at once.
+
+    Args:
+      layout: in which a lane has them: of a wgmma's rows, one in each register, those of rows i and
+        i + 8; or of its columns, two neighbours in each.
     """
-    layout = plgpu.Layout.WGMMA.reduce(1)
     bits = plgpu.load(ref, layout=layout)
 
     def values(_, bits):
-        i16, i32 = (ir.IntegerType.get_signless(n) for n in (16, 32))
+        i8, i16, i32 = (ir.IntegerType.get_signless(n) for n in (8, 16, 32))
         f32 = ir.F32Type.get()
-        pair, one = ir.VectorType.get((2,), i16), ir.VectorType.get((1,), f32)
-        rows = bits.registers.reshape(-1, 2)
-        out = np.empty_like(rows)
-        for (i, _), _ in np.ndenumerate(rows[:, :1]):
-            byte = [
-                arith.extui(i16, mgpu.utils.bitcast(r, ir.IntegerType.get_signless(8)))
-                for r in rows[i]
-            ]
-            both = arith.ori(byte[0], arith.shli(byte[1], arith.constant(i16, 8)))
+        pair, kind = ir.VectorType.get((2,), i16), bits.layout.registers_element_type(f32)
+        per_register = bits.layout.vector_length
+        registers = bits.registers.reshape(-1, 2 // per_register)
+        out = np.empty_like(registers)
+        for i, own in enumerate(registers):
+            if per_register == 2:
+                both = mgpu.utils.bitcast(own[0], i16)
+            else:
+                first, second = (arith.extui(i16, mgpu.utils.bitcast(r, i8)) for r in own)
+                both = arith.ori(first, arith.shli(second, arith.constant(i16, 8)))
             halves = mgpu.utils.bitcast(llvm.inline_asm(i32, [both], CONVERT, "=r,h"), pair)
-            for row in range(2):
-                half = llvm.extractelement(halves, arith.constant(i32, row))
+            values = []
+            for n in range(2):
+                half = llvm.extractelement(halves, arith.constant(i32, n))
                 # Not `arith.extf`: with a cast to bfloat16 that becomes one slow conversion.
-                value = llvm.inline_asm(f32, [half], "cvt.f32.f16 $0, $1;", "=f,h")
-                out[i, row] = vector.broadcast(one, value)
+                values.append(llvm.inline_asm(f32, [half], "cvt.f32.f16 $0, $1;", "=f,h"))
+            if per_register == 2:
+                out[i, 0] = vector.from_elements(kind, values)
+            else:
+                out[i] = [vector.broadcast(kind, value) for value in values]
         return mgpu.FragmentedArray(
             _registers=out.reshape(bits.registers.shape), _layout=layout.to_mgpu(), _is_signed=None
         )

@@ -7,24 +7,21 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
-from jax.experimental import pallas as pl
+from jax import Array
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels import planes, zero_points
-from pallas_kernels.planes import CHUNK
 
 AND_OR = 0xEA  # lop3: a & b | c
 FIELDS = {"bfloat16": 3, "float16": 4}  # of 2 bits that fit into the fraction beside a highest bit
 SUFFIXES = {"bfloat16": "bf16x2", "float16": "f16x2"}
+IN_PLACE = 2  # for `assembly`: the highest bits of 3 lie right above the others
 
 
-def load(
-    ref: Any, bits: int, dtype: Any, zero: int | Sequence[Array] | None = None, half: Any = None
-) -> Array:
+def load(ref: Any, bits: int, dtype: Any, zero: int | Sequence[Array] | None = None) -> Array:
     """Returns code - zero for codes in shared memory, in a kernel, in the layout of wgmma.
 
     Args:
@@ -32,43 +29,24 @@ def load(
       dtype: of the values: bfloat16 or float16.
       zero: of all; or `zero_points.load` of each of the groups that lie side by side in what is
         returned. Default: the middle, 2 or 4.
-      half: None: all K. Or 0 or 1, which 64 of K = 128 inputs.
     """
-    less = 2 ** (bits - 1) if zero is None else zero
-    zeros = () if isinstance(less, int) else tuple(less)
+    known = 2 ** (bits - 1) if zero is None else zero if isinstance(zero, int) else None
+    zeros = () if zero is None or isinstance(zero, int) else tuple(zero)
     dtype = jnp.dtype(dtype)
+    shape = (ref.shape[0], ref.shape[1] * 8 // bits)
     read = plgpu.Layout.WGMMA_UPCAST_2X
-    if half is None:
-        arrays = [plgpu.load(ref, layout=read)]
-        shape = (ref.shape[0], ref.shape[1] * 8 // bits)
-    else:
-        arrays = [plgpu.load(ref.at[:, pl.ds(half * CHUNK, CHUNK)], layout=read)]
-        shape = (ref.shape[0], 64)
-        if bits == 3:  # the highest bits of both halves
-            arrays.append(plgpu.load(ref.at[:, pl.ds(2 * CHUNK, CHUNK)], layout=read))
-            halves = lax.broadcast_in_dim(half.astype(jnp.int32), arrays[0].shape, ())
-            arrays.append(plgpu.layout_cast(halves, read))
 
-    def values(_, data, *rest):
-        rest, minus = rest[: len(arrays) - 1], rest[len(arrays) - 1 :]
+    def values(_, data, *zeros):
         i32 = ir.IntegerType.get_signless(32)
         pair = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(dtype))
         layout = plgpu.Layout.WGMMA.to_mgpu()
         out = np.empty(layout.registers_shape(shape), object)
-        words = _words(data, 1 if rest else planes.chunks(bits))  # unit, chunk, rows i and i + 8
-        if rest:  # those of the second half are brought to where the first's are
-            high, halves = rest
-            first = arith.constant(i32, 0)
-            shift = llvm.extractelement(halves.registers.flat[0], first)
-            highest = _words(high, 1)
-            for at, word in np.ndenumerate(highest):
-                highest[at] = arith.shrui(word, shift)
-            words = np.concatenate([words, words, highest], axis=1)
+        words = _words(data, planes.chunks(bits))  # unit, chunk, rows i and i + 8
         tiles = shape[0] // 64
         # 64 rows, unit, 64 of its inputs, 8 of them, row
         pairs = out.reshape(tiles, len(words) // tiles, -1, 8, 2)
         words = words.reshape(*pairs.shape[:2], -1, 2)
-        offsets = _offsets(minus, dtype) if zeros else None
+        offsets = _offsets(zeros, dtype) if zeros else None
         for (tile, unit, which, b, row), _ in np.ndenumerate(pairs):
             own = [words[tile, unit, which, row]]
             own += [words[tile, unit, 2, row]] if bits == 3 else []
@@ -76,27 +54,22 @@ def load(
                 column = 8 * (b + 8 * (which + pairs.shape[2] * unit))
                 group = column * len(zeros) // shape[1]
                 own.append(offsets[b % len(offsets)][tile, group, row])
-            text = assembly(bits, b, which, less if offsets is None else None, dtype)
+            text = assembly(bits, b, which, known, dtype)
             value = llvm.inline_asm(i32, own, text, ",".join(["=r"] + ["r"] * len(own)))
             pairs[tile, unit, which, b, row] = mgpu.utils.bitcast(value, pair)
         return mgpu.FragmentedArray(
             _registers=pairs.reshape(out.shape), _layout=layout, _is_signed=None
         )
 
-    def reference(data, *rest):  # read by the interpreter
-        rest, minus = rest[: len(arrays) - 1], rest[len(arrays) - 1 :]
-        codes = planes.codes(data, 2 if rest else bits)
-        if rest:
-            high, halves = rest
-            codes |= (planes.codes(high >> halves.astype(jnp.uint8), 2) & 1) << 2
-        minus = zero_points.spread(minus, shape) if zeros else less
-        return (codes.astype(jnp.int32) - minus).astype(dtype)
+    def reference(data, *zeros):  # read by the interpreter
+        minus = zero_points.spread(zeros, shape) if known is None else known
+        return (planes.codes(data, bits).astype(jnp.int32) - minus).astype(dtype)
 
     values.reference = reference  # pyright: ignore[reportFunctionMemberAccess]
     return plgpu.inline_mgpu(
-        arg_types=(read,) * len(arrays) + (zero_points.ROWS,) * len(zeros),
+        arg_types=(read,) + (zero_points.ROWS,) * len(zeros),
         return_type=plgpu.ShapeDtypeStruct(shape, dtype, plgpu.Layout.WGMMA),
-    )(values)(*arrays, *zeros)
+    )(values)(plgpu.load(ref, layout=read), *zeros)
 
 
 def _words(array: Any, chunks: int) -> np.ndarray:
@@ -158,7 +131,7 @@ def assembly(bits: int, b: int, half: int, zero: int | None, dtype: Any) -> str:
 
     Args:
       b: of the 8 pairs of a word $1 of the lower 2 bits.
-      half: with 3 bits, which of two such words it is; their highest bits are in $2.
+      half: with 3 bits, which of two such words it is; their highest bits are in $2. Or `IN_PLACE`.
       zero: None, if the last operand is twice what is added, of `offset_assembly`.
     """
     name = jnp.dtype(dtype).name

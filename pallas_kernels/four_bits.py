@@ -87,7 +87,7 @@ def load(ref: Any, dtype: Any, words: Any = None, zero: int | Sequence[Array] = 
         if words is not None:
             return lax.bitcast_convert_type(operands[0][bytes, 0], dtype).reshape(q.shape)
         codes = jnp.stack([bytes & 15, bytes >> 4], axis=-1).reshape(q.shape) ^ jnp.uint8(8)
-        less = zero_points.spread(operands, q.shape) if zeros else zero
+        less = zero if isinstance(zero, int) else zero_points.spread(operands, q.shape)
         return (codes.astype(jnp.int32) - less).astype(dtype)
 
     values.reference = reference  # pyright: ignore[reportFunctionMemberAccess]
@@ -206,12 +206,19 @@ or.b32 $0, square, {n:#x};
 
 
 def _looked_up(word: Any, byte: int, lane: Any, table: Any) -> Any:
-    """Returns the word of the table for a byte of `word`; its row has 128 bytes."""
-    i8, i32 = (ir.IntegerType.get_signless(n) for n in (8, 32))
-    constant = lambda n: arith.constant(i32, n)
+    """Returns the word of the table for a byte of `word`."""
     by = 8 * byte - 7
     shift = arith.shrui if by >= 0 else arith.shli
-    row = arith.andi(shift(word, constant(abs(by))), constant(0xFF << 7))
+    return looked_up(shift(word, arith.constant(word.type, abs(by))), lane, table)
+
+
+def looked_up(word: Any, lane: Any, table: Any) -> Any:
+    """Returns the word of the table for the byte that is 7 bits to the left in `word`.
+
+    Rows of the table have 128 bytes; `lane` is 4 times that of a thread.
+    """
+    i8, i32 = (ir.IntegerType.get_signless(n) for n in (8, 32))
+    row = arith.andi(word, arith.constant(i32, 0xFF << 7))
     first = mgpu.utils.memref_ptr(table)
     place = llvm.getelementptr(
         first.type, first, [arith.ori(row, lane)], [-(2**31)], i8, llvm.GEPNoWrapFlags.inbounds

@@ -7,9 +7,10 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import few_bits, four_bits, hopper, planes, weight_only, zero_points
+from pallas_kernels import across, four_bits, hopper, weight_only
 from pallas_kernels import tuning as tunings
 from pallas_kernels.hopper import Operand
 from pallas_kernels.tuning import TILE_K, TILE_N, Tuning
@@ -31,9 +32,8 @@ def matmul(
     """Returns dx[m, k] = sum_n dy[m, n] * w[n, k] * scale[k // g, n], as `reference.transposed`.
 
     The weight is that of `weight_only.matmul`, which the forward product reads; here its inputs are
-    the features and its features are contracted. A wgmma reads registers along the contraction, but
-    codes lie side by side across it: weights times scales are rounded to dy's type, written to
-    shared memory, and read from there as the transpose. Sums are float32.
+    the features and its features are contracted. Weights times scales are rounded to dy's type.
+    Sums are float32.
 
     Args:
       dy: [M, N] bfloat16 or float16.
@@ -68,63 +68,68 @@ def matmul(
         M, N, K, bits or hopper.bits(w.dtype),
         table_bytes=0 if codebook is None else four_bits.TABLE_BYTES,
     )  # fmt: skip
-    group = min(K // G, hopper.ROWS)  # features of one warpgroup with one scale
-    groups = range(hopper.ROWS // group)
-    rows_of_scales = max(1, TILE_N * G // K)
+    groups = max(1, hopper.ROWS * G // K)  # of features of a warpgroup, each with its own scales
     zeros = None if zero is None or isinstance(zero, int) else zero
+    order = across.order_of(w.dtype)
 
     def step(w_smem, dy_smem, s_smem, *rest):
         z_smem, rest = (None, rest) if zeros is None else (rest[0], rest[1:])
-        *table, tile, turn, features, total = rest
-        first = lax.axis_index("wg") * hopper.ROWS * rows_of_scales // TILE_N
-        less = zero if z_smem is None else [zero_points.load(z_smem.at[first + i]) for i in groups]
-        if bits is None:
-            q = weight_only.upcast(w_smem.at[:, features], dy.dtype, *table, zero=less)
-        else:
-            q = few_bits.load(w_smem, bits, dy.dtype, less, half=lax.axis_index("wg"))
-        parts = []
-        for i in groups:
-            s = weight_only.read_scale(s_smem.at[first + i], scale.dtype).astype(dy.dtype)
-            columns = q[:, i * group : (i + 1) * group]
-            parts.append(columns * lax.broadcast_in_dim(s, columns.shape, (0,)))
-        tile[...] = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
-        plgpu.commit_smem()
+        *tables, turn, _, total = rest
+        own = pl.ds(lax.axis_index("wg") * (s_smem.shape[0] // 2), groups)
+        less = zero
+        if z_smem is not None:
+            z = plgpu.load(z_smem.at[own], layout=across.columns(groups, dealt=True))
+            less = across.spread(across.less_of(z, w.dtype, dy.dtype), dealt=True)
+        table = tables[0] if tables else None
+        q = across.load(w_smem, w.dtype, dy.dtype, bits=bits, zero=less, table=table)
+        s = _scale(s_smem.at[own], scale.dtype, dy.dtype)
         turn.begin()
-        plgpu.wgmma(total, tile.T, dy_smem.T)
+        plgpu.wgmma(total, q * s, dy_smem.T)
         turn.end()
-        plgpu.wgmma_wait(0)  # before the stage is released and the tile overwritten
+        hopper.loaded()
+        plgpu.wgmma_wait(0)  # before the stage is released
         return total
 
+    units = across.units(w)
     return hopper.product(
         [
             Operand(
-                w,
+                units,
                 "n",
                 is_row=True,
                 rows=tuning.tile_k,
-                columns=hopper.ROWS if bits is None else planes.CHUNK,  # that a warpgroup reads
-                width=TILE_N * columns // K,
+                columns=order.units,  # that a warpgroup reads
+                width=TILE_N * units.shape[-1] // K,
             ),
             Operand(dy, "m", columns=64),
             Operand(weight_only.as_bits(scale), "n", shared_by=K // G),
             *([] if zeros is None else [Operand(zeros, "n", shared_by=K // G)]),
         ],
         step,
-        lambda total, *_: total,
+        lambda total, *_: across.in_order(total, order),
         table=None if codebook is None else four_bits.table(codebook, dy.dtype),
-        scratch=plgpu.SMEM(
-            (2, tuning.tile_k, hopper.ROWS),
-            dy.dtype,
-            transforms=hopper.transforms(hopper.ROWS, dy.dtype),
-        ),
         in_tensor_core=jnp.float32,
+        loads_blocks=False,  # but says so in its step
+        stored_as=order.sums,
         experts=experts,
-        loads_blocks=False,  # it commits after its loads
         out_dtype=out_dtype,
         sizes=(M, N, K),
         tuning=tuning,
         interpret=interpret,
     )
+
+
+def _scale(s_smem: Any, stored: Any, dtype: Any) -> Array:
+    """Returns scales [groups, rows of W] in shared memory for every weight, `across.load`."""
+    dealt = stored != dtype
+    layout = across.columns(s_smem.shape[0], dealt=dealt)
+    if not dealt:
+        s = plgpu.load(s_smem, layout=layout)
+    elif stored == jnp.uint8:
+        s = across.exponents(plgpu.load(s_smem, layout=layout))
+    else:
+        s = weight_only.read_scale(s_smem, stored, layout).astype(dtype)
+    return across.spread(s, dealt=dealt)
 
 
 def inputs_of(w: Array, bits: int | None) -> int:

@@ -53,11 +53,11 @@ WEIGHT_ONLY = {
     math.inf: Tuning(128, 4, scale_on="weight", in_turn=True),
 }
 
-# The product with a transposed weight: 16-bit weights go through shared memory once more.
+# The product with a transposed weight, always with the scale on the weight.
 TRANSPOSED = {
     16: Tuning(16, 6, scale_on="weight"),
     64: Tuning(64, 4, scale_on="weight"),
-    math.inf: Tuning(128, 3, scale_on="weight", in_turn=True),
+    math.inf: Tuning(128, 4, scale_on="weight", in_turn=True),
 }
 
 # Both operands lie in shared memory: 16 KB of weights and 128 bytes a token for each stage.
@@ -112,8 +112,6 @@ def transposed(
     M: int, N: int, K: int, bits: int = 4, *, table_bytes: int = 0, experts: int | None = None
 ) -> Tuning:
     """Returns the tuning of a product of M tokens with the transpose of a [K, N] weight."""
-    scratch = 2 * TILE_N * TILE_K  # bytes of one tile in 16 bits
-    table_bytes += scratch
     return _for_shape(TRANSPOSED, M, N, K, TILE_K, bits, 16, 32, table_bytes, experts)
 
 

@@ -40,15 +40,16 @@ def upcast(w_smem: Any, dtype: Any, *table: Any, zero: int | Sequence[Array] | N
     return q.astype(dtype)
 
 
-def read_scale(s_smem: Any, dtype: Any) -> Array:
+def read_scale(s_smem: Any, dtype: Any, layout: Any = zero_points.ROWS) -> Array:
     """Returns scales in shared memory, one for every row of weights, as float32, in a kernel.
 
     Args:
       dtype: what they are: as stored; float8_e4m3fn for its bits in int8.
+      layout: in which a lane has them.
     """
     if dtype == jnp.float8_e4m3fn:
-        return e4m3.load(s_smem)
-    s = plgpu.load(s_smem, layout=plgpu.Layout.WGMMA.reduce(1))
+        return e4m3.load(s_smem, layout)
+    s = plgpu.load(s_smem, layout=layout)
     if dtype == jnp.uint8:  # the exponent of a float32; 2^-127 is subnormal
         bits = jnp.maximum(s.astype(jnp.int32) << 23, 1 << 22)
         s = lax.bitcast_convert_type(bits, jnp.float32)
@@ -237,11 +238,13 @@ def matmul(
                     xt = x_smem.at[:, pl.ds(g * group, group)].T
                     plgpu.wgmma(d, columns(g * group, group), xt)
                 turn.end()
+                if some[-1] == groups[-1]:
+                    hopper.loaded()
                 return [d[...] for d in sums]  # waits
 
+            own = [scale_of(g, rows, *scales) for g in some]
             turn.begin()
-            for g, d in zip(some, pl.run_scoped(products, *[shape] * len(some)), strict=True):
-                s = scale_of(g, rows, *scales)
+            for s, d in zip(own, pl.run_scoped(products, *[shape] * len(some)), strict=True):
                 total += d * lax.broadcast_in_dim(s, d.shape, (0,))
         return total
 
@@ -263,6 +266,7 @@ def matmul(
             turn.begin()
             plgpu.wgmma(total, w, x_smem.at[:, pl.ds(first, TILE_K)].T)
             turn.end()
+        hopper.loaded()
         plgpu.wgmma_wait(0)  # before the stage is released
         return total
 
@@ -296,6 +300,7 @@ def matmul(
         whole=(scale,) if on_sums else (),
         table=None if codebook is None else four_bits.table(codebook, x.dtype),
         in_tensor_core=None if on_accumulator else jnp.float32,
+        loads_blocks=False,
         experts=experts,
         out_dtype=out_dtype,
         sizes=(M, K, N),

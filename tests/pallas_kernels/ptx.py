@@ -48,6 +48,31 @@ def _from_e4m3(a):
     return bits(a >> np.uint32(8)) << np.uint32(16) | bits(a & np.uint32(0xFF))
 
 
+def _halves(a):
+    return a & np.uint32(0xFFFF), a >> np.uint32(16)
+
+
+def _max_halves(a, b):
+    low, high = (np.maximum(*both) for both in zip(_halves(a), _halves(b), strict=True))
+    return high << np.uint32(16) | low
+
+
+def _rotated(a, b, by):
+    del b  # the same
+    return a >> (by & np.uint32(31)) | a << (-by & np.uint32(31))
+
+
+def _lane_of_segment(a, first, clamp):
+    """Of threads [.., 32, values]: lanes keep the bits of their number that `clamp` names."""
+    kept = clamp.flat[0] >> 8
+    lanes = np.arange(32) & kept | first.flat[0] & ~kept
+    return np.take(a, lanes, axis=-2)
+
+
+def _from_f16(a):
+    return a.astype(np.uint16).view(np.float16).astype(np.float32).view(np.uint32)
+
+
 def _fma(dtype):
     def fma(*operands):  # in float64, where products of two are exact, then rounded once
         a, b, c = (o.view(dtype).astype(np.float64) for o in operands)
@@ -56,7 +81,7 @@ def _fma(dtype):
     return fma
 
 
-_OPERATIONS: dict[str, Callable] = {
+_OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
     "prmt.b32": _prmt,
     "and.b32": lambda a, b: a & b,
     "or.b32": lambda a, b: a | b,
@@ -75,6 +100,10 @@ _OPERATIONS: dict[str, Callable] = {
     "fma.rn.f16x2": _fma(np.float16),
     "fma.rn.bf16x2": _fma(ml_dtypes.bfloat16),
     "cvt.rn.bf16x2.f32": _pack,
+    "cvt.f32.f16": _from_f16,
+    "max.u16x2": _max_halves,
+    "shf.r.wrap.b32": _rotated,
+    "shfl.sync.idx.b32": lambda a, first, clamp, mask: _lane_of_segment(a, first, clamp),
     "cvt.rn.f16x2.e4m3x2": _from_e4m3,
 }
 
@@ -90,10 +119,13 @@ def run(text: str, register: str, words: np.ndarray, **more: np.ndarray) -> dict
         return np.full_like(words, number)
 
     for operation, operands in re.findall(r"^([a-z][\w.]*) (.*);$", text, re.M):
+        if halves := re.fullmatch(r"\{(\w+), (\w+)\}, (\S+)", operands):
+            values[halves[1]], values[halves[2]] = _halves(value(halves[3]))
+            continue
         target, *sources = operands.split(", ")
         if operation == "lop3.b32":
             *sources, table = sources
             values[target] = _lop3(*map(value, sources), int(table, 0))
         else:
-            values[target] = _OPERATIONS[operation](*map(value, sources))
+            values[target] = _OPERATIONS[operation](*[value(source) for source in sources])
     return values

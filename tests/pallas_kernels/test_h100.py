@@ -245,36 +245,48 @@ def test_blocks_are_read_once_to_round_them(x, M, dtype):
     assert kernel.registers <= 65536 // (4 * 128)
 
 
-# As `WEIGHT_ONLY`. A derivative has as many tokens as a batch: what counts is the tensor core.
+# A derivative has as many tokens as a batch: what counts are the cycles to issue the loop against
+# those of the tensor core, at 2048 products each. Tokens, weight, group, scale, more, that share.
 TRANSPOSED = {
-    "int4 g128 M=64": (64, "int4", 128, "bfloat16", None),
-    "int4 g128 M=1024": (1024, "int4", 128, "bfloat16", None),
-    "nf4 g64 M=1024": (1024, "int4", 64, "bfloat16", LEVELS),
-    "int8 channels M=1024": (1024, "int8", K, "bfloat16", None),
-    "int2 g128 M=64": (64, "int2", 128, "bfloat16", None),
-    "int2 g128 M=1024": (1024, "int2", 128, "bfloat16", None),
-    "int3 g128 M=1024": (1024, "int3", 128, "bfloat16", None),
+    "int4 g128 M=64": (64, "int4", 128, "bfloat16", {}, 0.8),
+    "int4 g128 M=1024": (1024, "int4", 128, "bfloat16", {}, 0.41),
+    "int4 g32 M=1024": (1024, "int4", 32, "bfloat16", {}, 0.41),
+    "int4 g128, zero points M=1024": (1024, "int4", 128, "bfloat16", {"zeros": True}, 0.46),
+    "nf4 g64 M=1024": (1024, "int4", 64, "bfloat16", {"codebook": LEVELS}, 0.47),
+    "mxfp4 M=1024": (1024, "int4", 32, "uint8", {"codebook": LEVELS}, 0.51),
+    "int8 channels M=64": (64, "int8", K, "bfloat16", {}, 0.88),
+    "int8 channels M=1024": (1024, "int8", K, "bfloat16", {}, 0.44),
+    "int8 g128, zero points M=1024": (1024, "int8", 128, "bfloat16", {"zeros": True}, 0.56),
+    "fp8 weights M=1024": (1024, "float8_e4m3fn", 128, "bfloat16", {}, 0.47),
+    "fp8 weights, float32 M=1024": (1024, "float8_e4m3fn", 128, "float32", {}, 0.5),
+    "fp8 weights, float16 M=1024": (1024, "float8_e4m3fn", 128, "float16", {}, 0.38),
+    "int2 g128 M=64": (64, "int2", 128, "bfloat16", {}, 0.8),
+    "int2 g128 M=1024": (1024, "int2", 128, "bfloat16", {}, 0.39),
+    "int3 g128 M=1024": (1024, "int3", 128, "bfloat16", {}, 0.49),
+    "int3 g128, zero points M=1024": (1024, "int3", 128, "bfloat16", {"zeros": True}, 0.55),
 }
 
 
 @pytest.mark.parametrize("name", TRANSPOSED)
 def test_transposed(name):
-    M, dtype, group, scale, codebook = TRANSPOSED[name]
-    f = functools.partial(
-        transposed.matmul, codebook=codebook, bits={"int2": 2, "int3": 3}.get(dtype)
-    )
-    program = h100.compile(
-        f, _array("bfloat16", M, N), _array(dtype, N, K), _array(scale, K // group, N)
-    )
+    M, dtype, group, scale, more, share = TRANSPOSED[name]
+    codebook, has_zeros = more.get("codebook"), "zeros" in more
+    bits = BITS.get(dtype, 8)
+
+    def f(dy, w, s, *zeros):
+        zero = zeros[0] if zeros else None
+        few = bits if bits < 4 else None
+        return transposed.matmul(dy, w, s, codebook=codebook, zero=zero, bits=few)
+
+    dy = _array("float16" if scale == "float16" else "bfloat16", M, N)
+    zeros = [_array("uint8", K // group, N)] * has_zeros
+    program = h100.compile(f, dy, _array(dtype, N, K), _array(scale, K // group, N), *zeros)
     kernel = _check(program, "HGMMA")
-    t = tuning.transposed(
-        M, N, K, BITS.get(dtype, 8),
-        table_bytes=four_bits.TABLE_BYTES if codebook else 0,
-    )  # fmt: skip
-    assert kernel.per_weight(64 * t.tile_k) <= 6
+    assert kernel.loop["LDSM"] >= 2 * bits // 4  # weights come as they are multiplied
+    table_bytes = four_bits.TABLE_BYTES if codebook else 0
+    t = tuning.transposed(M, N, K, bits, table_bytes=table_bytes)
+    assert kernel.loop.total() / (64 * t.tile_k * t.tile_m / 2048) <= share
     assert program.temporaries <= _workspace(t, M, 2) + 1024
-    if M >= 256:
-        assert kernel.loop.total() / (64 * t.tile_k * t.tile_m / 2048) <= 0.7
 
 
 # Tokens, transposed, instructions and those of integers for each weight: as without experts.

@@ -1,0 +1,449 @@
+"""How a kernel reads weights across their rows: the left operand of x Wᵀ, from registers.
+
+A wgmma takes in a register of a lane two neighbours along what is contracted, here two rows of W.
+`ldmatrix` transposes 8 x 8 units of 16 bits: lane 4u + t of 32 gets the u-th unit of rows 2t and
+2t + 1, in the halves of a word. A unit has 2 codes of 8 bits, 4 of 4 or 8 of 2, of one row. Of
+these a warp decodes two, in both halves at once: rows u and u + 8 of the 16 that it has in a wgmma.
+
+So a wgmma has the features in the order in which they lie in units. Nothing is moved for that: the
+sums are stored from registers whose layout says which features they are of, `in_order`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu.fragmented_array import Replicated, Tiling
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, gpu, llvm, vector
+
+from pallas_kernels import few_bits, four_bits, hopper, planes, signed_bytes, zero_points
+from pallas_kernels.interleave import interleaved
+
+HALVES = (0x5410, 0x7632)  # prmt of two words: their lower halves, their upper halves
+ROTATED = "shf.r.wrap.b32 $0, $1, $1, $2;"  # $1 by $2 bits to the right
+EXPONENTS = """{
+.reg .b32 bits, least, zero;
+prmt.b32 bits, $1, 0, 0x4140;
+shl.b32 bits, bits, 7;
+mov.b32 least, 0x00400040;
+max.u16x2 bits, bits, least;
+mov.b32 zero, 0;
+fma.rn.bf16x2 $0, bits, zero, bits;
+}"""  # of two e8m0 in $1 to bfloat16: 2^-127 is subnormal; infinity times 0 is NaN
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """Where the 64 features of a warpgroup are.
+
+    Attributes:
+      bits: of a code in a unit.
+      sums: layout [64, M] of sums in registers: which feature and token each of them is of.
+    """
+
+    bits: int
+    sums: Any
+
+    @property
+    def units(self) -> int:
+        """Units in which 64 codes of a row lie."""
+        return hopper.ROWS * self.bits // 16
+
+    @property
+    def layout(self) -> Any:
+        """Layout [units, rows of W] of what lanes read; warps share units with codes of several."""
+        blocks = self.units // 8
+        if blocks == 1:
+            return plgpu.Layout.TILED(Tiling(((8, 8), (2,))), (Replicated(4),), (-3, -2), -1)
+        warps = (-5,) if blocks == 4 else (-5, Replicated(4 // blocks))
+        return plgpu.Layout.TILED(Tiling(((self.units, 8), (8, 8), (2,))), warps, (-3, -2), -1)
+
+
+# A feature is a number of 6 bits, which tiles cut from the most significant one on. Tokens are cut
+# last, as in every accumulator of wgmma: of each 8, one of 4 lanes has 2.
+BYTES = Order(8, plgpu.Layout.TILED(  # warp, unit, code
+    Tiling(((64, 8), (16, 8), (2, 2), (2, 1))), (-8,), (-6, -5), -2,
+))  # fmt: skip
+# In the order of `interleave`: first bit of the warp, last of the unit, last of the warp (byte of
+# a unit), the other bits of the unit, code (half of a byte).
+NIBBLES = Order(4, plgpu.Layout.TILED(
+    Tiling(((64, 8), (32, 8), (16, 8), (8, 8), (2, 2), (2, 1))), (-12, -8), (-6, -10, -5), -2,
+))  # fmt: skip
+# In that of `planes`: warp, code, and of the unit the second bit, the first, the last. But the last
+# is exchanged with the code, between lanes: so here, too, a register has two neighbours.
+PLANES = Order(2, plgpu.Layout.TILED(
+    Tiling(((64, 8), (16, 8), (8, 8), (4, 8), (2, 2), (2, 1))), (-12,), (-6, -8, -10, -5), -2,
+))  # fmt: skip
+
+
+def order_of(weight: Any) -> Order:
+    """Returns how weights lie: int8 or float8_e4m3fn; int4; or uint8, of codes of 2 or 3 bits."""
+    return {"int4": NIBBLES, "uint8": PLANES}.get(jnp.dtype(weight).name, BYTES)
+
+
+def units(w: Array) -> Array:
+    """Returns packed weights [.., N, columns] as units, int16: the same bytes."""
+    n = 16 // hopper.bits(w.dtype)
+    return lax.bitcast_convert_type(w.reshape(*w.shape[:-1], -1, n), jnp.int16)
+
+
+def columns(groups: int, *, dealt: bool = False) -> Any:
+    """Returns a layout of values [groups, rows of W], of 1 or 2 groups of a warpgroup's features.
+
+    Each warp has those of its features, neighbours in a register. Each lane has those that it
+    multiplies its weights by; or, `dealt`, some of its warp's, so that one lane converts each.
+    """
+    lanes, width = ((-2,), 64) if dealt else ((Replicated(8), -2), 8)
+    tile = (width,) if groups == 1 else (groups, width)
+    warps = (Replicated(4),) if groups == 1 else (-3, Replicated(2))
+    return plgpu.Layout.TILED(Tiling((tile, (2,))), warps, lanes, -1)
+
+
+def spread(values: Array, *, dealt: bool) -> Array:
+    """Returns [64, rows of W], for all features of a warpgroup, of 16-bit values in `columns`."""
+    groups, rows = values.shape
+    shape = (hopper.ROWS, rows)
+
+    def repeated(_, values):
+        layout = plgpu.Layout.WGMMA.to_mgpu()
+        registers = values.registers.flatten()
+        if dealt:
+            words, pair = _words(values), ir.VectorType.get((2,), values.mlir_dtype)
+            registers = np.empty(rows // 8, object)
+            for i in range(len(registers)):
+                word = _asm(exchange(8 * i % 64 // 2), words[8 * i // 64])
+                registers[i] = mgpu.utils.bitcast(word, pair)
+        both = np.repeat(registers[:, None], 2, axis=1)  # rows u and u + 8
+        return mgpu.FragmentedArray(
+            _registers=both.reshape(layout.registers_shape(shape)), _layout=layout, _is_signed=None
+        )
+
+    return _inline(
+        repeated,
+        lambda values: jnp.repeat(values, hopper.ROWS // groups, axis=0),
+        (columns(groups, dealt=dealt),),
+        plgpu.ShapeDtypeStruct(shape, values.dtype, plgpu.Layout.WGMMA),
+    )(values)
+
+
+def exchange(first: int) -> str:
+    """Returns PTX that gives lane 4u + t the word $1 of lane first + t; `first` is 0, 4, .. 28."""
+    own = 3 << 8  # these bits of a lane's number are kept
+    return f"shfl.sync.idx.b32 $0, $1, {first}, {own | 31:#x}, 0xffffffff;"
+
+
+def exponents(scale: Array) -> Array:
+    """Returns scales of e8m0, uint8 in `columns`, dealt, as bfloat16."""
+
+    def reference(scale):
+        exponent = lax.bitcast_convert_type(scale, jnp.float8_e8m0fnu)
+        return exponent.astype(jnp.bfloat16)
+
+    return _of_bytes(scale, jnp.bfloat16, EXPONENTS, reference)
+
+
+def less_of(zero: Array, weight: Any, dtype: Any) -> Array:
+    """Returns what `load` subtracts of codes, or adds: floats of zero points, uint8 as `exponents`.
+
+    They are less those by the power of two that it puts codes below, `_power`.
+    """
+    power, sign = _power(weight, dtype), -1 if order_of(weight) is PLANES else 1
+    reference = lambda zero: (sign * zero.astype(jnp.int32) + power).astype(dtype)
+    return _of_bytes(zero, dtype, less_assembly(weight, dtype), reference)
+
+
+def load(
+    ref: Any,
+    weight: Any,
+    dtype: Any,
+    *,
+    bits: int | None = None,
+    zero: int | Array | None = None,
+    table: Any = None,
+) -> Array:
+    """Returns weights in shared memory as 16-bit floats [64, rows], in a kernel, in an `Order`.
+
+    Args:
+      ref: `units` [rows, columns] of all features of a tile.
+      weight: what they are units of: int8, float8_e4m3fn, int4 or uint8.
+      dtype: of the values: bfloat16 or float16.
+      bits: of codes in uint8: 2 or 3.
+      zero: what unsigned codes are less, as in `weight_only.matmul`: of all; or `less_of` [64,
+        rows]. Default: the middle.
+      table: of the values of int4, as `four_bits.table`; or None.
+    """
+    weight, dtype, order = jnp.dtype(weight), jnp.dtype(dtype), order_of(weight)
+    wg, rows = lax.axis_index("wg"), ref.shape[0]
+    known = zero if isinstance(zero, int) else _middle(weight, bits)
+    first = pl.ds(wg * order.units, order.units)
+    operands = [plgpu.load(ref.at[:, first].T, layout=order.layout)]
+    types = [order.layout]
+    if bits == 3:  # the highest bits of both warpgroups' features, and which of them it is
+        high = ref.at[:, pl.ds(2 * order.units, order.units)].T
+        operands += [plgpu.load(high, layout=order.layout), wg.astype(jnp.int32)]
+        types += [order.layout, plgpu.Layout.WG_SPLAT(())]
+    has_zeros = False
+    if zero is not None and not isinstance(zero, int):
+        has_zeros = True
+        operands.append(zero)
+        types.append(plgpu.Layout.WGMMA)
+    if table is not None:
+        operands.append(table)
+        types.append(plgpu.RefType())
+
+    def values(_, own, *rest):
+        rest, words = list(rest), [_words(own)]
+        half = None
+        if bits == 3:
+            words.append(_words(rest.pop(0)))
+            half = rest.pop(0).registers.item()
+        if has_zeros:
+            words.append(_words(rest.pop(0))[::2])  # u and u + 8 have the same
+        decode = _decoder(weight, dtype, bits, None if has_zeros else known, half, *rest)
+        layout = plgpu.Layout.WGMMA.to_mgpu()
+        pair = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(dtype))
+        out = np.empty((len(words[0]), 2), object)  # 8 rows of W, u and u + 8
+        for i, of_rows in enumerate(zip(*words, strict=True)):
+            out[i] = [mgpu.utils.bitcast(value, pair) for value in decode(*of_rows)]
+        return mgpu.FragmentedArray(
+            _registers=out.reshape(layout.registers_shape((hopper.ROWS, rows))),
+            _layout=layout,
+            _is_signed=None,
+        )
+
+    def reference(units, *rest):
+        rest, bytes = list(rest), _bytes(units)
+        if weight == jnp.float8_e4m3fn:
+            return lax.bitcast_convert_type(bytes, weight).astype(dtype).T
+        if order is BYTES:
+            codes = bytes ^ jnp.uint8(128)
+        elif order is NIBBLES:
+            bytes = interleaved(bytes)
+            if table is not None:
+                pairs = lax.bitcast_convert_type(rest[-1][bytes, 0], dtype)
+                return pairs.reshape(rows, -1).T
+            codes = jnp.stack([bytes & 15, bytes >> 4], axis=-1).reshape(rows, -1) ^ jnp.uint8(8)
+        else:
+            codes = planes.codes(bytes, 2)
+            if bits == 3:
+                highest = _bytes(rest.pop(0)) >> rest.pop(0).astype(jnp.uint8)
+                codes |= (planes.codes(highest, 2) & 1) << 2
+        zero = known
+        if has_zeros:
+            sign = -1 if order is PLANES else 1
+            zero = sign * (rest[0].astype(jnp.int32) - _power(weight, dtype))
+        return (codes.T.astype(jnp.int32) - zero).astype(dtype)
+
+    kind = plgpu.ShapeDtypeStruct((hopper.ROWS, rows), dtype, plgpu.Layout.WGMMA)
+    return _inline(values, reference, types, kind)(*operands)
+
+
+def in_order(sums: Array, order: Order) -> Array:
+    """Returns sums [64, M] of a wgmma with the features that they are of."""
+
+    def values(_, sums):
+        f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
+        layout = order.sums.to_mgpu()
+        registers = np.empty(layout.registers_shape(sums.shape), object)
+        places = registers.reshape(-1, 2)  # 8 tokens, 2 of them
+        rows = sums.registers.reshape(-1, 2)  # 8 tokens, u and u + 8
+        is_odd = arith.trunci(ir.IntegerType.get_signless(1), _bits_of_thread(2, 1))  # of its unit
+        for (i, token), _ in np.ndenumerate(places):
+            first, second = (llvm.extractelement(row, _constant(token)) for row in rows[i])
+            if order is PLANES:
+                other = mgpu.utils.bitcast(arith.select(is_odd, first, second), i32)
+                other = mgpu.utils.bitcast(mgpu.utils.shfl_bfly(other, 4), f32)
+                first, second = (
+                    arith.select(is_odd, other, first), arith.select(is_odd, second, other),
+                )  # fmt: skip
+            both = ir.VectorType.get((2,), f32)
+            places[i, token] = vector.from_elements(both, [first, second])
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    kind = plgpu.ShapeDtypeStruct(sums.shape, sums.dtype, order.sums)
+    return _inline(values, lambda sums: sums, (plgpu.Layout.WGMMA,), kind)(sums)
+
+
+def _inline(
+    code: Callable[..., Any], reference: Callable[..., Any], arg_types: Sequence[Any], kind: Any
+) -> Callable[..., Array]:
+    """Returns inlined GPU code, with the function that the interpreter evaluates instead."""
+    code.reference = reference  # pyright: ignore[reportFunctionMemberAccess]
+    return plgpu.inline_mgpu(arg_types=tuple(arg_types), return_type=kind)(code)
+
+
+def _of_bytes(array: Array, dtype: Any, text: str, reference: Callable[..., Any]) -> Array:
+    """Returns 16-bit floats of bytes in `columns`, dealt, by PTX of two in $1 -> a word $0."""
+    dtype, layout = jnp.dtype(dtype), columns(array.shape[0], dealt=True)
+
+    def values(_, array):
+        i16, i32 = (ir.IntegerType.get_signless(n) for n in (16, 32))
+        pair = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(dtype))
+        out = np.empty_like(array.registers)
+        for at, two in np.ndenumerate(array.registers):
+            word = _asm(text, arith.extui(i32, mgpu.utils.bitcast(two, i16)))
+            out[at] = mgpu.utils.bitcast(word, pair)
+        return mgpu.FragmentedArray(_registers=out, _layout=array.layout, _is_signed=None)
+
+    kind = plgpu.ShapeDtypeStruct(array.shape, dtype, layout)
+    return _inline(values, reference, (layout,), kind)(array)
+
+
+def _bytes(units: Array) -> Array:
+    """Returns the bytes [rows, columns] of units [columns, rows]."""
+    return lax.bitcast_convert_type(units.T, jnp.uint8).reshape(units.shape[1], -1)
+
+
+def _constant(n: int) -> Any:
+    return arith.constant(ir.IntegerType.get_signless(32), n)
+
+
+def _bits_of_thread(first: int, count: int) -> Any:
+    """Returns some bits of a thread's number: 5 of its lane, then 2 of its warp."""
+    thread = arith.index_cast(ir.IntegerType.get_signless(32), gpu.thread_id(gpu.Dimension.x))
+    return arith.andi(arith.shrui(thread, _constant(first)), _constant(2**count - 1))
+
+
+def _words(array: Any) -> list[Any]:
+    return [mgpu.utils.bitcast(r, ir.IntegerType.get_signless(32)) for r in array.registers.flat]
+
+
+def _asm(text: str, *operands: Any) -> Any:
+    constraints = ",".join(["=r"] + ["r"] * len(operands))
+    return llvm.inline_asm(ir.IntegerType.get_signless(32), list(operands), text, constraints)
+
+
+def _middle(weight: Any, bits: int | None) -> int:
+    return 2 ** ((bits or hopper.bits(weight)) - 1)
+
+
+def _power(weight: Any, dtype: Any) -> int:
+    """Returns what is subtracted of a code, or of 2 and 3 bits added, for a zero point of 0."""
+    if jnp.dtype(weight) == jnp.int8 and jnp.dtype(dtype) == jnp.bfloat16:
+        return -signed_bytes.MIDDLE
+    power = {"bfloat16": 2**7, "float16": 2**10}[jnp.dtype(dtype).name]
+    return -power if order_of(weight) is PLANES else power
+
+
+def less_assembly(weight: Any, dtype: Any) -> str:
+    """Returns PTX that makes what is subtracted of two codes, $0, of their zero points in $1."""
+    if jnp.dtype(weight) == jnp.int8 and jnp.dtype(dtype) == jnp.bfloat16:  # as `signed_bytes`
+        return """{
+.reg .b32 bytes, all, sign;
+prmt.b32 bytes, $1, 0, 0x4140;
+lop3.b32 all, bytes, 0x007F007F, 0x43004300, 0xea;
+lop3.b32 sign, bytes, 0x00800080, 0x43804380, 0x6a;
+sub.bf16x2 $0, all, sign;
+}"""
+    upper = zero_points.POWERS[jnp.dtype(dtype).name] | (order_of(weight) is PLANES) << 7
+    return f"prmt.b32 $0, $1, {upper:#x}, 0x4140;"
+
+
+def _decoder(
+    weight: Any, dtype: Any, bits: int | None, zero: int | None, half: Any, table: Any = None
+) -> Callable[..., Sequence[Any]]:
+    """Returns a function of words -> the registers of rows u and u + 8, of 16-bit floats.
+
+    Args:
+      zero: None, if the last of the words is of `less_of`.
+      half: of 3 bits, which half of the features are this warpgroup's.
+    """
+    if weight == jnp.int8:
+        return lambda *words: [_asm(signed_bytes.assembly(i, dtype, zero), *words) for i in (0, 1)]
+    if weight == jnp.float8_e4m3fn:
+
+        def of_e4m3(word):
+            rows = [_asm(e4m3_assembly(row), word) for row in (0, 1)]
+            return [_asm(floats_assembly(code, dtype), *rows) for code in (0, 1)]
+
+        return of_e4m3
+    if weight == jnp.int4:
+        byte = arith.shli(_bits_of_thread(5, 1), _constant(3))
+        if table is None:
+            places = [byte, arith.addi(byte, _constant(4))]
+            text = nibbles_assembly(dtype, zero)
+            return lambda word, *less: [_asm(text, word, place, *less) for place in places]
+        # To the place of a row's number in an address: 7 bits to the left.
+        places = [arith.addi(byte, _constant(16 * row - 7)) for row in (0, 1)]
+        lane = arith.shli(_bits_of_thread(0, 5), _constant(2))
+
+        def looked_up(word):
+            pairs = [
+                four_bits.looked_up(_asm(ROTATED, word, place), lane, table) for place in places
+            ]
+            return [_asm(f"prmt.b32 $0, $1, $2, {half:#x};", *pairs) for half in HALVES]
+
+        return looked_up
+    fields = arith.shli(_bits_of_thread(5, 2), _constant(2))  # two of 2 bits
+    places = [fields]
+    if half is not None:  # of the highest bits, two apart, to the one above both others
+        places.append(arith.addi(fields, arith.addi(half, _constant(-2))))
+    assert bits is not None
+    texts = [few_bits.assembly(bits, b, few_bits.IN_PLACE, zero, dtype) for b in (0, 1)]
+
+    def of_planes(*words):
+        own = [_asm(ROTATED, *both) for both in zip(words, places, strict=False)]
+        if zero is not None:
+            return [_asm(text, *own) for text in texts]
+        offsets = words[-1], _asm(few_bits.offset_assembly(1, dtype), words[-1])
+        return [_asm(text, *own, offset) for text, offset in zip(texts, offsets, strict=True)]
+
+    return of_planes
+
+
+def nibbles_assembly(dtype: Any, zero: int | None) -> str:
+    """Returns PTX that makes two floats, $0, of the codes of 4 bits of two rows in a word $1.
+
+    They are $2 bits and 16 bits more to the left. Converted as by `four_bits.assembly`.
+
+    Args:
+      zero: None, if $3 is a word of `less_of`.
+    """
+    name = jnp.dtype(dtype).name
+    power, suffix = zero_points.POWERS[name] << 8, few_bits.SUFFIXES[name]
+    twice = lambda half: f"{half << 16 | half:#x}"
+    return f"""{{
+.reg .b32 codes, less;
+shr.b32 codes, $1, $2;
+lop3.b32 codes, codes, 0x000F000F, {twice(power | 8)}, 0x6a;
+mov.b32 less, {"$3" if zero is None else twice(power | zero)};
+sub.{suffix} $0, codes, less;
+}}"""
+
+
+def e4m3_assembly(row: int) -> str:
+    """Returns PTX that makes two float16, $0, of the two e4m3 of one row in a word $1."""
+    first, second = ("own", "other") if row == 0 else ("other", "own")
+    return f"""{{
+.reg .b16 own, other;
+mov.b32 {{{first}, {second}}}, $1;
+cvt.rn.f16x2.e4m3x2 $0, own;
+}}"""
+
+
+def floats_assembly(code: int, dtype: Any) -> str:
+    """Returns PTX that makes two floats, $0, of the first or second float16 of rows $1 and $2.
+
+    Hopper knows no other way to bfloat16 than by float32.
+    """
+    if jnp.dtype(dtype) == jnp.float16:
+        return f"prmt.b32 $0, $1, $2, {HALVES[code]:#x};"
+    pair = lambda name: f"{{{name}, other}}" if code == 0 else f"{{other, {name}}}"
+    return f"""{{
+.reg .b16 low, high, other;
+.reg .b32 first, second;
+mov.b32 {pair("low")}, $1;
+mov.b32 {pair("high")}, $2;
+cvt.f32.f16 first, low;
+cvt.f32.f16 second, high;
+cvt.rn.bf16x2.f32 $0, second, first;
+}}"""
