@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 from pallas_kernels.triton import packing as halves
 from pallas_kernels.triton.tuning import TILE_K, TILE_N
 from qjax import numerics, packing
-from qjax.prepare import Prepared, fields_of, has_floats
+from qjax.prepare import Prepared, fields_of, has_floats, stored_zeros, zeros_in_bytes
 from qjax.qtensor import QTensor
 
 # Names of devices for programs that are compiled elsewhere, and their compute capabilities.
@@ -51,7 +51,7 @@ class PreparedTriton(Prepared):
 
     def canonical(self) -> QTensor:
         data = canonical_codes(self.data, self.format.element, self.extra)
-        return QTensor(**fields_of(self, data=data))
+        return QTensor(**fields_of(self, data=data, zero=stored_zeros(self)))
 
     def in_front(self, *, transposed: bool) -> str:
         del transposed  # for which there is no kernel
@@ -109,7 +109,8 @@ def prepared(qt: QTensor, capability: int) -> PreparedTriton:
     data = jnp.pad(data, [(0, 0)] * len(lead) + [(0, extra[1]), (0, extra[0])])
     if bits == 4:
         data = halves.pack(data)
-    return PreparedTriton(**fields_of(qt, data=data), extra=extra, capability=capability)
+    fields = fields_of(qt, data=data, zero=zeros_in_bytes(qt))
+    return PreparedTriton(**fields, extra=extra, capability=capability)
 
 
 def canonical_codes(data: Array, element: str, extra: tuple[int, int]) -> Array:

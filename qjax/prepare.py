@@ -19,21 +19,15 @@ from qjax import _compat, numerics, packing
 from qjax.format import Format
 from qjax.qtensor import PARTS, QTensor, is_qtensor, read_scales
 
-# Element -> (bits that turn a stored byte into the kernel's, value - kernel's code). Kernels take
-# signed codes: an unsigned one minus the middle of its range is its bits with the highest flipped.
-# Of 2 and 3 bits they take the stored codes, and subtract `zero_of` them.
-_CODES = {
-    "int2": (0, 0),
-    "uint2": (0, 2),
-    "ternary": (0, 0),
-    "int3": (0, 0),
-    "uint3": (0, 4),
-    "int4": (0x88, 0),
-    "uint4": (0x88, 8),
-    "int8": (0, 0),
-    "uint8": (0x80, 128),
-    "e4m3": (0, 0),
-    **dict.fromkeys(("nf4", "fp4", "e2m1", "iq4_nl"), (0, 0)),  # looked up
+# Element -> bits that turn a stored byte into the kernel's. Kernels take signed codes of 4 and 8
+# bits: an unsigned one minus the middle of its range is its bits with the highest flipped.
+_FLIPPED = {
+    **dict.fromkeys(("int2", "uint2", "ternary", "int3", "uint3"), 0),
+    **dict.fromkeys(("int4", "uint4"), 0x88),
+    "int8": 0,
+    "uint8": 0x80,
+    "e4m3": 0,
+    **dict.fromkeys(("nf4", "fp4", "e2m1", "iq4_nl"), 0),  # looked up
 }
 # Elements and quantized activations that are multiplied as they are.
 _PRODUCTS = (("int8", "int8"), ("int4", "int8"), ("int4", "e4m3"), ("e4m3", "e4m3"))
@@ -42,7 +36,7 @@ _PRODUCTS = (("int8", "int8"), ("int4", "int8"), ("int4", "e4m3"), ("e4m3", "e4m
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Prepared(QTensor):
-    """A QTensor whose codes lie as the Hopper kernels read them; all else is as it was.
+    """A QTensor whose codes and zero points lie as the Hopper kernels read them.
 
     Attributes:
       data: bytes [*lead, N', K' * b / 8], K contiguous: q minus the middle of an unsigned type's
@@ -50,6 +44,8 @@ class Prepared(QTensor):
         the lower half, and those bytes in the order of `pallas_kernels.interleave`. Codes of 2 and
         3 bits as stored, in the order of `pallas_kernels.planes`. Or e4m3. N' and K' are N and K up
         to multiples of 128, and K' of the group size; the codes that were added are 0.
+      zero: None; integer zero points minus the least of their type, a byte each, uint8 [*lead, G,
+        C]; or the offsets.
       extra: static. (K' - K, N' - N).
     """
 
@@ -83,7 +79,14 @@ class Prepared(QTensor):
 
     def canonical(self) -> QTensor:
         data = canonical_codes(self.data, self.format.element, self.extra)
-        return QTensor(**fields_of(self, data=data))
+        return QTensor(**fields_of(self, data=data, zero=stored_zeros(self)))
+
+    @property
+    def zero_unit(self) -> int:
+        return 1
+
+    def zero_points(self) -> Float[Array, "*b G C"]:
+        return read_zeros(self.zero, self.format)
 
     def stored_scale(self) -> tuple[Array, Float[Array, "*b"] | None] | None:
         """Returns scales [*b, G, C] that the kernel decodes and the factor of the product, or None.
@@ -108,7 +111,7 @@ class Prepared(QTensor):
         return self.scale.data, pairs.reshape(*factor.shape[:-1], -1)
 
     def in_front(self, *, transposed: bool) -> str:
-        """Returns what XLA makes of scales for the kernel on every call, for `qjax.explain`."""
+        """Returns what XLA does beside the kernel on every call, for `qjax.explain`."""
         fmt, decoded = self.format, _decoded_by_kernels(self.format)
         is_alone = not transposed and self.data.ndim == 2  # else nested scales are decoded, too
         is_read = has_floats(fmt) or decoded == "stored" or (decoded == "nested" and is_alone)
@@ -116,7 +119,8 @@ class Prepared(QTensor):
         text = self._made_of_scales(is_read, has_blocks)
         if fmt.scale == "e8m0" and decoded == "stored":
             text += ", for float16 scales decoded in front of it"
-        return text + (", offsets by a product of their own" if offsets_are_due(fmt) else "")
+        is_due = fmt.offset is not None
+        return text + (", offsets by a product of their own" if is_due else "")
 
     def _made_of_scales(self, is_read: bool, has_blocks: bool) -> str:
         fmt, (*_, K, N) = self.format, self.canonical_shape
@@ -127,7 +131,8 @@ class Prepared(QTensor):
         made = {"decoded": not is_read, "repeated": is_wide, "padded": is_padded}
         if not any(made.values()):
             return ""
-        return f", scales {' and '.join(how for how in made if made[how])} in front of it"
+        what = "scales and zero points" if fmt.zero_point and (is_wide or is_padded) else "scales"
+        return f", {what} {' and '.join(how for how in made if made[how])} in front of it"
 
     def columns(self, take: Callable[[Array, int], Array]) -> QTensor:
         N, (extra_k, _) = self.canonical_shape[-1], self.extra
@@ -162,8 +167,8 @@ def reason_against(qt: QTensor) -> str | None:
     *_, K, N = qt.canonical_shape
     G, C = fmt.groups(K, N)
     g = fmt.group_size
-    if fmt.element not in _CODES:
-        return f"{fmt.element} codes: kernels read {', '.join(_CODES)}"
+    if fmt.element not in _FLIPPED:
+        return f"{fmt.element} codes: kernels read {', '.join(_FLIPPED)}"
     if C not in (1, N) and fmt.group_columns != TILE_N:
         return f"{fmt.group_columns} columns share a scale: kernels take 1, {TILE_N} or all"
     if fmt.activation is not None:
@@ -293,7 +298,34 @@ def _prepared(qt: QTensor) -> Prepared:
         data = planes.packed(data, bits)
     elif bits == 4:
         data = interleave.interleaved(data)
-    return Prepared(**fields_of(qt, data=data), extra=extra)
+    return Prepared(**fields_of(qt, data=data, zero=zeros_in_bytes(qt)), extra=extra)
+
+
+def zeros_in_bytes(qt: QTensor) -> Any:
+    """Returns what takes the place of `qt.zero` in a weight that is prepared."""
+    if not qt.format.zero_point:
+        return qt.zero
+    element = qt.element
+    if element.is_packed:
+        *_, K, N = qt.canonical_shape
+        G, _ = qt.format.groups(K, N)
+        return packing.unpack(qt.zero, element.bits, packing.padding(G, element.bits))
+    return lax.bitcast_convert_type(qt.zero, jnp.uint8) ^ jnp.uint8(-element.qmin)
+
+
+def stored_zeros(qt: Prepared) -> Any:
+    """Returns the `zero` of the QTensor that a prepared weight was."""
+    if not qt.format.zero_point:
+        return qt.zero
+    element = qt.element
+    if element.is_packed:
+        return packing.pack(qt.zero, element.bits)
+    return lax.bitcast_convert_type(qt.zero ^ jnp.uint8(-element.qmin), element.dtype)
+
+
+def read_zeros(zero: Array, fmt: Format) -> Float[Array, "*b G C"]:
+    """Returns the zero points of a prepared weight in float32."""
+    return zero.astype(jnp.float32) + jnp.float32(numerics.get_element(fmt.element).qmin)
 
 
 def fields_of(qt: QTensor, **changed: Any) -> dict[str, Any]:
@@ -303,7 +335,7 @@ def fields_of(qt: QTensor, **changed: Any) -> dict[str, Any]:
 
 
 def _flipped(data: Array, element: str) -> Array:
-    mask = _CODES[element][0]
+    mask = _FLIPPED[element]
     return data ^ jnp.uint8(mask) if mask else data
 
 
@@ -337,9 +369,12 @@ def kernel_codes(data: Array, element: str) -> Array:
 
 
 def zero_of(element: str) -> int | None:
-    """Returns what the kernel subtracts from codes of 2 and 3 bits; None for all others."""
+    """Returns what kernels subtract from unsigned codes if there are no zero points; or None.
+
+    None is for tables and floats, which are no such codes.
+    """
     known = numerics.get_element(element)
-    return int(_CODES[element][1] - known.qmin) if known.bits < 4 else None
+    return int(-known.qmin) if known.kind == "int" else None
 
 
 def short_scale(fmt: Format) -> str | None:
@@ -361,36 +396,15 @@ def _decoded_by_kernels(fmt: Format) -> str | None:
 
     See `Prepared.stored_scale` and `Prepared.nested_scale`.
     """
-    if fmt.activation is not None or offsets_are_due(fmt):
+    if fmt.activation is not None or fmt.offset is not None:
         return None
     if fmt.scale in ("e8m0", "e4m3", Format("e4m3", group_columns=None)):
         return "stored"
     inner = fmt.scale
     if not isinstance(inner, Format) or fmt.group_columns != 1 or inner.group_columns is None:
         return None
+    if fmt.zero_point:  # whose place the factors take
+        return None
     is_plain = inner.group_size == 1 and not inner.zero_point and not inner.flatten
     is_known = inner.element == "uint8" and inner.group_columns % TILE_N == 0
     return "nested" if is_plain and is_known else None
-
-
-def offsets_are_due(fmt: Format) -> bool:
-    """Returns whether a weight is not its code times its scale."""
-    return fmt.zero_point or fmt.offset is not None or _CODES[fmt.element][1] != 0
-
-
-def offsets(
-    element: str,
-    scale: Float[Array, "G N"],
-    zero: Float[Array, "G N"] | None,
-    *,
-    is_offset: bool,
-) -> Float[Array, "G N"] | None:
-    """Returns b of w[k, n] = code[k, n] * scale[g(k), n] + b[g(k), n], or None if it is 0.
-
-    Args:
-      zero: zero points z of (q - z) * scale; with `is_offset`, offsets o of q * scale + o.
-    """
-    middle = _CODES[element][1]
-    if zero is None:
-        return middle * scale if middle else None
-    return middle * scale + zero if is_offset else (middle - zero) * scale

@@ -120,7 +120,8 @@ def _canonical(qt: QTensor, like: NamedSharding, lead, k: _Axes, n: _Axes) -> QT
 
     zero = None
     if qt.zero is not None:
-        zero = part(qt.zero, packed(G, g) if fmt.zero_point else g)
+        whole_bytes = lambda parts: G % (parts * qt.zero_unit) == 0
+        zero = part(qt.zero, _splittable(g, mesh, whole_bytes) if fmt.zero_point else g)
     k = packed(K, k)
     factors = _factors(qt, lead, k)
     place = lambda spec: NamedSharding(mesh, spec, memory_kind=like.memory_kind)
@@ -221,7 +222,7 @@ def shard_specs(qt: QTensor, lead: list, k: _Axes, n: _Axes, mesh) -> QTensor | 
     scale, zero = part(qt.scale), None
     if qt.zero is not None:
         rows = qt.zero.shape[-2] if fmt.zero_point else G
-        unit = packing.unit(qt.element.bits) if fmt.zero_point and qt.element.is_packed else 1
+        unit = qt.zero_unit if fmt.zero_point else 1
         if _parts(g, mesh) > 1 and (rows % _parts(g, mesh) or G % (unit * _parts(g, mesh))):
             return None
         zero = part(qt.zero)

@@ -15,19 +15,29 @@ from jax import export, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import qjax
-from pallas_kernels import h100, interpreter
+from pallas_kernels import h100, hlo, interpreter
 from qjax.ops.dispatch import compute
 from qjax.ops.packed_dot import packed_dot, packed_dot_p
 from qjax.prepare import Prepared, reason_against
 from qjax.qtensor import dequantize_rows, quantize_array
-from qjax.sharding import shardings_of
+from qjax.sharding import shard_specs, shardings_of
 
 FORMATS = {
     "int4": qjax.Format("int4", group_size=128, scale="bfloat16"),
     "zero point": qjax.Format("uint4", group_size=64, zero_point=True, scale="bfloat16"),
+    "zero point, last group shorter": qjax.Format(
+        "int4",
+        group_size=32,
+        zero_point=True,
+        scale=qjax.Format("e4m3", group_columns=None),
+        remainder="ragged",
+    ),
+    "zero point, one": qjax.Format("uint4", group_columns=None, zero_point=True),
+    "unsigned": qjax.Format("uint4", group_size=64, scale="bfloat16"),
     "offset": qjax.Format("uint4", group_size=32, offset="float32"),
     "channels": qjax.Format("int8"),
     "uint8": qjax.Format("uint8", group_size=128, zero_point=True),
+    "int8, zero point": qjax.Format("int8", zero_point=True, scale="bfloat16"),
     "one scale": qjax.Format("int4", group_columns=None),
     "int3": qjax.Format("int3", group_size=64, scale="bfloat16"),
     "uint3": qjax.Format("uint3", group_size=32, zero_point=True, scale="bfloat16"),
@@ -72,7 +82,7 @@ QUANTIZED = {
 
 
 def _weight(name, shape=(256, 128)):
-    if name == "last group shorter":
+    if name.endswith("last group shorter"):
         shape = (*shape[:-2], 200, 100)
     w = jax.random.normal(jax.random.key(0), shape)
     return quantize_array(w, FORMATS[name])
@@ -100,6 +110,19 @@ def test_restore_is_the_inverse(name):
 def test_a_prepared_weight_is_as_large_as_before():
     qt = _weight("int4")
     assert qjax.prepare(qt, "h100").nbytes == qt.nbytes
+
+
+def test_zero_points_are_bytes_up_to_the_kernel():
+    """That is half a byte more a group, and one kernel less for every product."""
+    qt = _weight("zero point")
+    prepared = qjax.prepare(qt, "h100")
+    assert prepared.zero.dtype == jnp.uint8
+    assert prepared.zero.shape == prepared.scale.shape
+    assert prepared.bits_per_weight == qt.bits_per_weight + 4 / 64
+    x = jnp.ones((3, 256), jnp.bfloat16)
+    products = lambda name: _for_gpus(packed_dot, x, qjax.prepare(_weight(name), "h100"))
+    assert "dot_general" not in products("zero point")
+    assert "dot_general" in products("offset")
 
 
 def test_nested_scales_stay_codes_up_to_the_kernel():
@@ -280,10 +303,10 @@ def _layers(x, params):
     return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params)[0]
 
 
-def test_runs_under_scan_grad_and_vmap():
+@pytest.mark.parametrize("name", ["int4", "zero point"])
+def test_runs_under_scan_grad_and_vmap(name):
     stack = quantize_array(
-        jax.random.normal(jax.random.key(0), (2, 128, 128), jnp.bfloat16) / 11,
-        qjax.Format("int4", group_size=64, scale="bfloat16"),
+        jax.random.normal(jax.random.key(0), (2, 128, 128), jnp.bfloat16) / 11, FORMATS[name]
     )
     prepared = qjax.prepare(stack, "h100")
     x = jax.random.normal(jax.random.key(1), (3, 128), jnp.bfloat16)
@@ -326,7 +349,8 @@ def test_explain_names_what_is_done_beside_the_kernel_on_every_call():
         return use.implementation
 
     read = "mosaic on CUDA, x in bfloat16 or float16; else xla"
-    for name in ("int4", "channels", "nf4-dq", "nvfp4", "ternary"):
+    names = ("int4", "channels", "nf4-dq", "nvfp4", "ternary", "unsigned")
+    for name in (*names, "zero point", "uint3", "uint8", "int8, zero point"):
         assert how(FORMATS[name]) == read
     flat = qjax.Format("uint8", group_size=256, flatten=True)
     assert "scales decoded in front of it" in how(qjax.Format("nf4", 64, scale=flat))
@@ -334,7 +358,10 @@ def test_explain_names_what_is_done_beside_the_kernel_on_every_call():
     assert "scales repeated in front of it" in how(FORMATS["fp8 blocks"])
     assert "scales padded in front of it" in how(FORMATS["int4"], (256, 130))
     assert "for float16 scales decoded" in how(FORMATS["mxfp4"])
-    assert "offsets by a product" in how(FORMATS["zero point"])
+    assert "scales and zero points padded in front" in how(FORMATS["zero point"], (256, 130))
+    assert "offsets by a product" in how(FORMATS["offset"])
+    nested = dataclasses.replace(FORMATS["nf4-dq"], element="uint4", zero_point=True)
+    assert "scales decoded in front of it" in how(nested)
     assert "zero points decoded" in how(FORMATS["zero point"], device="a100")
     one_by_one = "one weight of the stack after another"
     assert "codes as bfloat16 times all of the stack" in how(QUANTIZED["w8a8"], (2, 256, 128))
@@ -387,7 +414,7 @@ def test_a_forced_kernel_that_cannot_run_says_why():
         packed_dot(x.astype(jnp.bfloat16), prepared, implementation="mosaic")
 
 
-@pytest.mark.parametrize("name", ["int4", "int3", "nf4-dq"])
+@pytest.mark.parametrize("name", ["int4", "int3", "nf4-dq", "zero point"])
 @pytest.mark.parametrize("spec", [("x", None), (None, "x")], ids=["rows", "columns"])
 def test_shards_as_the_float_weight_does(spec, name):
     qt = _weight(name, (512, 256))
@@ -402,6 +429,28 @@ def test_shards_as_the_float_weight_does(spec, name):
     np.testing.assert_allclose(
         y.astype(jnp.float32), wanted.astype(jnp.float32), atol=2.0**-7 * float(abs(wanted).max())
     )
+
+
+def test_zero_points_are_cut_where_groups_are():
+    """In bytes also one group for each shard, of which packed codes have no whole byte."""
+    qt = quantize_array(
+        jax.random.normal(jax.random.key(0), (512, 128)),
+        qjax.Format("uint4", group_size=128, zero_point=True, scale="bfloat16"),
+    )
+    prepared = qjax.prepare(qt, "h100")
+    mesh = jax.make_mesh((4,), ("x",), devices=jax.devices()[:4])
+    rows = PartitionSpec("x")
+    placed = shardings_of(prepared, NamedSharding(mesh, rows))
+    assert placed.zero.spec == placed.scale.spec == PartitionSpec("x", None)
+    assert shard_specs(qt, [], ("x",), (), mesh) is None
+    specs = shard_specs(prepared, [], ("x",), (), mesh)
+    x = jax.random.normal(jax.random.key(1), (3, 512), jnp.bfloat16)
+    of_x = PartitionSpec(None, "x")
+    part = lambda x, w: lax.psum(packed_dot(x, w, out_dtype=jnp.float32), "x")
+    run = jax.shard_map(part, mesh=mesh, in_specs=(of_x, specs), out_specs=PartitionSpec())
+    cut = jax.device_put((x, prepared), (NamedSharding(mesh, of_x), placed))
+    y, wanted = jax.jit(run)(*cut), packed_dot(x, qt, out_dtype=jnp.float32)
+    np.testing.assert_allclose(y, wanted, rtol=0, atol=2.0**-20 * float(jnp.linalg.norm(wanted)))
 
 
 @pytest.mark.parametrize("spec", [("x", None), (None, "x")], ids=["rows", "columns"])
@@ -462,6 +511,32 @@ def test_decoding_on_an_h100_reads_what_is_stored(name):
     assert "f32[64,4096]" not in program.hlo  # the scales that nf4-dq stands for
     # The sums of 8 parts of K, wide scales of one, and of nf4-dq factors in order.
     assert program.temporaries <= 4 * 8 * 16 * 4096 + 4 * 4096 * 16
+
+
+@pytest.mark.h100(code=False)
+@pytest.mark.parametrize("name", ["zero point", "uint3", "uint8", "int8, zero point", "unsigned"])
+@pytest.mark.parametrize("M", [16, 1024])
+def test_a_product_with_zero_points_is_what_it_is_without(name, M):
+    """At 1024 tokens one kernel without temporaries; at 16 the sums of its parts follow it."""
+    fmt = FORMATS[name]
+    unsigned = dataclasses.replace(fmt, zero_point=False)
+    symmetric = dataclasses.replace(unsigned, element=f"int{fmt.element[-1]}")
+    x = jax.ShapeDtypeStruct((M, 4096), jnp.bfloat16)
+
+    def compiled(fmt):
+        quantized = lambda w: qjax.prepare(quantize_array(w, fmt), "h100")
+        w = jax.eval_shape(quantized, jax.ShapeDtypeStruct((4096, 4096), jnp.float32))
+        program = h100.compile(jax.jit(packed_dot), x, w)
+        is_nothing = ("parameter", "bitcast")
+        steps = {op: n for op, n in hlo.executed(program.hlo).items() if op not in is_nothing}
+        (kernel,) = program.kernels
+        assert kernel.spills == 0
+        return steps, program.temporaries
+
+    steps, temporaries = compiled(fmt)
+    assert (steps, temporaries) == compiled(symmetric)
+    if M == 1024:
+        assert (steps, temporaries) == ({"mosaic_gpu_v2": 1}, 0)
 
 
 @pytest.mark.h100(code=False)

@@ -1,8 +1,8 @@
 """Products of prepared weights by the Hopper kernels: from a format to the kernels' operands.
 
 Weights are the `data` of a `Prepared`, `extra` what was added to its K and N; scales [G, C] are
-float32 or as `Prepared.stored_scale` gives them, zero points (or offsets) [G, C] float32. Or both
-are what `Prepared.nested_scale` gives.
+float32 or as `Prepared.stored_scale` gives them, zero points [G, C] uint8 as it has them, or
+offsets [G, C] float32. Or both are what `Prepared.nested_scale` gives.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pallas_kernels.tuning import TILE_K, TILE_N
 from qjax import numerics
 from qjax.format import Format
 from qjax.ops import blocked
-from qjax.prepare import kernel_codes, offsets, short_scale, zero_of
+from qjax.prepare import kernel_codes, read_zeros, short_scale, zero_of
 
 KERNEL_ACTIVATIONS = ("bfloat16", "float16")  # types of x that the weight-only kernels take
 
@@ -34,24 +34,17 @@ def weight_only(
     extra: tuple[int, int],
     out_dtype: Any,
 ) -> Array:
-    """Returns x @ W by the Hopper kernel, whose weight has neither zero points nor offsets.
+    """Returns x @ W by the Hopper kernel, whose weight has no offsets.
 
     They are a product of their own with the sums of x over groups, xs [M, G]:
-    sum_k x[m, k] * (code[k, n] * scale[g, n] + b[g, n]) = kernel + sum_g xs[m, g] * b[g, n]
+    sum_k x[m, k] * (q[k, n] * scale[g, n] + b[g, n]) = kernel + sum_g xs[m, g] * b[g, n]
     """
     from pallas_kernels import weight_only as kernel  # needs Mosaic GPU, which few programs do
 
     (M, K), (N_, K_) = x.shape, _sizes(data, format)
-    data, padded, b, codebook = _weight(data, scale, zero, x.dtype, format, extra)
+    data, padded, b, codes = _weight(data, scale, zero, x.dtype, format, extra)
     x = jnp.pad(x, ((0, 0), (0, K_ - K)))
-    y = kernel.matmul(
-        x,
-        data,
-        padded,
-        codebook=codebook,
-        zero=zero_of(format.element),
-        out_dtype=_summed(b, out_dtype),
-    )
+    y = kernel.matmul(x, data, padded, **codes, out_dtype=_summed(b, out_dtype))
     y = y[:, : N_ - extra[1]]
     if b is not None:
         sums = jnp.sum(x.reshape(M, padded.shape[0], -1).astype(jnp.float32), axis=-1)
@@ -73,21 +66,20 @@ def transposed(
 
     Nested scales are decoded in front of the kernel.
 
-    sum_n dy[m, n] * (code[k, n] * scale[g, n] + b[g, n]) = kernel + sum_n dy[m, n] * b[g, n]
+    sum_n dy[m, n] * (q[k, n] * scale[g, n] + b[g, n]) = kernel + sum_n dy[m, n] * b[g, n]
     """
     from pallas_kernels import transposed as kernel
 
     scale, zero = _decoded(scale, zero, format)
     N_, K_ = _sizes(data, format)
-    data, padded, b, codebook = _weight(data, scale, zero, dy.dtype, format, extra)
+    data, padded, b, codes = _weight(data, scale, zero, dy.dtype, format, extra)
     K, N = K_ - extra[0], dy.shape[1]
     padded_dy = jnp.pad(dy, ((0, 0), (0, N_ - N)))
     dx = kernel.matmul(
         padded_dy,
         data,
         padded,
-        codebook=codebook,
-        zero=zero_of(format.element),
+        **codes,
         bits=_bits_in_bytes(format),
         out_dtype=_summed(b, out_dtype),
     )[:, :K]
@@ -122,14 +114,14 @@ def experts(
 
     scale, zero = _decoded(scale, zero, format)
     N_, K_ = _sizes(data, format)
-    data, padded, b, codebook = _weight(data, scale, zero, x.dtype, format, extra)
+    data, padded, b, codes = _weight(data, scale, zero, x.dtype, format, extra)
     K, N = K_ - extra[0], N_ - extra[1]
     inner, outer = (N_, K) if transposed else (K_, N)
     unpadded = [(0, 0)] * (x.ndim - 1)
     filled = jnp.pad(x, (*unpadded, (0, inner - x.shape[-1])))
     options = {
-        "codebook": codebook, "zero": zero_of(format.element), "bits": _bits_in_bytes(format),
-        "transposed": transposed, "out_dtype": _summed(b, out_dtype),
+        **codes, "bits": _bits_in_bytes(format), "transposed": transposed,
+        "out_dtype": _summed(b, out_dtype),
     }  # fmt: skip
     if group_sizes is None:
         y = kernel.batched(filled, data, padded, **options)
@@ -167,9 +159,10 @@ def _weight(
     data: Array, scale: Array, zero: Array | None, x_dtype: Any, format: Format,
     extra: tuple[int, int],
 ) -> tuple[Any, ...]:  # fmt: skip
-    """Returns what the weight-only kernels take: codes, scales, and their codebook or None.
+    """Returns what the weight-only kernels take: codes and scales; and what codes stand for.
 
-    And third, offsets b [G, N] of every group, which they do not add, or None. All may be stacked.
+    That comes last, a codebook and zero points by name. And third, offsets b [G, N] of every group,
+    which the kernels do not add, or None. All may be stacked.
     """
     element = numerics.get_element(format.element)
     levels = element.levels if element.kind == "table" else None
@@ -178,10 +171,12 @@ def _weight(
     G, N = scale.shape[-2], N_ - extra[1]
     g = K_ if G == 1 else format.group_size
     assert g is not None
+    unstacked = [(0, 0)] * (scale.ndim - 2)
+    more = (*unstacked, (0, K_ // g - G), (0, N_ - N))
+    codes: dict[str, Any] = {"codebook": levels, "zero": zero_of(format.element)}
     if (nested := _nested(scale, zero, format)) is not None:
-        codes = jnp.pad(nested.codes, ((0, K_ // g - G), (0, N_ - N)))
         outer = jnp.pad(nested.outer, ((0, K_ // g - G), (0, 0)))
-        return data, Nested(codes, outer, nested.columns), None, levels
+        return data, Nested(jnp.pad(nested.codes, more), outer, nested.columns), None, codes
     if scale.dtype == jnp.uint8 and x_dtype != jnp.bfloat16:  # not all are float16
         scale = numerics.read_scale(scale, "e8m0")
     stored = short_scale(format) or scale.dtype
@@ -189,12 +184,15 @@ def _weight(
     def wide(a):  # a scale of many columns, for each of them
         return a if a.shape[-1] == N else jnp.repeat(a, format.group_columns or N, axis=-1)[..., :N]
 
-    scale = wide(scale)
-    zero = None if zero is None else wide(zero)
-    b = offsets(format.element, scale, zero, is_offset=format.offset is not None)
-    unstacked = [(0, 0)] * (scale.ndim - 2)
-    padded = jnp.pad(scale, (*unstacked, (0, K_ // g - G), (0, N_ - N))).astype(stored)
-    return data, padded, b, levels
+    b = None
+    if format.offset is not None:
+        assert zero is not None
+        # Codes about their middle, as others round more once they are times a scale.
+        codes["zero"] = middle = 2 ** (element.bits - 1)
+        b = wide(zero) + (middle + element.qmin) * wide(scale)
+    elif zero is not None:
+        codes["zero"] = jnp.pad(wide(zero), more)
+    return data, jnp.pad(wide(scale), more).astype(stored), b, codes
 
 
 def _nested(scale: Array, zero: Array | None, format: Format) -> Nested | None:
@@ -275,7 +273,9 @@ def rounded(x: Array, format: Format) -> tuple[Array, Array] | None:
 def read(
     scale: Array, zero: Array | None, format: Format
 ) -> tuple[Float[Array, "G C"], Array | None]:
-    """Returns scales in float32, and zero points, of what `Prepared` gives in their place."""
+    """Returns scales and zero points in float32 of what `Prepared` gives in their place."""
     scale, zero = _decoded(scale, zero, format)
+    if zero is not None and zero.dtype == jnp.uint8:
+        zero = read_zeros(zero, format)
     stored = "e8m0" if scale.dtype == jnp.uint8 else "float32"
     return numerics.read_scale(scale, stored), zero

@@ -98,6 +98,8 @@ def _bind(x, qt: QTensor, out_dtype, implementation: str | None, transposed: boo
     """Binds the primitive: the product with the codes and scales of `qt`, without its factors."""
     scale, zero = qtensor.read_scales(qt)
     factor = None
+    if type(qt) is Prepared and qt.format.zero_point:
+        zero = qt.zero
     if type(qt) is Prepared and (stored := qt.stored_scale()) is not None:
         scale, factor = stored
     elif type(qt) is Prepared and (nested := qt.nested_scale()) is not None:

@@ -63,6 +63,8 @@ def ragged_dot(
             x, group_sizes, *operands, spec=spec, dtype=jnp.dtype(dtype), precision=precision
         )
     factor = None
+    if qt.format.zero_point:
+        zero = qt.zero
     if (stored := qt.stored_scale()) is not None:
         scale, factor = stored
     # The factor of a product is that of an expert here: its rows are multiplied by it.
@@ -236,7 +238,7 @@ def _compute(x, sizes, data, scale, *zero, spec: Spec, dtype: Any, precision: An
 def _plain(x, sizes, data, scale, *zero, spec: Spec, dtype: Any, precision: Any):
     """The same as with a canonical weight; with Wᵀ, as the derivative of that."""
     weight = (canonical_codes(data, spec.format.element, spec.extra or (0, 0)),)
-    weight += (mosaic_dot.read(scale, None, spec.format)[0], *zero)
+    weight += mosaic_dot.read(scale, zero[0] if zero else None, spec.format)
     plain = dataclasses.replace(spec, extra=None, transposed=False)
     options = {"dtype": jnp.dtype(dtype), "precision": precision}
     if not spec.transposed:
