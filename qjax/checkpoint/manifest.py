@@ -148,8 +148,9 @@ def describe(tree: Any) -> tuple[Node, dict[str, Any]]:
     """Returns the node of a tree, and its arrays by their names in the array store.
 
     Dicts, lists and tuples are kept. Any other pytree node (a NamedTuple, a dataclass, an
-    `nnx.State`) becomes a dict of its fields, or a tuple if they have no names, so that the path of
-    every leaf is the same before and after.
+    `nnx.State`) becomes a dict of its fields, or a tuple if they have no names, and the box of an
+    `nnx.Variable` or a Linen `Partitioned` what is in it, so that the path of every leaf is the
+    same before and after.
 
     Raises:
       ValueError: for a leaf or a key that cannot be kept; the message starts with its path.
@@ -181,6 +182,8 @@ def _describe(x: Any, path: tuple[str, ...], arrays: dict[str, Any]) -> Node:
             " numbers and None; put anything else in `metadata`."
         )
     keys = [key for (key,), _ in items]
+    if [getattr(key, "name", None) for key in keys] == ["value"]:  # a box, see `path_str`
+        return _describe(items[0][1], path, arrays)
     nodes = [_describe(child, (*path, key_str(key)), arrays) for (key,), child in items]
     positional = (jax.tree_util.SequenceKey, jax.tree_util.FlattenedIndexKey)
     if items and all(isinstance(k, positional) for k in keys):

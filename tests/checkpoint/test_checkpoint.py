@@ -17,10 +17,12 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax import linen as nn
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+import qjax
 from qjax import checkpoint
 from qjax.checkpoint import (
     CheckpointError,
@@ -174,9 +176,29 @@ def test_other_nodes_become_dicts_of_their_fields(tmp_path):
     expected = {
         "p": {"x": jnp.ones(1), "y": 2},
         "e": {},
-        "s": {"layer": {"kernel": {"value": jnp.ones((2, 2))}}},
+        "s": {"layer": {"kernel": jnp.ones((2, 2))}},
     }
     assert_same(expected, load(tmp_path / "c"))
+
+
+def test_a_parameter_has_the_same_path_after_its_box_is_gone(tmp_path):
+    model = nnx.Sequential(nnx.Linear(8, 4, rngs=nnx.Rngs(0)))
+    graph, params = nnx.split(model)
+    quantized = qjax.quantize(params, "int8")
+    save(tmp_path / "c", quantized)
+    loaded, paths = load(tmp_path / "c"), []
+    load(tmp_path / "c", shardings=paths.append)
+    assert paths == ["layers/0/bias", "layers/0/kernel"]
+    assert load(tmp_path / "c", select="layers/0/kernel").keys() == {"layers"}
+    boxed = {"w": nn.Partitioned(jnp.ones((2, 2)), ("a", None))}
+    save(tmp_path / "linen", boxed)
+    assert_same(nn.meta.unbox(boxed), load(tmp_path / "linen"))
+    # It is what NNX calls a pure dict: its own ways back take it.
+    run = qjax.apply(lambda params, x: nnx.merge(graph, params)(x))
+    x = jnp.arange(8.0)
+    nnx.replace_by_pure_dict(params, loaded)
+    np.testing.assert_array_equal(run(loaded, x), run(quantized, x))
+    np.testing.assert_array_equal(run(params, x), run(quantized, x))
 
 
 def test_the_path_may_hold_any_character_and_be_relative(tmp_path, monkeypatch):
@@ -510,6 +532,7 @@ def test_refuses_arrays_of_another_checkpoint(saved, tmp_path):
 _SAVE = """
 import functools, os, signal, sys, threading
 import jax.numpy as jnp, numpy as np
+import qjax
 from qjax import checkpoint
 from qjax.checkpoint import checksum, manifest
 
