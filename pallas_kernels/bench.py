@@ -24,9 +24,8 @@ from pallas_kernels.tuning import SMS, TILE_N, Tuning
 
 BANDWIDTH = 3.35e12  # bytes/s of HBM
 CLOCK = 1.83e9  # Hz
-# Seen on an H100 SXM: bytes/s that a kernel reads, the share of its SM's issue slots that one with
-# two warpgroups fills, and the microseconds from its launch to its first data and after its last.
-READ = 3.05e12
+# Seen on an H100 SXM: the share of its SM's issue slots that a kernel with two warpgroups fills,
+# and the microseconds from its launch to its first data and after its last.
 FILLED = 0.45
 LAUNCH_US = 4.5
 ISSUED = 128  # instructions of threads that an SM issues per clock
@@ -49,6 +48,8 @@ class Form:
       group: inputs with one scale; None: all.
       scale: type of the scales; "nested": uint8 with a factor and an offset for 256 features.
       has_table: whether codes are looked up.
+      in_blocks: whether 128 features share a scale, and a token has one for every group; else for
+        all of them.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Form:
     group: int | None
     scale: str = "bfloat16"
     has_table: bool = False
+    in_blocks: bool = False
 
     @property
     def is_weight_only(self) -> bool:
@@ -71,8 +73,16 @@ class Form:
             return jax.ShapeDtypeStruct((N, K * self.bits // 8), jnp.uint8)
         return jax.ShapeDtypeStruct((N, K), jnp.dtype(self.w))
 
-    def scales(self, G: int, N: int) -> list[jax.ShapeDtypeStruct]:
+    def groups(self, K: int) -> int:
+        return 1 if self.group is None else K // self.group
+
+    def token_scale(self, M: int, K: int) -> tuple[int, int]:
+        return M, self.groups(K) if self.in_blocks else 1
+
+    def scales(self, K: int, N: int) -> list[jax.ShapeDtypeStruct]:
+        G = self.groups(K)
         if self.scale != "nested":
+            N = N // TILE_N if self.in_blocks else N
             return [jax.ShapeDtypeStruct((G, N), jnp.dtype(self.scale))]
         pairs = jax.ShapeDtypeStruct((G, 2 * -(-N // 256)), jnp.float32)
         return [jax.ShapeDtypeStruct((G, N), jnp.uint8), pairs]
@@ -93,7 +103,7 @@ FORMS = (
     Form("W4A8 FP8 g128", "int4", "float8_e4m3fn", 128),
     Form("W8A8", "int8", "int8", None, "float32"),
     Form("FP8", "float8_e4m3fn", "float8_e4m3fn", None, "float32"),
-    Form("FP8 1x128", "float8_e4m3fn", "float8_e4m3fn", 128, "float32"),
+    Form("FP8 1x128", "float8_e4m3fn", "float8_e4m3fn", 128, "float32", in_blocks=True),
 )
 
 
@@ -112,17 +122,16 @@ def tuning_of(form: Form, M: int, K: int, N: int) -> Tuning:
 def compiled(form: Form, tile: Tuning) -> h100.Kernel:
     """Returns the kernel as compiled, for small sizes: its loop depends on the tile alone."""
     M, K, N = tile.tile_m, 8 * tile.tile_k, TILE_N
-    G = 1 if form.group is None else K // form.group
     array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
     operands = [array(form.x, M, K), form.weight(K, N)]
     if form.is_weight_only:
         levels = tuple(map(float, range(16))) if form.has_table else None
         nested = lambda s: Nested(s[0], s[1], 256) if form.scale == "nested" else s[0]
         f: Any = lambda x, w, *s: weight_only.matmul(x, w, nested(s), tuning=tile, codebook=levels)
-        operands += form.scales(G, N)
+        operands += form.scales(K, N)
     else:
         f = functools.partial(eight_bit_kernel.matmul, tuning=tile)
-        operands += [array("float32", M, G), array(form.scale, G, N)]
+        operands += [array("float32", *form.token_scale(M, K)), *form.scales(K, N)]
     (kernel,) = h100.compile(f, *operands).kernels
     return kernel
 
@@ -135,10 +144,9 @@ def predict(form: Form, M: int, K: int, N: int) -> dict[str, Any]:
     """
     t = tuning_of(form, M, K, N)
     kernel = compiled(form, dataclasses.replace(t, split_k=1))
-    G = 1 if form.group is None else K // form.group
     x_bytes = hopper.bits(form.x) // 8
     weights = K * N * form.bits // 8
-    weights += sum(math.prod(s.shape) * s.dtype.itemsize for s in form.scales(G, N))
+    weights += sum(math.prod(s.shape) * s.dtype.itemsize for s in form.scales(K, N))
     # Sums of the parts of K: written and read once, in L2 if they fit.
     parts = shares.most_parts(t, (M, K, N))
     workspace = 0 if parts == 1 else 4 * parts * M * N
@@ -155,7 +163,8 @@ def predict(form: Form, M: int, K: int, N: int) -> dict[str, Any]:
         "tensor core": on_sm * t.tile_m / PRODUCTS[x_bytes] / CLOCK,
     }
     bound = max(times, key=times.__getitem__)
-    busy = max(moved / READ, times["issue"] / FILLED, times["tensor core"])
+    read = moved / tuning.BYTES_PER_US / 1e6
+    busy = max(read, times["issue"] / FILLED, times["tensor core"])
     sums = 0.0 if parts == 1 else tuning.SUMS_US + workspace / tuning.BYTES_PER_US
     return {
         "form": form.name, "M": M, "K": K, "N": N, "bytes": moved, "workspace": workspace,
@@ -163,6 +172,7 @@ def predict(form: Form, M: int, K: int, N: int) -> dict[str, Any]:
         "integer": round(integer, 2), "registers": kernel.registers, "spills": kernel.spills,
         "us": 1e6 * times[bound], "expected us": LAUNCH_US + 1e6 * busy + sums, "bound": bound,
         "roofline": times["memory"] / times[bound],
+        "issue/tensor core": times["issue"] / times["tensor core"], "tile": t.tile_m,
     }  # fmt: skip
 
 
@@ -182,7 +192,11 @@ def xla_us(form: Form, M: int, K: int, N: int) -> float:
     return 1e6 * (stored + M * K * hopper.bits(form.x) / 8 + 2 * M * N) / BANDWIDTH
 
 
-def static(tokens: tuple[int, ...] = (1, 16, 64)) -> list[dict[str, Any]]:
+TOKENS = (1, 16, 64)  # of decoding
+PROMPT = 1024
+
+
+def static(tokens: tuple[int, ...] = TOKENS) -> list[dict[str, Any]]:
     """Returns a row for every model, form, shape and number of tokens."""
     return [
         {"model": model}
@@ -225,8 +239,24 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def prompt_table(rows: list[dict[str, Any]]) -> str:
+    """Returns what forms need for many tokens as Markdown, a row for each, of the largest product.
+
+    A kernel that takes less than half of the tensor core's time to issue instructions can do so
+    while products are multiplied.
+    """
+    columns = "form", "tokens of a tile", "instructions a weight", "issue / tensor core"
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    of_forms = {r["form"]: r for r in sorted(rows, key=lambda r: r["K"] * r["N"])}
+    of_forms = {form.name: of_forms[form.name] for form in FORMS if form.name in of_forms}
+    for form, row in of_forms.items():
+        share = row["issue/tensor core"]
+        lines.append(f"| {form} | {row['tile']} | {row['instructions']:.2f} | {share:.2f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
-    """Prints the table, or all rows as JSON; with `--time`, runs `pallas_kernels.timing`."""
+    """Prints the tables, or all rows as JSON; with `--time`, runs `pallas_kernels.timing`."""
     parser = argparse.ArgumentParser(description="Predicted costs on an H100, or measured ones.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--static", action="store_true", help="predict, do not time")
@@ -239,8 +269,10 @@ def main() -> None:
         return timing.main(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    rows = static()
-    print(json.dumps(rows, indent=1) if args.json else table(rows))
+    rows, prompt = static(), static((PROMPT,))
+    if args.json:
+        return print(json.dumps(rows + prompt, indent=1))
+    print(table(rows), f"For {PROMPT} tokens:", prompt_table(prompt), sep="\n\n")
 
 
 if __name__ == "__main__":

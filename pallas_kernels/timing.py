@@ -34,7 +34,7 @@ from jax.experimental.mosaic.gpu import profiler
 from pallas_kernels import interleave, planes, reference
 from pallas_kernels.bench import FORMS, SHAPES, Form
 from pallas_kernels.nested import Nested
-from pallas_kernels.tuning import BYTES_PER_US
+from pallas_kernels.tuning import BYTES_PER_US, TILE_N
 
 TOKENS = (1, 16, 64, 1024)
 ENOUGH_US = 1500  # of products in a program, so that its own launch counts for little
@@ -82,6 +82,7 @@ def _kernels(form: Form, capability: int | None) -> list[Contender]:
         from pallas_kernels import eight_bit, weight_only
 
         def in_order(w, s):
+            s = s[:, ::TILE_N] if form.in_blocks else s
             return interleave.of_int4(w) if form.w == "int4" else _packed(form, w, s)[0], s
 
         def run(x, x_scale, w, s):
@@ -171,7 +172,7 @@ def _quantized_dot(x, x_scale, w, s):
 def operands(form: Form, M: int, K: int, N: int, seed: int) -> dict[str, Any]:
     """Returns normal x, weights and scales in a form's types; as `reference` takes them."""
     keys = jax.random.split(jax.random.key(seed), 4)
-    G = 1 if form.group is None else K // form.group
+    G = form.groups(K)
 
     def values(key, shape, dtype):
         if dtype.startswith("int"):
@@ -191,12 +192,14 @@ def operands(form: Form, M: int, K: int, N: int, seed: int) -> dict[str, Any]:
     elif form.scale == "uint8":
         scale = jax.random.randint(keys[2], (G, N), 124, 131).astype("uint8")
     else:
-        scale = uniform(keys[2], (G, N)).astype(form.scale)
+        columns = TILE_N if form.in_blocks else 1
+        scale = uniform(keys[2], (G, N // columns)).astype(form.scale)
+        scale = jnp.repeat(scale, columns, axis=1)
     return {
         "x": values(keys[0], (M, K), form.x),
         "w": values(keys[1], (N, K), form.w),
         "scale": scale,
-        "x_scale": None if form.is_weight_only else uniform(keys[3], (M, G)),
+        "x_scale": None if form.is_weight_only else uniform(keys[3], form.token_scale(M, K)),
         "codebook": _levels(form),
     }
 

@@ -176,7 +176,7 @@ def _fitted(
 
 # What an H100 SXM was seen to do in a microsecond: bytes that it reads from memory, and weights
 # that an SM multiplies, by the tokens of a tile and the bits of an activation.
-BYTES_PER_US = 3e6
+BYTES_PER_US = 3.05e6
 # For 256 no GPU has timed it: half of that for 128, and a twentieth more for fewer bytes.
 WEIGHTS_PER_US = {
     16: {16: 40e3, 8: 100e3},

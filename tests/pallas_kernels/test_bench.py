@@ -34,6 +34,14 @@ def test_one_of_many_is_bound_by_their_issue(monkeypatch):
     assert "issue" in bench.table([{"model": "m"} | row | {"xla us": 1.0, "bfloat16 us": 1.0}])
 
 
+def test_many_tokens_are_a_table_of_their_own_with_the_largest_product_of_each_form(monkeypatch):
+    monkeypatch.setattr(bench, "compiled", lambda form, tile: _kernel(100))
+    lines = bench.prompt_table(bench.static((1024,))).splitlines()[2:]
+    assert [line.split("|")[1].strip() for line in lines] == [form.name for form in FORMS]
+    assert "| W8A8 | 256 | 1.56 | 0.20 |" in lines  # 100 / (64 x 128 x 256 / 4096)
+    assert "| W4A16 g128 | 128 | 1.56 | 0.20 |" in lines
+
+
 @pytest.mark.h100
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
 def test_every_form_can_draw_the_bandwidth_at_sixteen_tokens(form):

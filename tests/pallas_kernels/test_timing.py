@@ -18,7 +18,7 @@ measure = functools.partial(timing.measure, enough_us=0)  # each weight once
 @pytest.mark.parametrize("name", BY_NAME)
 def test_every_form_of_xla_computes_the_product(name):
     form = BY_NAME[name]
-    rows = list(measure(form, 4, 256, 32, entries=contenders(form, None), rounds=2, l2_bytes=1e5))
+    rows = list(measure(form, 4, 256, 128, entries=contenders(form, None), rounds=2, l2_bytes=1e5))
     assert len(rows) == len(contenders(form, None))
     for row in rows:
         assert "failed" not in row
