@@ -189,7 +189,7 @@ def matmul(
     on_sums = G == 1 and nested is None and experts is None and stored.itemsize > 1
     on_accumulator = tuning.scale_on == "accumulator" and not on_sums
     n_scales = 0 if on_sums else 1 if nested is None else 2
-    zeros = None if zero is None or isinstance(zero, int) else zero
+    known, zeros = (zero, None) if zero is None or isinstance(zero, int) else (None, zero)
 
     def parts(w_smem, *rest):
         """Returns what a step has, by what it is: blocks of scales, how to decode columns, ..."""
@@ -203,7 +203,7 @@ def matmul(
 
         def less(first, n):
             if z_smem is None:
-                return zero
+                return known
             width = min(group, n)
             return [
                 zero_points.load(z_smem.at[k // group, rows])
@@ -300,7 +300,6 @@ def matmul(
         whole=(scale,) if on_sums else (),
         table=None if codebook is None else four_bits.table(codebook, x.dtype),
         in_tensor_core=None if on_accumulator else jnp.float32,
-        loads_blocks=False,
         experts=experts,
         out_dtype=out_dtype,
         sizes=(M, K, N),

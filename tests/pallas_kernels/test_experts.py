@@ -19,6 +19,7 @@ from pallas_kernels.tuning import Tuning
 from tests.pallas_kernels import test_weight_only as one
 
 INT4 = {"w": "int4", "group": 128}
+ZEROS = {"w": "int4", "group": 128, "zero": True}
 INT2 = {"w": "int8", "group": 128, "bits": 2}
 _FOR_ALL = Tuning(8, 2, sms=8)  # one item for every CTA, so that races can be looked for
 
@@ -26,7 +27,9 @@ _FOR_ALL = Tuning(8, 2, sms=8)  # one item for every CTA, so that races can be l
 class TestExperts(Laws):
     formats: ClassVar = {
         "int4 groups of 128": INT4,
+        "zero points": ZEROS,
         "int8 channels": {"w": "int8", "group": 256},
+        "int8 zero points": {"w": "int8", "group": 128, "zero": True},
         "a codebook": {"w": "int4", "group": 64, "codebook": one.LEVELS},
         "powers of two": {"w": "int4", "group": 32, "codebook": one.E2M1, "scale": "uint8"},
     }
@@ -34,7 +37,10 @@ class TestExperts(Laws):
     def make(self, M, K, N, seed=0, *, sizes=None, **format):
         sizes = (0, M) if sizes is None else sizes  # in one tile, as the laws expect
         each = [one.TestWeightOnly().make(M, K, N, seed + e, **format) for e in range(len(sizes))]
-        stacked = {name: jnp.stack([a[name] for a in each]) for name in ("w", "scale")}
+        names = (
+            ("w", "scale", "zero") if isinstance(each[0].get("zero"), jax.Array) else ("w", "scale")
+        )
+        stacked = {name: jnp.stack([a[name] for a in each]) for name in names}
         return each[0] | stacked | {"group_sizes": jnp.array(sizes, jnp.int32)}
 
     def run(self, arrays, *, tuning, interpret, product=experts.matmul):
@@ -48,7 +54,8 @@ class TestExperts(Laws):
         y, start = np.zeros((arrays["x"].shape[0], arrays["w"].shape[1])), 0
         for e, size in enumerate(np.asarray(arrays["group_sizes"])):
             rows = slice(start, start := start + size)
-            own = {"x": arrays["x"][rows], "w": arrays["w"][e], "scale": arrays["scale"][e]}
+            own = {n: arrays[n][e] for n in ("w", "scale", "zero") if n in arrays}
+            own["x"] = arrays["x"][rows]
             y[rows] = one.TestWeightOnly().exact(arrays | own)
         return y
 
@@ -88,9 +95,10 @@ class TestExperts(Laws):
         monkeypatch.setattr(experts, "tiles_of", fewer)
         assert not self.error(self.make(3, 256, 128, sizes=(1, 2), **INT4), _FOR_ALL)[0] <= 0.01
 
-    def test_a_batch_of_products_is_one_kernel_for_as_many_tokens_each(self):
-        arrays = self.make(6, 256, 128, sizes=(3, 3), **INT4)
-        batch = {name: arrays[name] for name in ("w", "scale", "codebook")}
+    @pytest.mark.parametrize("weight", [INT4, ZEROS], ids=["int4", "zero points"])
+    def test_a_batch_of_products_is_one_kernel_for_as_many_tokens_each(self, weight):
+        arrays = self.make(6, 256, 128, sizes=(3, 3), **weight)
+        batch = {name: arrays[name] for name in arrays if name not in ("x", "group_sizes")}
         with interpreter.interpreting():
             y = self.run(
                 batch | {"x": arrays["x"].reshape(2, 3, -1)}, tuning=_FOR_ALL,
@@ -99,7 +107,7 @@ class TestExperts(Laws):
             y = np.asarray(y.reshape(6, -1), np.float64)
         np.testing.assert_allclose(y, self.exact(arrays), rtol=1e-4, atol=1e-4)
 
-    @pytest.mark.parametrize("weight", [INT4, INT2], ids=["int4", "int2"])
+    @pytest.mark.parametrize("weight", [INT4, ZEROS, INT2], ids=["int4", "zero points", "int2"])
     def test_derivatives_meet_the_transposed_weight(self, weight):
         arrays = self.make(3, 128, 256, sizes=(1, 0, 2), **weight)
         arrays["x"] = jax.random.normal(jax.random.key(9), (3, 256), jnp.bfloat16)
@@ -111,17 +119,19 @@ class TestExperts(Laws):
             )  # fmt: skip
             dx = np.asarray(dx, np.float64)
         plain = {"x": jnp.eye(128, dtype=jnp.bfloat16), "codebook": None}
+        names = [name for name in ("w", "scale", "zero") if name in arrays]
         w = [
-            one.TestWeightOnly().exact(plain | {"w": w, "scale": scale})  # [K, N]
-            for w, scale in zip(arrays["w"], arrays["scale"], strict=True)
+            one.TestWeightOnly().exact(plain | {name: arrays[name][e] for name in names})  # [K, N]
+            for e in range(3)
         ]
         dy = np.asarray(arrays["x"], np.float64)
         wanted = np.stack([dy[0] @ w[0].T, dy[1] @ w[2].T, dy[2] @ w[2].T])
         assert np.linalg.norm(dx - wanted) <= 2.0**-9 * np.linalg.norm(wanted)
         assert not races.found
 
-    def test_the_reference_agrees_with_float64(self):
-        arrays = self.make(5, 64, 5, sizes=(1, 0, 3), w="int4", group=32)
+    @pytest.mark.parametrize("zero", [None, True])
+    def test_the_reference_agrees_with_float64(self, zero):
+        arrays = self.make(5, 64, 5, sizes=(1, 0, 3), w="int4", group=32, zero=zero)
         np.testing.assert_allclose(reference.experts(**arrays), self.exact(arrays), rtol=1e-5)
 
     def test_refuses_what_it_cannot_compute(self):

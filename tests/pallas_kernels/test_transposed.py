@@ -12,6 +12,7 @@ import pytest
 
 from pallas_kernels import reference, transposed
 from pallas_kernels.testing import Laws
+from pallas_kernels.tuning import Tuning
 from tests.pallas_kernels import test_weight_only as forward
 
 
@@ -20,6 +21,23 @@ class TestTransposed(Laws):
         "int4 groups of 128": {"w": "int4", "group": 128},
         "int4 groups of 32": {"w": "int4", "group": 32},
         "int4 groups of 256": {"w": "int4", "group": 256},
+        "zero points": {"w": "int4", "group": 128, "zero": True},
+        "zero points of groups of 32, float16": {
+            "w": "int4",
+            "group": 32,
+            "zero": True,
+            "x": "float16",
+        },
+        "int4 less one zero point": {"w": "int4", "group": 128, "zero": 7},
+        "int8 zero points of groups of 64": {"w": "int8", "group": 64, "zero": True},
+        "int8 zero points of channels, float16": {
+            "w": "int8",
+            "group": 256,
+            "zero": True,
+            "x": "float16",
+        },
+        "int3 zero points of groups of 32": {"w": "int8", "group": 32, "bits": 3, "zero": True},
+        "int2 zero points of channels": {"w": "int8", "group": 256, "bits": 2, "zero": True},
         "a codebook": {"w": "int4", "group": 64, "codebook": forward.LEVELS},
         "powers of two": {"w": "int4", "group": 32, "codebook": forward.E2M1, "scale": "uint8"},
         "int8 channels": {"w": "int8", "group": 256},
@@ -29,6 +47,10 @@ class TestTransposed(Laws):
         "int3 groups of 128": {"w": "int8", "group": 128, "bits": 3},
         "int3 groups of 32, float16": {"w": "int8", "group": 32, "bits": 3, "x": "float16"},
     }
+    mutated: ClassVar = (
+        (None, Tuning(8, 2, sms=1)),
+        ("zero points of groups of 32, float16", Tuning(8, 2, sms=1)),
+    )
     budget = 2.0**-9  # weights times scales are rounded to bfloat16, of 8 places
 
     def make(self, M, K, N, seed=0, **format):
@@ -53,9 +75,12 @@ class TestTransposed(Laws):
         one = arrays | {"x": jnp.eye(n_inputs, dtype=arrays["x"].dtype)}
         return np.asarray(arrays["x"], np.float64) @ forward.TestWeightOnly().exact(one).T
 
-    def test_the_reference_agrees_with_float64(self):
-        arrays = self.make(3, 5, 64, **self.formats["int4 groups of 32"])
-        dx = reference.transposed(arrays["x"], arrays["w"], arrays["scale"])
+    @pytest.mark.parametrize("name", ["int4 groups of 32", "int8 zero points of groups of 64"])
+    def test_the_reference_agrees_with_float64(self, name):
+        arrays = self.make(3, 5, 64, **self.formats[name])
+        dx = reference.transposed(
+            arrays["x"], arrays["w"], arrays["scale"], zero=arrays.get("zero")
+        )
         np.testing.assert_allclose(dx, self.exact(arrays), rtol=1e-4, atol=1e-4)
 
     def test_refuses_what_it_cannot_compute(self):
