@@ -191,7 +191,6 @@ def matmul(
         scaled if in_epilogue else lambda total, *_: total,
         whole=late if in_epilogue else (),
         in_tensor_core=None if has_groups else total_dtype,
-        loads_blocks=False,
         rows_of="m" if by_token else "n",
         sum_dtype=sum_dtype,
         out_dtype=sum_dtype if late and not in_epilogue else out_dtype,

@@ -157,7 +157,6 @@ def product(
     whole: Sequence[Array] = (),
     table: Array | None = None,
     in_tensor_core: Any = None,
-    loads_blocks: bool = True,
     rows_of: str = "n",
     stored_as: Any = plgpu.Layout.WGMMA_TRANSPOSED,
     experts: Array | None = None,
@@ -172,13 +171,12 @@ def product(
     Args:
       operands: what the loop reads.
       step: function (*blocks in shared memory, table if there is one, turn, rows, total)
-        -> total that adds the products of one step for `rows` of the tile's features.
+        -> total that adds the products of one step for `rows` of the tile's features. One that
+        loads blocks into registers says so, `loaded`.
       finish: function (sums [64, tile_m], features, tokens, *whole) -> sums to store.
       whole: arrays that `finish` reads from global memory.
       table: an array that every CTA first copies to shared memory.
       in_tensor_core: None: `total` is a float32 value; or the type of the accumulator that it is.
-      loads_blocks: whether `step` loads blocks into registers and does not itself end with
-        `commit_smem`. What only a wgmma reads needs no fence before TMA overwrites it.
       rows_of: what the 64 rows of a warpgroup are: "n", features, or "m", tokens, of which a tile
         then has 128. Sums are [64, 128] there, and `rows` some of the tile's tokens.
       stored_as: layout of sums [64, tile_m] in registers when they are stored, of rows of features:
@@ -198,7 +196,7 @@ def product(
     parts = most_parts(tuning, sizes) if experts is None else tuning.split_k
     store_dtype = jnp.dtype(out_dtype if parts == 1 else sum_dtype)
     kernel = _Kernel(
-        operands, step, finish, in_tensor_core, loads_blocks, rows_of == "m", stored_as, tuning,
+        operands, step, finish, in_tensor_core, rows_of == "m", stored_as, tuning,
         sizes, store_dtype,
     )  # fmt: skip
     padded = M if M <= TOKENS else -(-M // TOKENS) * TOKENS
@@ -277,7 +275,6 @@ class _Kernel:
     step: Callable[..., Any]
     finish: Callable[..., Any]
     in_tensor_core: Any
-    loads_blocks: bool
     of_tokens: bool
     stored_as: Any
     tuning: Tuning
@@ -383,8 +380,6 @@ class _Kernel:
             plgpu.barrier_wait(cta.is_full.at[slot])
             blocks = (ring.at[slot] for ring in cta.rings)
             total = self.step(*blocks, *extra, turn, rows, total)
-            if self.loads_blocks:
-                loaded()
             plgpu.barrier_arrive(cta.is_free.at[slot])
             return self.after(slot), total
 

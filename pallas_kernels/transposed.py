@@ -109,7 +109,6 @@ def matmul(
         lambda total, *_: across.in_order(total, order),
         table=None if codebook is None else four_bits.table(codebook, dy.dtype),
         in_tensor_core=jnp.float32,
-        loads_blocks=False,  # but says so in its step
         stored_as=order.sums,
         experts=experts,
         out_dtype=out_dtype,

@@ -179,17 +179,18 @@ def matmul(
             f"pallas_kernels.weight_only: a codebook of {len(codebook)} values with {w.dtype.name}:"
             " it takes 16, with int4."
         )
+    known, zeros = (zero, None) if zero is None or isinstance(zero, int) else (None, zero)
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     tuning = tuning or tunings.weight_only(
         M, K, N, K // G, bits, hopper.bits(out_dtype),
         table_bytes=0 if codebook is None else four_bits.TABLE_BYTES,
         scale_bits=8 * stored.itemsize,
+        zero_points=zeros is not None,
     )  # fmt: skip
     group = min(K // G, tuning.tile_k)  # inputs of one step with one scale
     on_sums = G == 1 and nested is None and experts is None and stored.itemsize > 1
     on_accumulator = tuning.scale_on == "accumulator" and not on_sums
     n_scales = 0 if on_sums else 1 if nested is None else 2
-    known, zeros = (zero, None) if zero is None or isinstance(zero, int) else (None, zero)
 
     def parts(w_smem, *rest):
         """Returns what a step has, by what it is: blocks of scales, how to decode columns, ..."""
