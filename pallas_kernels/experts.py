@@ -116,7 +116,7 @@ def matmul(
     if tuning is None:
         # Some experts have more than others; while memory is the bound, larger tiles are free.
         tuning = _tuning(
-            x, w, scale, 2 * -(-M // E), min(E, M), codebook, out_dtype, transposed, bits
+            x, w, scale, zero, 2 * -(-M // E), min(E, M), codebook, out_dtype, transposed, bits
         )
     tiles = tiles_of(group_sizes, M, tuning.tile_m)
     y = _kernel(transposed, zero, bits)(
@@ -145,7 +145,7 @@ def batched(
     """
     E, M, _ = x.shape
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
-    tuning = tuning or _tuning(x, w, scale, M, E, codebook, out_dtype, transposed, bits)
+    tuning = tuning or _tuning(x, w, scale, zero, M, E, codebook, out_dtype, transposed, bits)
     of_each = -(-M // tuning.tile_m)
     padded = jnp.pad(x, ((0, 0), (0, -M % tuning.tile_m), (0, 0)))
     expert = jnp.repeat(jnp.arange(E, dtype=jnp.int32), of_each)
@@ -164,8 +164,8 @@ def _kernel(transposed: bool, zero: int | Array | None, bits: int | None) -> Any
 
 
 def _tuning(
-    x: Array, w: Array, scale: Array, M: int, experts: int, codebook: Any, out_dtype: Any,
-    transposed: bool, bits: int | None,
+    x: Array, w: Array, scale: Array, zero: int | Array | None, M: int, experts: int,
+    codebook: Any, out_dtype: Any, transposed: bool, bits: int | None,
 ) -> Tuning:  # fmt: skip
     """Returns the tuning for M tokens of each expert."""
     (N, columns), G = w.shape[-2:], scale.shape[-2]
@@ -177,4 +177,5 @@ def _tuning(
     return tunings.weight_only(
         M, K, N, K // G, bits, hopper.bits(out_dtype), table_bytes=table_bytes,
         scale_bits=8 * scale.dtype.itemsize, experts=experts,
+        zero_points=not (zero is None or isinstance(zero, int)),
     )  # fmt: skip

@@ -84,6 +84,7 @@ def weight_only(
     *,
     table_bytes: int = 0,
     scale_bits: int = 16,
+    zero_points: bool = False,
     experts: int | None = None,
 ) -> Tuning:
     """Returns the tuning of a weight-only product of M tokens with a [K, N] weight.
@@ -93,6 +94,7 @@ def weight_only(
       table_bytes: of shared memory that a table takes.
       scale_bits: of a scale. One of 8 times a weight of 4 goes on the weight: exact in bfloat16 for
         e2m1, one more rounding for other levels. So do those of small groups and many tokens.
+      zero_points: whether there is a byte beside every scale.
       experts: as many products side by side, of M tokens each; None: there is one weight.
 
     Example:
@@ -100,6 +102,10 @@ def weight_only(
       >>> t.tile_m, t.tile_k, t.split_k
       (16, 256, 8)
     """
+    if zero_points:  # in every buffer
+        table_bytes += max(
+            t.stages * TILE_N * max(1, t.tile_k // group_size) for t in WEIGHT_ONLY.values()
+        )
     t = _for_shape(WEIGHT_ONLY, M, K, N, group_size, bits, 16, out_bits, table_bytes, experts)
     # On the accumulator it takes tile_m / group_size instructions a weight, for which memory gives
     # time in proportion to its bits; and a wait for every group, which costs as if of 32 tokens.

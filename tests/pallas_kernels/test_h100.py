@@ -83,6 +83,8 @@ ZERO_POINTS = {
     "zero points channels M=16": (16, "int4", K, "bfloat16", 2.45, 1.25),
     "zero points g128, float16 M=16": (16, "int4", 128, "float16", 2.65, 1.25),
     "int8 zero points g128 M=16": (16, "int8", 128, "bfloat16", 4.15, 1.75),
+    # The most that shared memory holds beside the weights.
+    "int8 zero points g32, float32 M=32": (32, "int8", 32, "bfloat16", 5.9, 2.3, "float32"),
     "int8 zero points channels M=16": (16, "int8", K, "bfloat16", 3.95, 1.75),
     "int8 zero points channels M=1024": (1024, "int8", K, "bfloat16", 4.35, 1.9),
     "int8 zero points channels, float16 M=16": (16, "int8", K, "float16", 2.85, 1.2),
@@ -181,8 +183,9 @@ def test_weight_only(name):
     kernel = _check(program, "HGMMA")
     t = tuning.weight_only(
         M, K, N, group, BITS.get(dtype, 8),
-        table_bytes=four_bits.TABLE_BYTES if stored else 0,
+        table_bytes=four_bits.TABLE_BYTES if LEVELS in stored else 0,
         scale_bits=8 * jnp.dtype(stored[0]).itemsize if stored and stored[0] != "nested" else 16,
+        zero_points=has_zeros,
     )  # fmt: skip
     weights = 64 * t.tile_k
     assert kernel.per_weight(weights) <= total
@@ -294,6 +297,8 @@ EXPERTS = {
     "M=2": (2, False, 2.6, 1.3),
     "M=32": (32, False, 2.6, 1.3),
     "M=2048": (2048, False, 3.3, 1.5),
+    "zero points M=32": (32, False, 2.65, 1.3),
+    "zero points M=2048": (2048, False, 3.4, 1.5),
     "M=2048, transposed": (2048, True, 6, 3),
 }
 
@@ -302,10 +307,11 @@ EXPERTS = {
 def test_experts(name):
     M, is_transposed, total, integer = EXPERTS[name]
     E, width = 8, N if is_transposed else K
-    f = functools.partial(experts.matmul, transposed=is_transposed)
+    f = lambda *a: experts.matmul(*a[:4], transposed=is_transposed, zero=a[4] if a[4:] else None)
+    zeros = [_array("uint8", E, K // 128, N)] * ("zero points" in name)
     program = h100.compile(
         f, _array("bfloat16", M, width), _array("int4", E, N, K),
-        _array("bfloat16", E, K // 128, N), _array("int32", E),
+        _array("bfloat16", E, K // 128, N), _array("int32", E), *zeros,
     )  # fmt: skip
     kernel = _check(program, "HGMMA")
     tune = tuning.transposed if is_transposed else tuning.weight_only
