@@ -1,4 +1,4 @@
-"""Whether the scales and offsets of a quantized weight fit into the type that stores them."""
+"""Whether scales can do their work: those of weights in their type, those of activations at all."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from qjax import numerics
@@ -50,3 +51,25 @@ def check_range(path: str, w: Float[Array, ...], qt: QTensor) -> None:
             f" {float(jnp.max(jnp.abs(w))):.3g}. Use another type of scale ('float32' holds most),"
             " or scale or skip this parameter."
         )
+
+
+def check_act_scale(path: str, step: Float[Array, "*lead"]) -> None:
+    """Refuses steps of activations that are 0: whatever is multiplied later would become 0.
+
+    Args:
+      path: of the weight that reads them.
+      step: as measured, one for each stacked weight.
+
+    Raises:
+      QuantizationError: naming the path, and the index in a stack.
+    """
+    if isinstance(step, Tracer):
+        return
+    steps = np.asarray(step)
+    if (steps > 0).all():
+        return
+    index = "".join(f"[{i}]" for i in np.argwhere(~(steps > 0))[0])
+    raise QuantizationError(
+        f"{path}{index}: its input was 0 wherever it was measured, which gives its codes no step."
+        " Measure on more data, use activation_scale='token', or skip this parameter."
+    )

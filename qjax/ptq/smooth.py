@@ -17,6 +17,7 @@ from qjax.numerics import get_element
 from qjax.paths import path_str
 from qjax.ptq import awq, smoothquant
 from qjax.recipe import Recipe
+from qjax.scale_range import check_act_scale
 from qjax.transform import fold
 from qjax.transform.calibrate import Calibration
 
@@ -168,4 +169,5 @@ def act_scales(
         else:
             largest = jnp.max(stats["absmax"] / divisors.get(path, 1.0), -1)
         out[path] = largest / get_element(fmt.activation).qmax
+        check_act_scale(path, out[path])
     return out

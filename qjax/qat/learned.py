@@ -18,6 +18,7 @@ from qjax.policy import Policy
 from qjax.qat.ranges import Range
 from qjax.qtensor import QTensor, is_qtensor
 from qjax.quantize import Assignment, assign
+from qjax.scale_range import check_act_scale
 
 STARTS = ("rule", "lsq")
 
@@ -208,5 +209,8 @@ def _first_act_step(a: Assignment, ranges: Mapping[str, Range] | None, start: st
     if not isinstance(seen.batches, Tracer) and not bool(jnp.all(seen.batches > 0)):
         raise QuantizationError(f"{a.path}: its range saw no batch; run `qjax.qat.tracked` first.")
     if start == "rule":
-        return seen.step(a.format.activation)
-    return 2 * seen.mean / numerics.get_element(a.format.activation).qmax ** 0.5
+        step = seen.step(a.format.activation)
+    else:
+        step = 2 * seen.mean / numerics.get_element(a.format.activation).qmax ** 0.5
+    check_act_scale(a.path, step)
+    return step

@@ -128,6 +128,9 @@ def test_what_cannot_be_is_refused_by_name(params):
     unseen = qat.init_ranges(params, policy)
     with pytest.raises(QuantizationError, match="up: its range saw no batch"):
         qat.attach(params, policy, unseen)
+    zero = {"up": qat.Range(*(jnp.zeros(()),) * 2, jnp.ones((), jnp.int32))}
+    with pytest.raises(QuantizationError, match="up: its input was 0 wherever it was measured"):
+        qat.attach(params, policy, zero)
     with pytest.raises(QuantizationError, match="up: steps are learned for formats without zero"):
         qat.init(params, Policy([Rule("up", Format("uint4", zero_point=True))]))
     tree = qat.init(params, Policy([Rule("up", FORMAT)]))
