@@ -118,7 +118,8 @@ class Policy:
         if isinstance(policy, str | pathlib.Path):
             return cls.load(policy)
         raise TypeError(
-            f"expected a Policy, a Format, a preset name or a TOML path, got {policy!r}."
+            "expected a Policy, a Format, a preset name or a TOML path, got a"
+            f" {type(policy).__name__}. Parameters, or the function, come before it."
         )
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -42,9 +43,17 @@ def assign(params: Any, policy: Policy, usage: Any = None) -> list[Assignment]:
 
     Raises:
       QuantizationError: a rule that matches nothing although it is not optional, or matches a leaf
-        that is not float, has no data, or is quantized already; two leaves with one path.
+        that is not float, has no data, or is quantized already; two leaves with one path; no weight
+        of a product among all that rules give formats to.
     """
+    if usage is not None and not hasattr(usage, "layout"):
+        raise TypeError(
+            "`usage` must be what `qjax.usage(fn)(params, *args)` returns, an abstract trace of fn,"
+            f" got a {type(usage).__name__}."
+        )
     leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_weight)[0]
+    if callable(params) and len(leaves) == 1 and leaves[0][1] is params:
+        raise TypeError(f"`params` must be a tree of arrays, got the function {params!r}.")
     named = [(path_str(key_path), leaf) for key_path, leaf in leaves]
     try:
         check_unique(path for path, _ in named)
@@ -89,6 +98,13 @@ def assign(params: Any, policy: Policy, usage: Any = None) -> list[Assignment]:
         raise QuantizationError(
             f"policy {policy.name!r}: rule {i + 1} ({rule}) applies to no parameter. {why}"
             " Correct the pattern, or mark the rule optional."
+        )
+    unfit = [f"{a.path} is {a.note}" for a in out if a.note]
+    if unfit and all(a.format is None for a in out):
+        raise QuantizationError(
+            f"policy {policy.name!r} would quantize nothing: {'; '.join(unfit[:4])}"
+            + (f"; ... ({len(unfit)} in all)" if len(unfit) > 4 else "")
+            + ". Trace a function that multiplies by its parameters."
         )
     return out
 
@@ -426,6 +442,11 @@ def _quantize_with_data(
         first = batches[0] if isinstance(batches[0], tuple) else (batches[0],)
         usage = usage_of(fn)(params, *first)
     plan = assign(params, policy, usage)
+    if any(_is_abstract(a.leaf) for a in plan):
+        raise NotImplementedError(
+            "quantizing with data computes, weight after weight: call it outside of `jit`, with"
+            " arrays and not with shapes."
+        )
     check_finite(plan)
     weights, out = [], {}
     for path, leaf, fmt, layout, _ in plan:
@@ -441,6 +462,7 @@ def _quantize_with_data(
         mask=mask, resume=resume, report=report,
     )  # fmt: skip
     out |= made
+    what = dataclasses.replace(what, in_float={a.path: a.note for a in plan if a.note})
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: out.get(path_str(path), leaf), params, is_leaf=is_qtensor
     ), what

@@ -210,6 +210,34 @@ def test_a_leaf_that_does_not_fit_is_named(leaf, fmt, text):
     assert text in message
 
 
+def test_arguments_of_another_kind_are_named():
+    params, fn = {"w": random(64, 4)}, lambda p, x: x @ p["w"]
+    with pytest.raises(TypeError, match=r"`usage` must be what .* returns"):
+        quantize(params, INT4, usage=qjax.usage(fn))
+    with pytest.raises(TypeError, match="`params` must be a tree of arrays, got the function"):
+        quantize(fn, INT4)
+    with pytest.raises(TypeError, match=r"got a dict.* come before it"):
+        quantize(INT4, params)
+
+
+def test_a_function_that_multiplies_by_nothing_is_an_error():
+    params = {"w": random(64, 4), "v": random(64, 4)}
+    used = qjax.usage(lambda p, x: x + jnp.sum(p["w"]))(params, jnp.ones(3))
+    with pytest.raises(QuantizationError, match="'w4a16' would quantize nothing: v is not used by"):
+        quantize(params, "w4a16", usage=used)
+
+
+def test_usage_of_quantized_weights_is_that_of_floats():
+    params, fn = {"w": random(4, 8, 16)}, lambda p, x: jnp.einsum("bk,khd->bhd", x, p["w"])
+    x = jnp.ones((2, 4))
+    used = qjax.usage(fn)(params, x)
+    assert (
+        qjax.usage(fn)(quantize(params, Format("int8"), usage=used), x).to_dict() == used.to_dict()
+    )
+    with pytest.raises(QuantizationError, match="w: is quantized already"):
+        qjax.fp8.apply(fn)(quantize(params, Format("int8"), usage=used), x)
+
+
 def test_wrong_axes_are_named():
     policy = Policy([Rule("*", INT4, layout="kkkn")])
     assert refusal({"w": random(64, 4)}, policy).startswith("w: layout 'kkkn' has more axes")

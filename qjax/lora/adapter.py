@@ -111,9 +111,11 @@ def init(
     ndim = {path: len(getattr(leaf, "shape", ())) for path, leaf in named.items()}
     for pattern, rule in zip(patterns, rules, strict=True):
         if not any(rule.matches(path, ndim[path]) for path in named):
+            small = [path for path in named if rule.matches(path, rule.min_ndim)]
+            why = f"{_some(small)} has fewer than two axes." if small else ""
             raise ValueError(
-                f"`targets`: {pattern!r} matches no weight of the base. Its paths are"
-                f" {_some(list(named))}."
+                f"`targets`: {pattern!r} matches no weight of the base."
+                f" {why or f'Its paths are {_some(list(named))}.'}"
             )
     matched = [path for path in named if any(rule.matches(path, ndim[path]) for rule in rules)]
     adapters = {}

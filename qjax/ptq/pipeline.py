@@ -46,15 +46,18 @@ class Report:
     Attributes:
       solved: a line for each weight, or slice of a stacked one.
       smoothed: a line for each activation that was smoothed.
+      in_float: why parameters stayed in float to which the policy gives a format, by path.
     """
 
     solved: tuple[Solved, ...]
     smoothed: tuple[Smoothing, ...] = ()
+    in_float: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "smoothed": [dataclasses.asdict(s) for s in self.smoothed],
             "solved": [dataclasses.asdict(s) for s in self.solved],
+            "in_float": dict(self.in_float),
         }
 
     def to_json(self) -> str:
@@ -80,6 +83,10 @@ class Report:
         text = "\n".join(align(lines))
         if any(min(s.final, s.held_out or 0.0) < 0 for s in self.solved):
             text += "\nErrors below 0: the weight makes up for errors of the weights before it."
+        if self.in_float:
+            text += "\nLeft in float:\n" + "\n".join(
+                align([(path, why) for path, why in self.in_float.items()])
+            )
         if not self.smoothed:
             return text
         head = [("input of", "method", "alpha", "rtn", "smoothed", "where")]

@@ -60,7 +60,8 @@ def _is_array(x: Any) -> bool:
     )
 
 
-def _logical(leaf: Any) -> Any:
+def logical(leaf: Any) -> Any:
+    """Returns the float shape, on its mesh, that a QTensor stands for; any other leaf as it is."""
     if not is_qtensor(leaf):
         return leaf
     spec = weight.partition(weight.as_view(leaf, ""))
@@ -83,7 +84,7 @@ def trace(fn: Callable, call: Call) -> tuple[Any, list[Any], Callable[[list[Any]
         fixed = {i: v for i, v in enumerate(out) if not _is_array(v)}
         return [v for i, v in enumerate(out) if i not in fixed]
 
-    closed = jax.make_jaxpr(flat)(*[_logical(leaf) for leaf in call.leaves])
+    closed = jax.make_jaxpr(flat)(*[logical(leaf) for leaf in call.leaves])
     jaxpr, consts = _compat.open_jaxpr(closed)
 
     def rebuild(out):

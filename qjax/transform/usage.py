@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from qjax.paths import check_unique, path_str
 from qjax.tables import align
 from qjax.transform import walk
-from qjax.transform.trace import take_apart, trace
+from qjax.transform.trace import logical, take_apart, trace
 from qjax.view import Atom, View
 
 # The kinds of a parameter's axes are what we want to find out.
@@ -272,10 +272,10 @@ class _Recorder(walk.Handler):
 def usage(fn: Callable) -> Callable[..., Usage]:
     """Returns a function of fn's arguments that says how fn consumes each leaf of the first one.
 
-    An abstract trace; nothing is computed, and arguments may be ShapeDtypeStructs. It looks through
-    jit, scan, remat, cond, transposes and reshapes. Pass the result to `quantize`: it then knows
-    the contracted axes of every kernel, whatever its name and shape, and leaves alone what is never
-    multiplied.
+    An abstract trace; nothing is computed, and arguments may be ShapeDtypeStructs or quantized. It
+    looks through jit, scan, remat, cond, transposes and reshapes. Pass the result to `quantize`: it
+    then knows the contracted axes of every kernel, whatever its name and shape, and leaves alone
+    what is never multiplied.
 
     Example:
       >>> import jax.numpy as jnp
@@ -290,6 +290,7 @@ def usage(fn: Callable) -> Callable[..., Usage]:
     @functools.wraps(fn)
     def used(params, *args, **kwargs) -> Usage:
         call = take_apart((params, *args), kwargs)
+        call = call._replace(leaves=[logical(leaf) for leaf in call.leaves])
         recorder = _Recorder()
         # Names under the first positional argument start with "0/".
         own = {i for i, path in enumerate(call.paths) if path[0].idx == 0 and path[1].idx == 0}

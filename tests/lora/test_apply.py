@@ -426,9 +426,12 @@ def test_adapters_inside_of_shard_map(mesh, packed):
 
 def test_errors_name_the_path_and_the_remedy():
     base = {"a": normal(64, 32), "table": jnp.ones((9, 4)), "ids": jnp.ones((3, 3), int)}
+    base["norm"] = jnp.ones(4)
     init = functools.partial(lora.init, jax.random.key(0), base)
     with pytest.raises(ValueError, match=r"'\*proj' matches no weight of the base.*'a'"):
         init(["a", "*proj"], rank=2)
+    with pytest.raises(ValueError, match=r"'norm' matches no weight.* 'norm' has fewer than two"):
+        init("norm", rank=2)
     with pytest.raises(ValueError, match=r"a: `rank` must be from 1 to 32.*got 33"):
         init("a", rank=33)
     with pytest.raises(ValueError, match=r"ids: .*int32, not float"):

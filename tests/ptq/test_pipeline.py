@@ -120,6 +120,42 @@ def test_bad_calls_are_refused(params, batches, change, message):
         qjax.quantize(params, INT4, **arguments)
 
 
+def test_what_stays_in_float_is_reported(params, batches):
+    given = params | {"unused": jnp.ones((D, D)), "gain": jnp.ones((D, D))}
+    scaled = lambda p, tokens: fn(p, tokens) * jnp.sum(p["gain"])
+    _, report = qjax.quantize(
+        given, qjax.Policy([qjax.Rule("*", INT4)], recipe=qjax.Recipe(rounding="nearest")),
+        fn=scaled, calibration=batches, report=None,
+    )  # fmt: skip
+    assert report.in_float == {
+        "gain": "no weight of a product: used by reduce_sum",
+        "unused": "not used by the traced function",
+    }
+    assert "Left in float:\ngain    no weight" in str(report)
+    with pytest.raises(qjax.QuantizationError, match="would quantize nothing: gain is not used"):
+        qjax.quantize({"gain": given["gain"]}, INT4, fn=lambda p, x: x, calibration=batches)
+
+
+def test_data_are_for_arrays_outside_of_jit(params, batches):
+    run = lambda params: qjax.quantize(params, INT4, fn=fn, calibration=batches)
+    with pytest.raises(NotImplementedError, match="outside of `jit`"):
+        jax.eval_shape(run, params)
+    with pytest.raises(NotImplementedError, match="not with shapes"):
+        run(jax.eval_shape(lambda: params))
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "nearest"])
+def test_inputs_of_nothing_but_zeros_give_no_static_step(rounding):
+    fmt = qjax.Format("int8", activation="int8", activation_scale="static")
+    policy = qjax.Policy([qjax.Rule("w", fmt)], recipe=qjax.Recipe(rounding=rounding))
+    x = jnp.ones((2, 4, 16)).at[1].set(0.0)  # an expert that gets nothing but padding
+    with pytest.raises(qjax.QuantizationError, match=r"w\[1\]: its input was 0 wherever"):
+        qjax.quantize(
+            {"w": jnp.ones((2, 16, 8))}, policy, fn=lambda p, x: x @ p["w"], calibration=[x],
+            report=None,
+        )  # fmt: skip
+
+
 GPTQ = {"sweeps": 0, "refit": False, "asymmetric": False, "damping": 0.1}
 
 
