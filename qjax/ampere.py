@@ -49,6 +49,10 @@ class PreparedTriton(Prepared):
             extra=extra, capability=capability,
         )  # fmt: skip
 
+    def parts(self) -> tuple[int, int]:
+        (k_parts, n_parts), N = super().parts(), self.canonical_shape[-1]
+        return k_parts, math.gcd(n_parts, N // TILE_N)  # in whole tiles, too
+
     def canonical(self) -> QTensor:
         data = canonical_codes(self.data, self.format.element, self.extra)
         return QTensor(**fields_of(self, data=data, zero=stored_zeros(self)))

@@ -251,7 +251,7 @@ class _Program:
             spec = PartitionSpec(*[None] * (len(leaf.shape) - 2), _AXIS, None)
         if not is_qtensor(leaf):
             return self._placed(leaf, spec)
-        placed = shardings_of(leaf, NamedSharding(self.mesh, spec))
+        placed = shardings_of(leaf, NamedSharding(self.mesh, spec), name=path_str(path))
         struct = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)
         return jax.tree.map(struct, leaf, placed)
 

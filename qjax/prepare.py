@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from pallas_kernels.triton import versions
 from pallas_kernels.tuning import TILE_K, TILE_N
 from qjax import _compat, numerics, packing
 from qjax.format import Format
+from qjax.paths import path_str
 from qjax.qtensor import PARTS, QTensor, is_qtensor, read_scales
 
 # Element -> bits that turn a stored byte into the kernel's. Kernels take signed codes of 4 and 8
@@ -72,10 +74,20 @@ class Prepared(QTensor):
         return "nk"
 
     def parts(self) -> tuple[int, int]:
-        """Returns into how many parts K and N can be cut in whole tiles of the kernel."""
-        *_, K, N = self.canonical_shape
-        extra_k, extra_n = self.extra
-        return 1 if extra_k else K // TILE_K, 1 if extra_n else N // TILE_N
+        """Returns into how many parts K and N can be cut.
+
+        K in whole groups and tiles of the kernel. N where columns share no scale; what is no whole
+        tile then is padded on every call.
+        """
+        (*_, K, N), (extra_k, extra_n) = self.canonical_shape, self.extra
+        G, C = self.format.groups(K, N)
+        k_parts = K // TILE_K if G == 1 or G * (self.format.group_size or K) == K else 1
+        k_parts = k_parts if G == 1 else math.gcd(k_parts, G)
+        shared_by = [self.format.group_columns or N] if C > 1 else []
+        if _decoded_by_kernels(self.format) == "nested":
+            shared_by.append(self.scale.format.group_columns)
+        n_parts = math.gcd(*(1 if N % n else N // n for n in shared_by)) if shared_by else N
+        return 1 if extra_k else k_parts, 1 if extra_n else n_parts
 
     def canonical(self) -> QTensor:
         data = canonical_codes(self.data, self.format.element, self.extra)
@@ -235,7 +247,23 @@ def prepare(qparams: Any, device: Any = None) -> Any:
             return leaf if reason_against(leaf) else _prepared(leaf)
         return leaf if ampere.reason_against(leaf) else ampere.prepared(leaf, capability)
 
-    return jax.tree.map(one, qparams, is_leaf=is_qtensor)
+    prepared = jax.tree.map(one, qparams, is_leaf=is_qtensor)
+    _warn_of_placement(prepared)
+    return prepared
+
+
+def _warn_of_placement(prepared: Any) -> None:
+    """Warns of weights that are sharded so that the kernels cannot read what each device has."""
+    from qjax.sharding import beside_kernel
+
+    flat, _ = jax.tree_util.tree_flatten_with_path(prepared, is_leaf=is_qtensor)
+    paths: dict[str, list[str]] = {}
+    for path, leaf in flat:
+        if isinstance(leaf, Prepared) and (why := beside_kernel(leaf)) is not None:
+            paths.setdefault(why, []).append(path_str(path))
+    for why, of in paths.items():
+        some = ", ".join(of[:3]) + (f" and {len(of) - 3} more" if len(of) > 3 else "")
+        warnings.warn(f"{some}: {why}.", stacklevel=3)
 
 
 def _capability(device: Any, names: dict[str, int]) -> int | None:

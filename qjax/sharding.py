@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from pallas_kernels.tuning import TILE_N
 from qjax import packing
 from qjax.layout import Layout
 from qjax.qtensor import QTensor
@@ -17,7 +19,7 @@ _Mesh = Mesh | AbstractMesh
 _Axes = tuple[str, ...]  # the mesh axes that one array axis is split over
 
 
-def shardings_of(qt: QTensor, sharding: NamedSharding) -> QTensor:
+def shardings_of(qt: QTensor, sharding: NamedSharding, *, name: str = "a weight") -> QTensor:
     """Returns the NamedShardings of `qt`'s arrays, for a logical array sharded by `sharding`.
 
     With the spec over canonical axes `[*lead, K, N]`, and K and N sharded by all mesh axes of the
@@ -29,12 +31,14 @@ def shardings_of(qt: QTensor, sharding: NamedSharding) -> QTensor:
       pre_scale (*lead, K), like data; act_scale (*lead); with a `perm`, K is not split
 
     Where an axis cannot be split over all its mesh axes, it is split over as many of the first ones
-    as can be, so a per-channel scale (G = 1) is replicated along K. A weight of `qjax.prepare` is
-    split in whole tiles of 128, and its scales only where it is.
+    as can be, so a per-channel scale (G = 1) is replicated along K. K of a weight of `qjax.prepare`
+    is split in whole tiles of 128, and its scales only where it is; where codes are on more devices
+    than asked for, a warning says so.
 
     Args:
       qt: arrays or ShapeDtypeStructs.
       sharding: of the logical array, of shape `qt.shape`.
+      name: of the weight, for the warning.
 
     Returns:
       A QTensor of the same structure with NamedShardings as leaves.
@@ -45,7 +49,47 @@ def shardings_of(qt: QTensor, sharding: NamedSharding) -> QTensor:
     lead, k, n = canonical_axes(qt.layout, qt.shape, sharding)
     if qt.perm is not None:  # a part of the stored rows is no part of the channels
         k = ()
+    if (why := _cut_short(qt, k, n, sharding.mesh)) is not None:
+        warnings.warn(f"{name}, prepared: {why}, and are on all of them.", stacklevel=2)
     return _canonical(qt, sharding, lead, k, n)
+
+
+def _cut_short(qt: QTensor, k: _Axes, n: _Axes, mesh: _Mesh) -> str | None:
+    """Returns why codes of a prepared weight cannot be split as wanted, or None."""
+    if qt.data_axes != "nk":
+        return None
+    *_, K, N = qt.canonical_shape
+    for what, size, axes, most in zip(("rows", "columns"), (K, N), (k, n), qt.parts(), strict=True):
+        wanted = _parts(axes, mesh)
+        if most % wanted:
+            fit = math.gcd(most, wanted)
+            remedy = f"split them over {fit} devices" if fit > 1 else "do not split them"
+            return (
+                f"its {size} {what} do not make {wanted} parts of whole tiles and groups for as"
+                f" many devices ({remedy}, or keep the weight out of `qjax.prepare`)"
+            )
+    return None
+
+
+def beside_kernel(qt: QTensor) -> str | None:
+    """Returns what the placement of a prepared weight costs in every product, or None for nothing.
+
+    Args:
+      qt: arrays or ShapeDtypeStructs; only what they say of their sharding counts, so tracers of
+        a mesh with automatic axes say nothing.
+    """
+    like = getattr(qt.data, "sharding", None)
+    if qt.data_axes != "nk" or not isinstance(like, NamedSharding):
+        return None
+    spec = (*like.spec, *[None] * (qt.data.ndim - len(like.spec)))
+    n, k = (() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in spec[-2:])
+    if (why := _cut_short(qt, k, n, like.mesh)) is not None:
+        return f"{why}: every product gathers them"
+    parts, N = _parts(n, like.mesh), qt.canonical_shape[-1]
+    if parts > 1 and (more := -(N // parts) % TILE_N):
+        own = N // parts
+        return f"{own} columns on each device are padded to {own + more} in every product"
+    return None
 
 
 def canonical_axes(

@@ -41,6 +41,7 @@ def weight_only(
     """
     from pallas_kernels import weight_only as kernel  # needs Mosaic GPU, which few programs do
 
+    data, extra = _whole_tiles(data, extra)
     (M, K), (N_, K_) = x.shape, _sizes(data, format)
     data, padded, b, codes = _weight(data, scale, zero, x.dtype, format, extra)
     x = jnp.pad(x, ((0, 0), (0, K_ - K)))
@@ -71,6 +72,7 @@ def transposed(
     from pallas_kernels import transposed as kernel
 
     scale, zero = _decoded(scale, zero, format)
+    data, extra = _whole_tiles(data, extra)
     N_, K_ = _sizes(data, format)
     data, padded, b, codes = _weight(data, scale, zero, dy.dtype, format, extra)
     K, N = K_ - extra[0], dy.shape[1]
@@ -113,6 +115,7 @@ def experts(
     from pallas_kernels import experts as kernel
 
     scale, zero = _decoded(scale, zero, format)
+    data, extra = _whole_tiles(data, extra)
     N_, K_ = _sizes(data, format)
     data, padded, b, codes = _weight(data, scale, zero, x.dtype, format, extra)
     K, N = K_ - extra[0], N_ - extra[1]
@@ -141,6 +144,16 @@ def experts(
             sums = filled.reshape(*x.shape[:-1], groups, -1).astype(jnp.float32)
             y = y + dot(jnp.sum(sums, axis=-1)[..., :G], b)
     return y.astype(out_dtype)
+
+
+def _whole_tiles(data: Array, extra: tuple[int, int]) -> tuple[Array, tuple[int, int]]:
+    """Returns codes of whole tiles of columns, and what was added to K and N.
+
+    They are so as prepared; but a device may have a part of them that is not.
+    """
+    more = -data.shape[-2] % TILE_N
+    padding = [(0, 0)] * (data.ndim - 2) + [(0, more), (0, 0)]
+    return (jnp.pad(data, padding) if more else data), (extra[0], extra[1] + more)
 
 
 def _sizes(data: Array, format: Format) -> tuple[int, int]:
@@ -233,6 +246,7 @@ def quantized(
     """
     from pallas_kernels import eight_bit as kernel
 
+    data, extra = _whole_tiles(data, extra)
     data = kernel_codes(data, format.element)
     K, (N_, K_) = xq.shape[1], data.shape
     N = N_ - extra[1]

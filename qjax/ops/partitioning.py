@@ -26,9 +26,9 @@ class Shapes(NamedTuple):
       K, N: of the weight.
       rows: rows of the packed codes.
       G, C: of the scales.
-      k_parts, n_parts: K and N split into any divisor of this number of parts. K in whole groups
-        and whole packing units, N in whole column blocks, both in whole tiles of a kernel that the
-        weight is prepared for; 1 where the storage cannot be cut.
+      k_parts, n_parts: K and N split into any divisor of this number of parts. K in whole
+        groups, whole packing units and whole tiles of a kernel that the weight is prepared for, N
+        in whole column blocks, also of nested scales; 1 where the storage cannot be cut.
       has_zero: whether there are zero points or offsets, or factors of nested scales.
       columns: None; or, of a prepared weight, the rows of `data`, which are its N and more.
       outer: None; or the columns of the factors of nested scales, two for every block.
@@ -64,7 +64,8 @@ def shapes_of(spec: Spec, x: Any, data: Any, scale: Any, has_zero: bool) -> Shap
     rows, columns = data.shape[-2], None
     if spec.extra is not None:
         columns, rows = data.shape[-2:]
-        n_parts = 1 if spec.extra[1] else N // TILE_N
+        whole = n_parts if spec.capability is None else math.gcd(n_parts, N // TILE_N)
+        n_parts = 1 if spec.extra[1] else whole
     outer = None
     if (shared_by := spec.nested_columns(scale)) is not None:
         blocks = -(-N // shared_by)

@@ -69,6 +69,7 @@ class Packed(walk.Handler):
     def __init__(self, implementation: str | None):
         self.implementation = implementation
         self.uses: dict[Use, int] = {}
+        self.placements: dict[str, str] = {}  # weight -> what its sharding costs in a product
 
     def record(self, view: View, op: str, how: str, implementation: str = "") -> None:
         use = Use(view.name, op, how, implementation)
@@ -82,7 +83,10 @@ class Packed(walk.Handler):
         name = "x @ W" if form == "forward" else "x @ Wᵀ"
         if op != "dot_general":
             name += " at every position"
-        self.record(view, op, name, self.describe(view, form))
+        chosen = self.describe(view, form)
+        if (placement := self.placements.get(view.name)) is not None:
+            chosen += f"; {placement}"
+        self.record(view, op, name, chosen)
 
     def record_conv(self, view: View) -> None:
         chosen = "kernel dequantized in the op"
@@ -339,6 +343,9 @@ def explain(fn: Callable, *, implementation: str | None = None) -> Callable[...,
     def explained(*args, **kwargs):
         call = take_apart(args, kwargs)
         handler = Packed(implementation)
+        for leaf, name in zip(call.leaves, call.names, strict=True):
+            if is_qtensor(leaf) and (why := sharding.beside_kernel(leaf)) is not None:
+                handler.placements[name] = why
         leaves, tree = jax.tree.flatten(call.leaves)
 
         def traced(*leaves):
