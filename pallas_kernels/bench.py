@@ -50,6 +50,7 @@ class Form:
       has_table: whether codes are looked up.
       in_blocks: whether 128 features share a scale, and a token has one for every group; else for
         all of them.
+      zero_points: whether there is a byte beside every scale, which its codes are less.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Form:
     scale: str = "bfloat16"
     has_table: bool = False
     in_blocks: bool = False
+    zero_points: bool = False
 
     @property
     def is_weight_only(self) -> bool:
@@ -80,16 +82,19 @@ class Form:
         return M, self.groups(K) if self.in_blocks else 1
 
     def scales(self, K: int, N: int) -> list[jax.ShapeDtypeStruct]:
+        """Returns what is stored beside the codes: scales, and last zero points."""
         G = self.groups(K)
         if self.scale != "nested":
             N = N // TILE_N if self.in_blocks else N
-            return [jax.ShapeDtypeStruct((G, N), jnp.dtype(self.scale))]
+            zeros = [jax.ShapeDtypeStruct((G, N), jnp.uint8)] * self.zero_points
+            return [jax.ShapeDtypeStruct((G, N), jnp.dtype(self.scale)), *zeros]
         pairs = jax.ShapeDtypeStruct((G, 2 * -(-N // 256)), jnp.float32)
         return [jax.ShapeDtypeStruct((G, N), jnp.uint8), pairs]
 
 
 FORMS = (
     Form("W4A16 g128", "int4", "bfloat16", 128),
+    Form("W4A16 g128, zero points", "int4", "bfloat16", 128, zero_points=True),
     Form("W4A16 g32", "int4", "bfloat16", 32),
     Form("W3A16 g128", "int3", "bfloat16", 128),
     Form("W2A16 g128", "int2", "bfloat16", 128),
@@ -114,6 +119,7 @@ def tuning_of(form: Form, M: int, K: int, N: int) -> Tuning:
             M, K, N, form.group or K, form.bits,
             table_bytes=four_bits.TABLE_BYTES if form.has_table else 0,
             scale_bits=32 if form.scale == "nested" else 8 * jnp.dtype(form.scale).itemsize,
+            zero_points=form.zero_points,
         )  # fmt: skip
     return tuning.eight_bit(M, K, N, form.bits, form.group)
 
@@ -127,7 +133,10 @@ def compiled(form: Form, tile: Tuning) -> h100.Kernel:
     if form.is_weight_only:
         levels = tuple(map(float, range(16))) if form.has_table else None
         nested = lambda s: Nested(s[0], s[1], 256) if form.scale == "nested" else s[0]
-        f: Any = lambda x, w, *s: weight_only.matmul(x, w, nested(s), tuning=tile, codebook=levels)
+        zero = lambda s: s[1] if form.zero_points else None
+        f: Any = lambda x, w, *s: weight_only.matmul(
+            x, w, nested(s), tuning=tile, codebook=levels, zero=zero(s)
+        )
         operands += form.scales(K, N)
     else:
         f = functools.partial(eight_bit_kernel.matmul, tuning=tile)

@@ -47,12 +47,12 @@ class Contender:
 
     Attributes:
       name: of the row.
-      prepare: function (weight, scale) -> the arrays that are kept for a weight.
+      prepare: function (weight, scale, zero points if there are) -> the arrays that are kept.
       run: function (x, x_scale, *kept) -> y; x_scale is None for 16-bit activations.
     """
 
     name: str
-    prepare: Callable[[Array, Array], tuple[Array, ...]]
+    prepare: Callable[..., tuple[Array, ...]]
     run: Callable[..., Array]
 
 
@@ -68,7 +68,7 @@ def contenders(form: Form, capability: int | None) -> list[Contender]:
     if form.is_weight_only:
         then_dot = functools.partial(_dequantize_then_dot, form)
         found.append(Contender("XLA, dequantize then dot", keep, then_dot))
-        if form.bits >= 4 and not form.has_table:
+        if form.bits >= 4 and not form.has_table and not form.zero_points:
             name = "XLA, dot then scale" if form.group is None else "XLA, dot per group then scale"
             found.append(Contender(name, keep, _dot_then_scale))
     else:
@@ -81,13 +81,15 @@ def _kernels(form: Form, capability: int | None) -> list[Contender]:
     if capability == 90:
         from pallas_kernels import eight_bit, weight_only
 
-        def in_order(w, s):
+        def in_order(w, s, *zero):
             s = s[:, ::TILE_N] if form.in_blocks else s
-            return interleave.of_int4(w) if form.w == "int4" else _packed(form, w, s)[0], s
+            w = interleave.of_int4(w) if form.w == "int4" else _packed(form, w, s)[0]
+            return w, s, *zero
 
-        def run(x, x_scale, w, s):
+        def run(x, x_scale, w, s, *zero):
             if x_scale is None:
-                return weight_only.matmul(x, w, s, codebook=_levels(form))
+                z = zero[0] if zero else None
+                return weight_only.matmul(x, w, s, codebook=_levels(form), zero=z)
             return eight_bit.matmul(x, w, x_scale, s, out_dtype=jnp.bfloat16)
 
         return [Contender("Mosaic kernel", in_order, run)]
@@ -95,16 +97,17 @@ def _kernels(form: Form, capability: int | None) -> list[Contender]:
     if capability is not None and 80 <= capability < 90 and in_triton and not form.has_table:
         from pallas_kernels.triton import eight_bit, packing, weight_only
 
-        def prepare(w, s):
+        def prepare(w, s, *zero):
             if form.w == "int4":
                 w = packing.pack((w.astype(jnp.int8) + 8).astype(jnp.uint8))
-            return w, s
+            middle = 128 if form.w == "int8" else 0  # those are not made unsigned
+            return w, s, *(z.astype(form.x) - middle for z in zero)
 
-        def run(x, x_scale, w, s):
+        def run(x, x_scale, w, s, *zero):
             if x_scale is not None:
                 return eight_bit.matmul(x, w, x_scale[:, 0], s[0], out_dtype=jnp.bfloat16)
-            codes, zero = ("uint4", 8.0) if form.w == "int4" else ("int8", 0.0)
-            return weight_only.matmul(x, w, s, zero, codes=codes)
+            codes, middle = ("uint4", 8.0) if form.w == "int4" else ("int8", 0.0)
+            return weight_only.matmul(x, w, s, *(zero or [middle]), codes=codes)
 
         return [Contender("Triton kernel", prepare, run)]
     return []
@@ -116,25 +119,29 @@ def _levels(form: Form) -> tuple[float, ...] | None:
     return (*positive, *(-v for v in positive)) if form.has_table else None
 
 
-def _packed(form: Form, w: Array, s: Any) -> tuple[Array, Any]:
+def _packed(form: Form, w: Array, s: Any, *zero: Array) -> tuple[Array, ...]:
     """Returns a weight in as many bits as the form has."""
     if form.bits < 4:
         w = planes.packed((w + 2 ** (form.bits - 1)).astype(jnp.uint8), form.bits)
-    return w, s
+    return w, s, *zero
 
 
-def _dequantized(form: Form, w: Array, s: Any, dtype: Any) -> Array:
+def _dequantized(form: Form, dtype: Any, w: Array, s: Any, *zero: Array) -> Array:
     """Returns W [K, N] of a packed w [N, K] and s [G, N], by a broadcast that XLA can fuse."""
+    middle = 2 ** (form.bits - 1)
     if form.bits < 4:
-        w = planes.codes(w, form.bits).astype(jnp.int8) - 2 ** (form.bits - 1)
+        w = planes.codes(w, form.bits).astype(jnp.int8) - middle
     w, s = reference.values(w, _levels(form), dtype), reference.float_scale(s)
     N, K = w.shape
-    groups = w.astype(dtype).reshape(N, s.shape[0], -1) * s.astype(dtype).T[..., None]
+    groups = w.astype(dtype).reshape(N, s.shape[0], -1)
+    for z in zero:
+        groups -= (z.astype(dtype) - middle).T[..., None]
+    groups *= s.astype(dtype).T[..., None]
     return groups.reshape(N, K).T
 
 
-def _in_bfloat16(form: Form, w: Array, s: Any) -> tuple[Array, ...]:
-    return (_dequantized(form, *_packed(form, w, s), jnp.float32).astype(jnp.bfloat16),)
+def _in_bfloat16(form: Form, *weight: Any) -> tuple[Array, ...]:
+    return (_dequantized(form, jnp.float32, *_packed(form, *weight)).astype(jnp.bfloat16),)
 
 
 def _bfloat16_dot(x, x_scale, w):
@@ -142,9 +149,9 @@ def _bfloat16_dot(x, x_scale, w):
     return jnp.dot(x, w, preferred_element_type=jnp.float32).astype(jnp.bfloat16)
 
 
-def _dequantize_then_dot(form, x, x_scale, w, s):
+def _dequantize_then_dot(form, x, x_scale, *weight):
     del x_scale
-    y = jnp.dot(x, _dequantized(form, w, s, x.dtype), preferred_element_type=jnp.float32)
+    y = jnp.dot(x, _dequantized(form, x.dtype, *weight), preferred_element_type=jnp.float32)
     return y.astype(jnp.bfloat16)
 
 
@@ -195,19 +202,21 @@ def operands(form: Form, M: int, K: int, N: int, seed: int) -> dict[str, Any]:
         columns = TILE_N if form.in_blocks else 1
         scale = uniform(keys[2], (G, N // columns)).astype(form.scale)
         scale = jnp.repeat(scale, columns, axis=1)
+    zero = jax.random.randint(keys[1], (G, N), 0, 2**form.bits).astype("uint8")
     return {
         "x": values(keys[0], (M, K), form.x),
         "w": values(keys[1], (N, K), form.w),
         "scale": scale,
+        "zero": zero if form.zero_points else None,
         "x_scale": None if form.is_weight_only else uniform(keys[3], form.token_scale(M, K)),
         "codebook": _levels(form),
     }
 
 
 @functools.partial(jax.jit, static_argnames="codebook")
-def _exact(x, w, scale, x_scale, codebook):
+def _exact(x, w, scale, zero, x_scale, codebook):
     if x_scale is None:
-        return reference.weight_only(x, w, scale, codebook=codebook)
+        return reference.weight_only(x, w, scale, codebook=codebook, zero=zero)
     return reference.eight_bit(x, w, x_scale, scale)
 
 
@@ -215,6 +224,11 @@ def error_of(y: Array, args: dict[str, Any]) -> float:
     """Returns the relative error of a product against `reference`, in float32."""
     exact, got = np.asarray(_exact(**args), np.float64), np.asarray(y, np.float64)
     return float(np.linalg.norm(got - exact) / np.linalg.norm(exact))
+
+
+def beside_codes(args: dict[str, Any]) -> list[Any]:
+    """Returns what there is beside the codes of a weight: scales, and zero points if any."""
+    return [a for a in (args["scale"], args["zero"]) if a is not None]
 
 
 def copies_of(nbytes: int, l2_bytes: float, most: int = 64) -> int:
@@ -234,14 +248,13 @@ class _Prepared:
         self, contender: Contender, args: dict[str, Any], l2_bytes: float, enough_us: float
     ):
         prepare = jax.jit(contender.prepare)
-        first = prepare(args["w"], args["scale"])
+        beside = beside_codes(args)
+        first = prepare(args["w"], *beside)
         self.nbytes = sum(_nbytes(a) for a in jax.tree.leaves(first))
         count = copies_of(self.nbytes, l2_bytes)
         # Other values too: a compressing memory would like equal ones.
         roll = jax.jit(lambda w, i: jnp.roll(w, i, axis=0))
-        self.weights = [first] + [
-            prepare(roll(args["w"], i), args["scale"]) for i in range(1, count)
-        ]
+        self.weights = [first] + [prepare(roll(args["w"], i), *beside) for i in range(1, count)]
         (M, K), N = args["x"].shape, args["w"].shape[0]
         least_us = max(self.nbytes / BYTES_PER_US, 2 * M * K * N / 6e8)
         laps = max(1, min(16, math.ceil(enough_us / least_us / count)))

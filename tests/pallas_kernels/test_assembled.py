@@ -39,7 +39,7 @@ def backward(M, dtype="int4", K=256, N=1024):
     )  # fmt: skip
 
 
-def with_zero_points(M, dtype="int4", K=1024, N=256):
+def with_zero_points(M, dtype, K=1024, N=256):
     return (
         lambda *a: weight_only.matmul(*a[:3], zero=a[3]),
         array("bfloat16", M, K), array(dtype, N, K), array("bfloat16", K // 128, N),
@@ -48,8 +48,6 @@ def with_zero_points(M, dtype="int4", K=1024, N=256):
 
 
 OTHERS = {
-    "zero points, few tokens": with_zero_points(16),
-    "zero points": with_zero_points(1024),
     "zero points, int8": with_zero_points(1024, "int8"),
     "experts": of_experts(64),
     "experts, transposed": of_experts(64, transposed=True),

@@ -26,7 +26,7 @@ def test_every_form_agrees_with_float32_for_any_tokens_and_repeats_its_bits(form
     is_same = jax.jit(lambda a, b: jnp.all((a == b) | jnp.isnan(a) & jnp.isnan(b)))
     for M in TOKENS:
         args = timing.operands(form, M, *shape, seed=M)
-        kept = prepare(args["w"], args["scale"])
+        kept = prepare(args["w"], *timing.beside_codes(args))
         run = lambda args=args, kept=kept: product(args["x"], args["x_scale"], *kept)
         first = run()
         # The result is bfloat16, and weights are rounded to it where scales are on the weight.
