@@ -91,3 +91,18 @@ def test_what_cannot_be_is_said_before_the_model_is_loaded(tiny, text, tmp_path)
     out.write_text("here")
     assert "--overwrite" in error("convert", tiny, out, "--to", "gguf:Q8_0")
     assert out.read_text() == "here"
+
+
+def test_the_name_of_an_unknown_tokenizer_can_be_given(tiny, tmp_path):
+    strange, out = tmp_path / "strange", tmp_path / "m.gguf"
+    shutil.copytree(tiny, strange)
+    backend = Tokenizer.from_file(str(strange / "tokenizer.json"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split("x", "isolated"), backend.pre_tokenizer])  # fmt: skip
+    backend.save(str(strange / "tokenizer.json"))
+    args = ["convert", strange, out, "--to", "gguf:Q8_0"]
+    assert "--pre-tokenizer NAME" in error(*args)
+    run(*args, "--pre-tokenizer", "jais")
+    assert open_gguf(out).metadata["tokenizer.ggml.pre"] == "jais"
+    args = ["convert", strange, tmp_path / "kept", "--to", "orbax", "--pre-tokenizer", "jais"]
+    assert "--pre-tokenizer is for GGUF files" in error(*args)

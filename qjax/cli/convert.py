@@ -26,6 +26,7 @@ class Job(NamedTuple):
       out: where to.
       variant: what follows the colon in `--to`; None: nothing.
       overwrite, verify: as the user said.
+      pre_tokenizer: llama.cpp's name of the rule that cuts text; None: found out.
       report: called with a line for each step.
     """
 
@@ -35,6 +36,7 @@ class Job(NamedTuple):
     variant: str | None
     overwrite: bool
     verify: bool
+    pre_tokenizer: str | None
     report: Callable[[str], None]
 
 
@@ -81,9 +83,12 @@ def _gguf_policy(variant: str | None, model: LoadedModel, **recipe: Any) -> Any:
 def _write_gguf(job: Job) -> None:
     from qjax.models.gguf import save_gguf
 
+    extra = _described(job.source)
+    if job.pre_tokenizer is not None:
+        extra["tokenizer.ggml.pre"] = job.pre_tokenizer
     save_gguf(
         job.out, job.model.params, job.model.config, job.model.tokenizer, mix=job.variant,
-        extra=_described(job.source), name=Path(job.source).stem, overwrite=job.overwrite,
+        extra=extra, name=Path(job.source).stem, overwrite=job.overwrite,
         verify=job.verify, report=job.report,
     )  # fmt: skip
 
@@ -240,6 +245,14 @@ def convert(
     ] = Method.gptq,
     calibration_windows: options.CalibrationWindows = 64,
     calibration_window: options.CalibrationWindow = 512,
+    pre_tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What llama.cpp calls the rule by which the tokenizer cuts text, for a GGUF file;"
+            " asked for where it cannot be found out.",
+        ),
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Decode what was written, and compare every tensor.")
     ] = False,
@@ -264,6 +277,8 @@ def convert(
     target.check(variant)
     if calibration is not None and target.policy is None:
         raise ValueError(f"--calibration: the target {kind} keeps weights as they are.")
+    if pre_tokenizer is not None and kind != "gguf":
+        raise ValueError(f"--pre-tokenizer is for GGUF files; the target {kind} has no such name.")
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out}: exists. Pass --overwrite to replace it, or choose another.")
     target.check_out(out)
@@ -279,7 +294,7 @@ def convert(
             loaded, made, source, text, calibration_windows, calibration_window, unfinished
         )
     with progress_lines(f"Writing {out}") as line:
-        target.write(Job(source, loaded, out, variant, overwrite, verify, line))
+        target.write(Job(source, loaded, out, variant, overwrite, verify, pre_tokenizer, line))
     if calibration is not None:
         shutil.rmtree(unfinished, ignore_errors=True)
     files = [out] if out.is_file() else [f for f in out.rglob("*") if f.is_file()]

@@ -506,8 +506,9 @@ def _pre_tokenizer(spec: Mapping[str, Any]) -> str:
     for name, known in PRE_TOKENIZERS.items():
         if known == tuple(patterns):
             return name
+    rule = " and ".join(patterns) if pre else "no rule"
     raise NotImplementedError(
-        f"the tokenizer cuts text by {patterns}, which is none of {', '.join(PRE_TOKENIZERS)}."
-        " Pass the name that llama.cpp has for it as the metadata `tokenizer.ggml.pre`: a wrong one"
-        " would tokenize wrongly without a word."
+        f"the tokenizer cuts text by {rule}, which is none of {', '.join(PRE_TOKENIZERS)}. Pass the"
+        " name that llama.cpp has for it, `extra={'tokenizer.ggml.pre': NAME}` (--pre-tokenizer"
+        " NAME): a wrong one would tokenize wrongly without a word."
     )
