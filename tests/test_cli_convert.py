@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from qjax import is_qtensor
+from qjax import Policy, Rule, is_qtensor, quantize
 from qjax.interop.gguf import MIXES, open_gguf
-from qjax.models import load_gguf
+from qjax.models import load, load_gguf
+from qjax.models.catalog import open_model
+from qjax.models.gguf import save_gguf
 from qjax.models.store import load_model
 from tests.test_cli import GOLDEN, TEXT, error, run
 
@@ -106,3 +108,23 @@ def test_the_name_of_an_unknown_tokenizer_can_be_given(tiny, tmp_path):
     assert open_gguf(out).metadata["tokenizer.ggml.pre"] == "jais"
     args = ["convert", strange, tmp_path / "kept", "--to", "orbax", "--pre-tokenizer", "jais"]
     assert "--pre-tokenizer is for GGUF files" in error(*args)
+
+
+def test_files_run_as_they_are_stored_also_if_their_layers_differ(tiny, text, tmp_path):
+    loaded = load(tiny)
+    kinds = {"layers_0/attn/*/kernel": "gguf-q8_0", "layers_1/attn/*/kernel": "gguf-q4_0"}
+    rules = [Rule(path, Policy.of(kind).rules[-1].format) for path, kind in kinds.items()]
+    mixed = quantize(loaded.params, Policy([*rules, Rule("*")]))
+    alike = quantize(loaded.params, Policy([Rule("*/attn/*/kernel", rules[0].format), Rule("*")]))
+    few = ["--text", text, "--window", "16", "--windows", "2", "--json"]
+    for params, stacks in ((mixed, False), (alike, True)):
+        out = tmp_path / f"{stacks}.gguf"
+        save_gguf(out, params, loaded.config, loaded.tokenizer)
+        assert ("layers" in open_model(out, scan_layers=None, packed=True).params) == stacks
+        said = json.loads(run("eval", out, *few).stdout)
+        assert said["bytes"] == sum(a.nbytes for a in jax.tree.leaves(params))
+        kept = tmp_path / f"{stacks}-kept"
+        run("convert", out, kept, "--to", "orbax")
+        again = json.loads(run("eval", kept, *few).stdout)
+        assert said["nll"] == pytest.approx(again["nll"], rel=1e-5)
+        assert run("generate", out, "The quick", "--max-tokens", 2).stdout.startswith("The quick")

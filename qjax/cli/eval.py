@@ -39,8 +39,8 @@ def evaluate(
       qjax eval out/smollm2-w4a16 --against smollm2 --full --json
     """
     content = models.read_text(text)
-    one = models.open_runner(model)
-    other = None if against is None else models.open_runner(against)
+    one = models.open_runner(model, packed=True)
+    other = None if against is None else models.open_runner(against, packed=True)
     pieces = models.text_windows(one, model, content, window, None if full else windows)
     if other is not None:
         _check_tokenizers(one, model, other, against or "")

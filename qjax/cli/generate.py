@@ -43,7 +43,7 @@ def generate(
         raise ValueError("--top-k and --top-p only matter with --temperature above 0.")
     import jax
 
-    run = models.open_runner(model)
+    run = models.open_runner(model, packed=True)
     tokenizer = models.tokenizer_of(run, model)
     given = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else prompt
     sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}

@@ -31,12 +31,17 @@ class Runner(NamedTuple):
     logits: Callable[..., Any]
 
 
-def open_runner(name: str, dtype: str | None = None) -> Runner:
-    """Opens a model, its layers stacked: that compiles in a fraction of the time."""
+def open_runner(name: str, dtype: str | None = None, *, packed: bool = False) -> Runner:
+    """Opens a model, its layers stacked if they can be: that compiles in a fraction of the time.
+
+    Args:
+      name, dtype: as for `open_model`.
+      packed: whether to run a GGUF file as it is stored; else its weights become floats.
+    """
     from qjax.models.catalog import open_model
 
     with step(f"Loading {name}"):
-        return runner(open_model(name, dtype=dtype, scan_layers=True))
+        return runner(open_model(name, dtype=dtype, scan_layers=None, packed=packed))
 
 
 def runner(loaded: LoadedModel) -> Runner:

@@ -17,6 +17,10 @@ from qjax.qtensor import QTensor, is_qtensor
 _ALIGNMENT = 64  # JAX adopts a host buffer so aligned on CPU without copying it.
 
 
+class UnlikeLayersError(ValueError):
+    """Layers that were to be one stack are stored in different formats."""
+
+
 def shapes(model: Decoder) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns path to shape of every parameter `model` has, from the model itself."""
     tree: Any = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
@@ -43,8 +47,8 @@ def assemble(
       source: the file's name, for errors.
 
     Raises:
-      ValueError: if a tensor is missing, unexpected, or of another shape, or if layers that are to
-        be one stack are stored in different formats.
+      ValueError: if a tensor is missing, unexpected, or of another shape.
+      UnlikeLayersError: if layers that are to be one stack are stored in different formats.
     """
     expected = shapes(model)
     files = {path: _files(path, names, model) for path in expected}
@@ -72,7 +76,7 @@ def assemble(
         for i, name in enumerate(files[path]):
             tensor = tensor if i == 0 else read(name)
             if is_qtensor(tensor):
-                raise ValueError(_unlike(path, source))
+                raise UnlikeLayersError(_unlike(path, source))
             _copy(stack[i] if stacked else stack, tensor, path, f"{source}: tensor {name!r}")
         params[path] = jax.device_put(stack, may_alias=True)
     return flax.traverse_util.unflatten_dict(params, sep="/")
@@ -86,7 +90,7 @@ def _packed(
         tensors = [_ordered(t) if is_qtensor(t) else t for t in tensors]
     structures = [jax.tree.structure(t) for t in tensors]
     if not all(map(is_qtensor, tensors)) or len(set(structures)) > 1:
-        raise ValueError(_unlike(path, source))
+        raise UnlikeLayersError(_unlike(path, source))
     out = jax.tree.map(lambda *a: jnp.stack(a), *tensors) if stacked else tensors[0]
     if out.shape != shape:
         raise ValueError(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from qjax.checkpoint.manifest import FILE
+from qjax.models.assemble import UnlikeLayersError
 from qjax.models.load import PACKAGES, LoadedModel, load
 from qjax.models.rescale import rescale
 from qjax.models.store import load_model
@@ -28,7 +29,8 @@ def open_model(
     name_or_path: str | os.PathLike[str],
     *,
     dtype: DTypeLike | None = None,
-    scan_layers: bool = False,
+    scan_layers: bool | None = False,
+    packed: bool = False,
 ) -> LoadedModel:
     """Opens a model.
 
@@ -37,7 +39,9 @@ def open_model(
         saved. The name of a packaged model followed by "-rescaled" is the same function with its
         weights moved off the grid they were stored on (see `qjax.models.rescale`).
       dtype: to compute and keep parameters in, float32 by default; a qjax checkpoint has its own.
-      scan_layers: whether the layers are one stack; a qjax checkpoint is as it was saved.
+      scan_layers: whether the layers are one stack, None: if they are stored alike; a qjax
+        checkpoint is as it was saved.
+      packed: of a GGUF file, whether its weights stay packed, as those of a directory do.
 
     Raises:
       ValueError: if the files are damaged, or `dtype` is given for a qjax checkpoint.
@@ -51,6 +55,11 @@ def open_model(
                 " only be chosen when a model is loaded from its original files."
             )
         return load_model(name_or_path)
+    if scan_layers is None:
+        try:
+            return open_model(name_or_path, dtype=dtype, scan_layers=True, packed=packed)
+        except UnlikeLayersError:
+            scan_layers = False
     dtype = jnp.float32 if dtype is None else dtype
     name = str(name_or_path)
     if name.endswith(RESCALED) and name.removesuffix(RESCALED) in PACKAGES:
@@ -61,4 +70,4 @@ def open_model(
             f"no model {name!r}: it is no directory, no file, and none of the names"
             f" {', '.join(names())}."
         )
-    return load(name_or_path, dtype=dtype, scan_layers=scan_layers)
+    return load(name_or_path, dtype=dtype, scan_layers=scan_layers, packed=packed)

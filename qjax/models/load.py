@@ -61,6 +61,7 @@ def load(
     param_dtype: DTypeLike | None = None,
     scan_layers: bool = False,
     remat: bool = False,
+    packed: bool = False,
 ) -> LoadedModel:
     """Loads a model.
 
@@ -70,6 +71,7 @@ def load(
       param_dtype: to store in; `dtype` by default.
       scan_layers: whether the layers are one stack that a scan walks over.
       remat: whether gradients recompute each layer.
+      packed: of a GGUF file, whether its weights stay packed, as those of a directory do.
 
     Raises:
       ValueError: if the files are damaged, or their tensors are not those of their config.
@@ -88,7 +90,7 @@ def load(
     if path.is_dir():
         return load_hf(path, **options)
     if path.is_file():
-        return load_gguf(path, **options)
+        return load_gguf(path, **options, packed=packed)
     raise FileNotFoundError(
         f"no model {str(name_or_path)!r}: it is no directory, no file, and none of the names"
         f" {sorted(PACKAGES)}."
