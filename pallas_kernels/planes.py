@@ -43,7 +43,7 @@ def packed(codes: Array, bits: int) -> Array:
     codes = codes.astype(jnp.uint8).reshape(*lead, units, -1, 2, 4, 2, 2, 2)
     # [.., unit, its 64 inputs, b // 4, b % 4, t // 2, t % 2, e]
     words = jnp.moveaxis(codes, (-2, -3, -1, -5, -4), (-5, -4, -3, -2, -1))
-    shifts = 2 * jnp.arange(4, dtype=jnp.uint8)
+    shifts = _along(2 * jnp.arange(4, dtype=jnp.uint8), -1, words.ndim)
     low = _sum((words & 3) << shifts).reshape(*lead, units, -1, CHUNK)
     if bits == 2:
         return low.reshape(*lead, -1)
@@ -57,19 +57,25 @@ def _sum(fields: Array) -> Array:
     return jnp.sum(fields, axis=-1, dtype=jnp.uint8)
 
 
+def _along(values: Array, axis: int, ndim: int) -> Array:
+    """Returns values [n] along an axis of an array; of its rank, as JAX may demand."""
+    shape = [1] * ndim
+    shape[axis] = values.size
+    return values.reshape(shape)
+
+
 def codes(data: Array, bits: int) -> Array:
     """Returns the codes [.., K]; the inverse of `packed`."""
     *lead, n = data.shape
     units = n // CHUNK // chunks(bits)
     # [.., unit, chunk, t % 2, t // 2, e, b // 4, 1]
     words = data.reshape(*lead, units, -1, 2, 2, 2, 2, 1)
-    shifts = 2 * jnp.arange(4, dtype=jnp.uint8)
+    shifts = _along(2 * jnp.arange(4, dtype=jnp.uint8), -1, words.ndim)
     if bits == 2:
         fields = (words >> shifts) & 3
     else:
-        second = words[..., 2:, :, :, :, :, :] >> jnp.arange(2, dtype=jnp.uint8).reshape(
-            2, 1, 1, 1, 1, 1
-        )
+        second = words[..., 2:, :, :, :, :, :]
+        second = second >> _along(jnp.arange(2, dtype=jnp.uint8), -6, words.ndim)
         high = (second >> shifts) & 1
         fields = ((words[..., :2, :, :, :, :, :] >> shifts) & 3) | (high << 2)
     fields = jnp.moveaxis(fields, (-5, -4, -3, -2, -1), (-2, -3, -1, -5, -4))
@@ -81,9 +87,11 @@ def codes_at(data: Array, bits: int, inputs: Array) -> Array:
     at, k = inputs // unit(bits) * chunks(bits), inputs % unit(bits)
     half, b, t, e = k // 64, k % 64 // 8, k % 8 // 2, k % 2
     byte = (t % 2) * 8 + t // 2 * 4 + e * 2 + b // 4
-    shift = (2 * (b % 4)).astype(jnp.uint8)
+    shift = _along((2 * (b % 4)).astype(jnp.uint8), -1, data.ndim)
     code = (data[..., (at + half) * CHUNK + byte] >> shift) & jnp.uint8(3)
     if bits == 2:
         return code
-    high = data[..., (at + 2) * CHUNK + byte] >> (shift + half.astype(jnp.uint8))
+    high = data[..., (at + 2) * CHUNK + byte] >> (
+        shift + _along(half.astype(jnp.uint8), -1, data.ndim)
+    )
     return code | ((high & jnp.uint8(1)) << 2)

@@ -121,6 +121,6 @@ def added(sums: Array, share: Share, tile_m: int) -> Array:
     n_tiles, m_tiles = N // TILE_N, -(-M // tile_m)
     tile = np.arange(n_tiles) * share.tiles // n_tiles + np.arange(m_tiles)[:, None]
     has = jnp.repeat(jnp.asarray(share.parts(tile)), tile_m, axis=0)[:M]  # of each token
-    is_part = jnp.arange(P)[:, None, None] < has
+    is_part = jnp.arange(P)[:, None, None] < has[None]
     tiles = jnp.where(is_part[..., None], sums.reshape(P, M, n_tiles, TILE_N), 0)
     return jnp.sum(tiles, axis=0, dtype=sums.dtype).reshape(M, N)

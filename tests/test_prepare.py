@@ -525,6 +525,23 @@ def test_scales_of_a_weight_that_cannot_be_split_are_whole():
     assert "all-gather" not in (program.as_text() or "")
 
 
+@pytest.mark.parametrize("name", ["int4", "int3", "w8a8 groups"])
+def test_nothing_broadcasts_ranks_in_silence(name):
+    """Users may set `jax_numpy_rank_promotion="raise"`. Few tokens have sums of parts of K."""
+    with jax.numpy_rank_promotion("raise"):
+        fmt = FORMATS[name] if name in FORMATS else QUANTIZED[name]
+        qt = quantize_array(jnp.ones((1024, 256)), fmt)
+        prepared = qjax.prepare(qt, "h100")
+        restored = qjax.restore(prepared)
+        x = jnp.ones((3, 1024), jnp.bfloat16)
+        jax.block_until_ready(packed_dot(x, restored, implementation="xla"))
+        jax.block_until_ready(dequantize_rows(prepared, jnp.arange(3)))
+        for transposed in (False, True):
+            dot = jax.jit(functools.partial(packed_dot, transposed=transposed))
+            rows = x[:, :256] if transposed else x
+            dot.trace(rows, prepared).lower(lowering_platforms=("cpu", "cuda"))
+
+
 @pytest.mark.h100(code=False)
 @pytest.mark.parametrize("name", [*(n for n in QUANTIZED if n != "fp8 shorter"), "fp8 blocks bf16"])
 def test_programs_for_an_h100_multiply_on_its_kernel_and_form_no_float_weight(name):

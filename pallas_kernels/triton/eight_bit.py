@@ -126,4 +126,4 @@ def matmul(
     if split == 1:
         return parts[0]
     y = jnp.sum(parts, axis=0, dtype=jnp.int32).astype(jnp.float32)
-    return (y * x_scale[:, None] * w_scale.astype(jnp.float32)).astype(out_dtype)
+    return (y * x_scale[:, None] * w_scale[None].astype(jnp.float32)).astype(out_dtype)

@@ -111,7 +111,8 @@ def matmul(
     on_products = is_bf16 or (block <= g and _is_at_most(M, block // 8))
 
     # x, columns reordered as the block holds its rows: [nb, M, block].
-    xb = x.astype(dtype).reshape(M, nb, block // gb, gb // n, n) * _gains(element).astype(dtype)
+    xb = x.astype(dtype).reshape(M, nb, block // gb, gb // n, n)
+    xb = xb * _gains(element).astype(dtype).reshape(1, 1, 1, 1, n)
     xb = xb.transpose(1, 0, 2, 4, 3).reshape(nb, M, block)
 
     def step(acc, inputs):
@@ -187,7 +188,7 @@ def matmul_t(
         y = lax.optimization_barrier(step(None, jax.tree.map(lambda v: v[0], inputs))[1])
     else:
         y = lax.scan(step, None, inputs)[1]
-    y = y.reshape(K // gb, n, gb // n, M) * _gains(element)[:, None, None]
+    y = y.reshape(K // gb, n, gb // n, M) * _gains(element)[None, :, None, None]
     y = y.transpose(3, 0, 2, 1).reshape(M, K)
     if bias is not None:
         y = y + jnp.repeat(jnp.dot(x, bias.T), g, axis=1)

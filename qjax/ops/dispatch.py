@@ -352,7 +352,7 @@ def _activation_quantized(x, data, scale, spec: Spec):
     # only plain integer dots are fast, and holds [G, M, N] integers.
     def step(total, group):
         xq, q, scale, *sx = group
-        y = product(xq, q).astype(jnp.float32) * scale
+        y = product(xq, q).astype(jnp.float32) * scale[None]
         return total + (y * sx[0] if sx else y), None
 
     groups = (xq.reshape(-1, G, g).swapaxes(0, 1), q.reshape(G, g, N), wide)
