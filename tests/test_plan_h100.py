@@ -56,3 +56,15 @@ def test_fp8_products_are_native_and_shards_tell_each_other_the_largest_activati
     expected = {"all-reduce": 2 * 2 * LAYERS[model]} if devices > 1 else {}
     assert got.collectives == computed.collectives == expected
     assert got.temporaries <= 0.02 * got.arguments
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_zero_points_add_a_byte_a_group_to_a_step_and_nothing_else(devices):
+    got, without = (
+        planned("llama-3-8b", policy, devices, 16) for policy in ("w4a16-asym", "int4-g128")
+    )
+    assert got.products == without.products
+    assert got.collectives == without.collectives
+    assert got.temporaries <= 1.01 * without.temporaries
+    weights = 32 * (4096 * 6144 + 4096 * 4096 + 3 * 4096 * 14336)
+    assert got.arguments - without.arguments == pytest.approx(weights / 128 / devices, rel=0.01)
