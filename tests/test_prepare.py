@@ -525,6 +525,22 @@ def test_scales_of_a_weight_that_cannot_be_split_are_whole():
     assert "all-gather" not in (program.as_text() or "")
 
 
+@pytest.mark.parametrize("name", ["int4", "nvfp4, one scale", "w8a8"])
+def test_derivatives_of_float32_results_run_on_the_kernel(name):
+    """As of logits, or of a weight with a factor of its own."""
+    fmt = FORMATS[name] if name in FORMATS else QUANTIZED[name]
+    qt = quantize_array(jax.random.normal(jax.random.key(0), (256, 128)), fmt)
+    x = jax.random.normal(jax.random.key(1), (16, 256), jnp.bfloat16)
+    u = jax.random.normal(jax.random.key(2), (16, 128))
+    f = lambda x, qt: jnp.vdot(packed_dot(x, qt, out_dtype=jnp.float32), u)
+    grad, prepared = jax.jit(jax.grad(f)), qjax.prepare(qt, "h100")
+    text = grad.trace(x, prepared).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu_v2") == 1  # the forward product is not needed
+    dx, wanted = grad(x, prepared).astype(jnp.float32), grad(x, qt).astype(jnp.float32)
+    error = jnp.linalg.norm(dx - wanted) / jnp.linalg.norm(wanted)
+    assert error < 2.0**-8  # two roundings to bfloat16 instead of one
+
+
 @pytest.mark.parametrize("name", ["int4", "int3", "w8a8 groups"])
 def test_nothing_broadcasts_ranks_in_silence(name):
     """Users may set `jax_numpy_rank_promotion="raise"`. Few tokens have sums of parts of K."""

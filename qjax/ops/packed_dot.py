@@ -56,7 +56,10 @@ def packed_dot(
     With `outliers` in the format, channels of x with a magnitude of that threshold or more leave
     the quantized product and are multiplied in float (Dettmers et al., 2022, LLM.int8()).
 
-    The weight is a constant: derivatives with respect to its scales are refused, not zero.
+    The weight is a constant: derivatives with respect to its scales are refused, not zero. Those
+    with respect to x in bfloat16 and with a weight prepared for an H100 round the cotangent to x's
+    type, too, and run on its kernel; but not where x is divided by a step that all tokens share, or
+    has outliers: that is in float32, in plain JAX.
 
     Args:
       x: activation; its leading axes equal those of the weight, then any number of token axes.
@@ -226,7 +229,21 @@ def _transpose(ct, x, *weight, spec):
     back = dataclasses.replace(
         _linear(spec), transposed=not spec.transposed, out_dtype=x.aval.dtype.name
     )
-    return [packed_dot_p.bind(ct, *weight, spec=back)] + [None] * len(weight)
+    return [packed_dot_p.bind(short(ct, back), *weight, spec=back)] + [None] * len(weight)
+
+
+def short(ct: Array, spec: Spec) -> Array:
+    """Returns a cotangent in bfloat16 where that is what its product gives and a kernel takes.
+
+    Results in float32, as of weights with a factor of their own, have cotangents in float32. To
+    round those adds about as much error as the result's own rounding. float16 lacks their range.
+    """
+    is_kernel = spec.layout == "mosaic" and spec.implementation in (None, "mosaic")
+    if spec.transposed and against_transposed(spec.format, spec.capability) is not None:
+        is_kernel = False
+    if is_kernel and spec.out_dtype == "bfloat16" and ct.dtype == jnp.float32:
+        return ct.astype(jnp.bfloat16)
+    return ct
 
 
 ad.primitive_jvps[packed_dot_p] = _jvp

@@ -24,7 +24,7 @@ from qjax import _compat, packing, qtensor
 from qjax.format import Format
 from qjax.ops import activation, mosaic_dot, partitioning
 from qjax.ops.dispatch import against_stack, codes_of, takes_kernel
-from qjax.ops.packed_dot import refuse_weight_tangents
+from qjax.ops.packed_dot import refuse_weight_tangents, short
 from qjax.ops.spec import Spec
 from qjax.prepare import Prepared, against_gpu, canonical_codes
 from qjax.qtensor import QTensor
@@ -197,7 +197,8 @@ def _transpose(ct, x, sizes, *weight, spec, **static):
     if type(ct) is ad.Zero:
         return [None] * (2 + len(weight))
     back = dataclasses.replace(spec, transposed=not spec.transposed, out_dtype=x.aval.dtype.name)
-    return [ragged_dot_p.bind(ct, sizes, *weight, spec=back, **static)] + [None] * (1 + len(weight))
+    dx = ragged_dot_p.bind(short(ct, back), sizes, *weight, spec=back, **static)
+    return [dx] + [None] * (1 + len(weight))
 
 
 ad.primitive_jvps[ragged_dot_p] = _jvp
