@@ -149,6 +149,14 @@ def loaded() -> None:
     plgpu.commit_smem()
 
 
+def put(ref: Any, value: Array) -> None:
+    """Stores registers, in whatever layout they are, without a care for banks or sectors."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:  # JAX 0.11, where every store may be so
+        ref[...] = value
+
+
 def product(
     operands: Sequence[Operand],
     step: Callable[..., Any],
@@ -294,10 +302,12 @@ class _Kernel:
         """Returns the types of shared memory and barriers, by their names in `_Cta`."""
         stages, tile_m = self.tuning.stages, self.tuning.tile_m
         stored = self.shape if self.of_tokens else (min(tile_m, STORED), ROWS)
+        # JAX 0.11 swizzles only what a wgmma leaves. Other sums collide in banks, once a tile.
+        is_usual = self.stored_as is plgpu.Layout.WGMMA_TRANSPOSED
+        can_swizzle = is_usual or hasattr(plgpu, "store")
+        swizzle = transforms(stored[1], self.store_dtype) if can_swizzle else ()
         types = {
-            "out_smem": plgpu.SMEM(
-                (2, *stored), self.store_dtype, transforms=transforms(stored[1], self.store_dtype)
-            ),
+            "out_smem": plgpu.SMEM((2, *stored), self.store_dtype, transforms=swizzle),
             "is_full": plgpu.Barrier(num_arrivals=len(self.operands), num_barriers=stages),
             "is_free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             "rings": [o.ring(stages, self.size(o.of), self.tuning.tile_k) for o in self.operands],
@@ -412,7 +422,7 @@ class _Kernel:
                 own[...] = some
             else:
                 some = plgpu.layout_cast(some, self.stored_as)
-                plgpu.store(own.T, some, optimized=False)  # if banks collide, they do once a tile
+                put(own.T, some)
                 tokens = pl.ds(m * tile_m + first, own.shape[0])
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(own, cta.out.at[part, tokens, features])

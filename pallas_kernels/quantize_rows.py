@@ -10,6 +10,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import hopper
 from pallas_kernels.tuning import SMS
 
 THREADS = 128  # of the warpgroup that has a row, or several blocks
@@ -128,7 +129,7 @@ def _rounded(
             q = lax.round(q, lax.RoundingMethod.TO_NEAREST_EVEN)
         q = jnp.minimum(jnp.maximum(q, -most), most)
         codes_ref.at[own][...] = q.astype(dtype)
-        _store(scale_ref.at[own], scale)
+        hopper.put(scale_ref.at[own], scale)  # too few to fill sectors
 
     return plgpu.kernel(
         kernel,
@@ -141,11 +142,3 @@ def _rounded(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
     )(x)
-
-
-def _store(ref: Any, value: Array) -> None:
-    """Stores scales, too few to fill the sectors of 32 bytes that memory is written in."""
-    if hasattr(plgpu, "store"):
-        plgpu.store(ref, value, optimized=False)
-    else:  # JAX 0.11, where every store may be so
-        ref[...] = value

@@ -21,6 +21,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 __all__ = [
     "FUSES_ROWS",
+    "LOADS_ACROSS",
     "ExtendedDType",
     "Primitive",
     "ShapedArray",
@@ -53,6 +54,9 @@ __all__ = [
 # Whether XLA for CPUs fuses rows that are dequantized, multiplied and added with one another; that
 # of JAX before 0.12 writes the float rows to memory first.
 FUSES_ROWS = jax.__version_info__ >= (0, 12)
+
+# Whether Mosaic GPU loads tiles across their rows, as the kernel for x @ Wᵀ does; 0.11.0 does not.
+LOADS_ACROSS = jax.__version_info__ >= (0, 11, 2)
 
 ShapedArray = _core.ShapedArray
 ExtendedDType = _dtypes.ExtendedDType

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from qjax import ampere, numerics, packing, qtensor
+from qjax import _compat, ampere, numerics, packing, qtensor
 from qjax.format import Format
 from qjax.ops import activation, blocked, digits, mosaic_dot, native, triton_dot
 from qjax.ops.mosaic_dot import KERNEL_ACTIVATIONS
@@ -126,6 +126,8 @@ def against_transposed(fmt: Format, capability: int | None) -> str | None:
     """Returns why no GPU kernel computes x @ Wᵀ with a prepared weight, or None."""
     if capability is not None:
         return "on GPUs before Hopper"
+    if not _compat.LOADS_ACROSS:
+        return "in JAX before 0.11.2"
     return "in groups of 16" if fmt.group_size == 16 else None
 
 
