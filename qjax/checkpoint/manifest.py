@@ -16,6 +16,7 @@ from etils import epath
 from jax.core import Tracer
 
 from qjax.format import Format
+from qjax.latent import Latent
 from qjax.layout import Axis, Layout
 from qjax.paths import check_pattern, key_str, matches
 from qjax.qtensor import PARTS, QTensor, is_qtensor
@@ -25,6 +26,7 @@ METADATA_FILE = "qjax_metadata.json"
 VERSION = 1
 VERSION_FACTORS = 2  # of a tree whose QTensors have factors of activations
 VERSION_PERM = 3  # of a tree with stored rows in an order of their own
+VERSION_LATENT = 4  # of a tree of weights in training
 _TMP = ".orbax-checkpoint-tmp"
 PACKING_VERSION = 1  # the bit order of qjax.packing
 
@@ -39,6 +41,7 @@ _DTYPES = frozenset(
 )
 _NUMBERS = {"bool": bool, "int": int, "float": float, "complex": complex}
 _FACTORS = PARTS[3:]
+LATENT_PARTS = ("value", "scale", "act_scale")
 
 # A node is None or a dict with a "kind":
 #   dict          items: [[key, node], ...], keys are strings or integers
@@ -48,6 +51,7 @@ _FACTORS = PARTS[3:]
 #   number        type, value: text that gives the number back exactly
 #   qtensor       format, layout, dtype, pad; data, scale, zero: nodes; pre_scale, act_scale
 #                 and perm where there are
+#   latent        act_rule; value, and scale and act_scale where there are: nodes
 Node = dict[str, Any] | None
 
 
@@ -60,7 +64,7 @@ class Leaf(NamedTuple):
 
     Attributes:
       path: keys joined by "/".
-      kind: "qtensor", "array", "key" (a PRNG key) or "number".
+      kind: "qtensor", "latent" (a weight in training), "array", "key" (a PRNG key) or "number".
       format: of a QTensor, else None.
       shape: logical shape.
       dtype: name of the logical dtype.
@@ -83,7 +87,7 @@ class Manifest:
 
     @property
     def leaves(self) -> list[Leaf]:
-        """One entry for each array, QTensor and number, in the order of the tree."""
+        """One entry for each array, QTensor, Latent and number, in the order of the tree."""
         return [_leaf(path, node) for path, node in walk(self.tree)]
 
     @property
@@ -97,8 +101,11 @@ class Manifest:
 
     def to_json(self) -> str:
         # A reader that does not know of the factors would leave them out in silence.
-        parts = {name for _, node in walk(self.tree) for name in _FACTORS if name in node}
+        nodes = [node for _, node in walk(self.tree)]
+        parts = {name for node in nodes for name in _FACTORS if name in node}
         version = VERSION_PERM if "perm" in parts else VERSION_FACTORS if parts else VERSION
+        if any(node["kind"] == "latent" for node in nodes):
+            version = VERSION_LATENT
         head = {"version": version, "packing": PACKING_VERSION, "crc32": _crc(self.tree)}
         return json.dumps({**head, "tree": self.tree}, separators=(",", ":"))
 
@@ -121,7 +128,7 @@ class Manifest:
                 f"{where}: {FILE} is damaged (cut short, or not written by qjax). Restore it from a"
                 " copy of the checkpoint, or save the model again."
             ) from None
-        ours = ((VERSION, VERSION_FACTORS, VERSION_PERM), (PACKING_VERSION,))
+        ours = ((VERSION, VERSION_FACTORS, VERSION_PERM, VERSION_LATENT), (PACKING_VERSION,))
         for name, version, known in zip(("manifest", "packing"), versions, ours, strict=True):
             if version not in known:
                 readable = " or ".join(map(str, known))
@@ -147,7 +154,7 @@ def _crc(tree: Node) -> int:
 def describe(tree: Any) -> tuple[Node, dict[str, Any]]:
     """Returns the node of a tree, and its arrays by their names in the array store.
 
-    Dicts, lists and tuples are kept. Any other pytree node (a NamedTuple, a dataclass, an
+    Dicts, lists, tuples and Latents are kept. Any other pytree node (a NamedTuple, a dataclass, an
     `nnx.State`) becomes a dict of its fields, or a tuple if they have no names, and the box of an
     `nnx.Variable` or a Linen `Partitioned` what is in it, so that the path of every leaf is the
     same before and after.
@@ -164,6 +171,10 @@ def _describe(x: Any, path: tuple[str, ...], arrays: dict[str, Any]) -> Node:
         return None
     if isinstance(x, QTensor):
         return _describe_qtensor(x.canonical(), path, arrays)  # no kernel's layout is stored
+    if isinstance(x, Latent):
+        node = {"kind": "latent", "act_rule": x.act_rule}
+        given = {part: getattr(x, part) for part in LATENT_PARTS if getattr(x, part) is not None}
+        return node | {part: _describe(a, (*path, part), arrays) for part, a in given.items()}
     if type(x) is dict:
         items = [[_key(k, path), _describe(v, (*path, str(k)), arrays)] for k, v in x.items()]
         return {"kind": "dict", "items": items}
@@ -263,6 +274,9 @@ def rebuild(node: Node, array: Callable[[dict[str, Any]], Any]) -> Any:
         data = array(node["data"])
         wrap = lambda d: jax.random.wrap_key_data(d, impl=node["impl"])
         return jax.eval_shape(wrap, data) if isinstance(data, jax.ShapeDtypeStruct) else wrap(data)
+    if kind == "latent":
+        parts = {part: rebuild(node.get(part), array) for part in LATENT_PARTS}
+        return Latent(**parts, act_rule=node["act_rule"])
     if kind == "qtensor":
         parts = {part: rebuild(node.get(part), array) for part in PARTS}
         fmt = Format.from_dict(node["format"])
@@ -290,7 +304,7 @@ def children(node: Node) -> list[tuple[str | int, Node]]:
 
 
 def walk(node: Node, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the path and node of every array, PRNG key, number and QTensor (as one leaf)."""
+    """Yields the path and node of every array, PRNG key, number, QTensor and Latent (one leaf)."""
     if node is None:
         return
     if node["kind"] not in ("dict", "list", "tuple"):
@@ -300,7 +314,7 @@ def walk(node: Node, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str
 
 
 def arrays_of(node: Node) -> list[dict[str, Any]]:
-    """Returns the array nodes below a node, the parts of QTensors included."""
+    """Returns the array nodes below a node, the parts of QTensors and Latents included."""
     found: list[dict[str, Any]] = []
     rebuild(node, lambda a: found.append(a) or _shape(a))
     return found

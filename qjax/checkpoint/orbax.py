@@ -17,13 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from orbax.checkpoint import future
 
 from qjax.checkpoint import checksum
 from qjax.checkpoint import manifest as mf
 from qjax.checkpoint.manifest import CheckpointError, Manifest, Node
 from qjax.checkpoint.target import check_name
+from qjax.latent import Latent
 from qjax.qtensor import PARTS, QTensor
 from qjax.sharding import shardings_of
 
@@ -280,11 +281,18 @@ def _child(spec: Any, key: str | int, path: tuple[str, ...]) -> Any:
 
 
 def _place_leaf(node: dict[str, Any], spec: Any, path: str, out: dict[str, Sharding]) -> None:
-    if not isinstance(spec, Sharding | QTensor):
+    if not isinstance(spec, Sharding | QTensor | Latent):
         raise ValueError(
             f"{path}: expected a jax.sharding.Sharding, got {spec!r}. A PartitionSpec needs its"
             " mesh: NamedSharding(mesh, spec)."
         )
+    if node["kind"] == "latent":
+        for part in mf.LATENT_PARTS:
+            if node.get(part) is not None:
+                _place_leaf(node[part], _part_of_latent(spec, part), f"{path}/{part}", out)
+        return
+    if isinstance(spec, Latent):
+        raise ValueError(f"{path}: `shardings` has a Latent for what is no weight in training.")
     x = mf.abstract(node)
     if isinstance(x, QTensor):
         try:
@@ -310,6 +318,15 @@ def _place_leaf(node: dict[str, Any], spec: Any, path: str, out: dict[str, Shard
     array = node["data"] if node["kind"] == "key" else node
     if array["name"] is not None:
         out[array["name"]] = spec
+
+
+def _part_of_latent(spec: Sharding | QTensor | Latent, part: str) -> Any:
+    """Returns where a part of a Latent goes: its steps, which are few, to all devices."""
+    if isinstance(spec, Latent):
+        return getattr(spec, part)
+    if part == "value" or not isinstance(spec, NamedSharding):
+        return spec
+    return NamedSharding(spec.mesh, PartitionSpec())
 
 
 def _parts(qt: QTensor, spec: Sharding | QTensor) -> QTensor:

@@ -64,7 +64,8 @@ def save(
 
     Args:
       path: a directory that does not exist, local or the URL of a cloud store.
-      qparams: dicts, lists and tuples of arrays, QTensors, Python numbers and None. Other pytree
+      qparams: dicts, lists and tuples of arrays, QTensors, Latents (`qjax.qat`), Python numbers and
+        None. Other pytree
         nodes (NamedTuples, dataclasses, `nnx.State`) are saved as dicts of their fields, boxes
         (`nnx.Param`, Linen `Partitioned`) as what is in them.
       overwrite: whether a checkpoint at `path` may be replaced. It is only removed when the new
@@ -138,7 +139,8 @@ def load(
       shardings: where to put the arrays, None for the default device. A sharding for all; a
         function from path to sharding or None; or a tree of them with the checkpoint's structure.
         For a QTensor it is the NamedSharding of the float array it stands for: codes and scales
-        follow (`qjax.sharding.shardings_of`). It may be of another mesh than the saved one.
+        follow (`qjax.sharding.shardings_of`); for a Latent that of its value, its steps go to all
+        devices. It may be of another mesh than the saved one.
       select: one or more globs over paths ("layers/0", "*/attn/*"): only these are read. Dicts
         then have only the matching keys; lists and tuples have None in the other places.
       verify: whether to compare the files with their checksums first, which reads the directory

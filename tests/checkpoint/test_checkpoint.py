@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import qjax
-from qjax import checkpoint
+from qjax import Policy, Rule, checkpoint, qat
 from qjax.checkpoint import (
     CheckpointError,
     QTreeRestore,
@@ -199,6 +199,27 @@ def test_a_parameter_has_the_same_path_after_its_box_is_gone(tmp_path):
     nnx.replace_by_pure_dict(params, loaded)
     np.testing.assert_array_equal(run(loaded, x), run(quantized, x))
     np.testing.assert_array_equal(run(params, x), run(quantized, x))
+
+
+def test_weights_in_training_come_back_as_such(tmp_path):
+    params = {"a": {"w": jnp.arange(64.0).reshape(16, 4)}, "b": jnp.ones(4)}
+    policy = Policy([Rule("a/w", Format("int4", 8))])
+    tree = qat.init(params, policy)
+    tree["c"] = qat.Latent(jnp.ones((4, 4)), None, jnp.float32(0.5), "pact")
+    save(tmp_path / "c", tree)
+    assert_same(tree, load(tmp_path / "c"))
+    assert_same(tree["a"], load(tmp_path / "c", select="a/w")["a"])
+    first = checkpoint.read_manifest(tmp_path / "c").leaves[0]
+    assert (first.path, first.kind, first.shape) == ("a/w", "latent", (16, 4))
+    mesh = Mesh(np.array(jax.devices()[:4]), ("x",))
+    spread = lambda path: NamedSharding(mesh, P("x") if path == "a/w" else P())
+    placed = load(tmp_path / "c", shardings=spread)
+    assert placed["a"]["w"].value.sharding.spec == P("x")
+    assert placed["a"]["w"].scale.sharding == NamedSharding(mesh, P())
+    assert_same(qjax.quantize(tree["a"]["w"], Format("int4", 8)),
+                qjax.quantize(load(tmp_path / "c")["a"]["w"], Format("int4", 8)))  # fmt: skip
+    with pytest.raises(ValueError, match="b: `shardings` has a Latent"):
+        load(tmp_path / "c", shardings={"a": None, "b": tree["c"], "c": None})
 
 
 def test_the_path_may_hold_any_character_and_be_relative(tmp_path, monkeypatch):
@@ -453,7 +474,7 @@ def test_refuses_a_newer_version(broken, name):
     spec = json.loads((broken / FILE).read_text())
     (broken / FILE).write_text(json.dumps({**spec, name: 99}))
     with pytest.raises(
-        CheckpointError, match=r"version 99; this qjax reads version 1( or 2 or 3)?\. Update"
+        CheckpointError, match=r"version 99; this qjax reads version 1( or 2 or 3 or 4)?\. Update"
     ):
         load(broken)
 
@@ -533,7 +554,7 @@ _SAVE = """
 import functools, os, signal, sys, threading
 import jax.numpy as jnp, numpy as np
 import qjax
-from qjax import checkpoint
+from qjax import Policy, Rule, checkpoint, qat
 from qjax.checkpoint import checksum, manifest
 
 path, point = sys.argv[1:]
