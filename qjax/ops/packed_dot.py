@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
@@ -31,7 +32,7 @@ from qjax.ops.dispatch import (
 from qjax.ops.partitioning import partitioned, shapes_of
 from qjax.ops.spec import IMPLEMENTATIONS, LAYOUTS, Spec
 from qjax.prepare import Prepared, against_gpu, reason_against
-from qjax.qtensor import QTensor
+from qjax.qtensor import QTensor, is_qtensor
 
 
 def packed_dot(
@@ -98,7 +99,24 @@ def packed_dot(
 
 
 def _bind(x, qt: QTensor, out_dtype, implementation: str | None, transposed: bool = False) -> Array:
-    """Binds the primitive: the product with the codes and scales of `qt`, without its factors."""
+    """Returns the product with the codes and scales of `qt`, without its factors.
+
+    Of scales that are decoded, derivatives keep what is stored and decode it anew: in a scan over
+    layers, floats of all of them would be kept.
+    """
+    bind = functools.partial(
+        _decode_and_bind, out_dtype=out_dtype, implementation=implementation, transposed=transposed
+    )
+    is_decoded = is_qtensor(qt.scale) or qt.scale.dtype != jnp.float32 or qt.zero is not None
+    if is_decoded and isinstance(x, Tracer):  # else no derivative is taken
+        return jax.checkpoint(bind, prevent_cse=False)(x, qt)
+    return bind(x, qt)
+
+
+def _decode_and_bind(
+    x, qt: QTensor, *, out_dtype: Any, implementation: str | None, transposed: bool
+) -> Array:
+    """Binds the primitive."""
     scale, zero = qtensor.read_scales(qt)
     factor = None
     if type(qt) is Prepared and qt.format.zero_point:
