@@ -82,6 +82,7 @@ class Kernel:
       products: tensor core instructions of the PTX, by the types of sum and operands, as in
         "f32.bf16.bf16"; "mma.sync" are those of earlier GPUs.
       listing: opcode counts, see `code` and `loop`; None without a disassembler.
+      ptx: what was assembled.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Kernel:
     warnings: tuple[str, ...]
     products: collections.Counter[str]
     listing: tuple[collections.Counter[str], collections.Counter[str]] | None
+    ptx: str = dataclasses.field(default="", repr=False)
 
     @property
     def code(self) -> collections.Counter[str]:
@@ -269,8 +271,9 @@ def _kernel(path: Path, smem: int) -> Kernel:
         most(r"(\d+) bytes spill stores") + most(r"(\d+) bytes spill loads"),
         smem,
         tuple(sorted({m[0] for m in re.finditer(r"\(C\d+\).*", log)})),
-        _products(path.with_suffix(".ptx").read_text()),
+        _products(ptx := path.with_suffix(".ptx").read_text()),
         None if code is None else count_instructions(code),
+        ptx,
     )
 
 

@@ -125,7 +125,8 @@ def run(text: str, register: str, words: np.ndarray, **more: np.ndarray) -> dict
         target, *sources = operands.split(", ")
         if operation == "lop3.b32":
             *sources, table = sources
-            values[target] = _lop3(*map(value, sources), int(table, 0))
+            a, b, c = map(value, sources)
+            values[target] = _lop3(a, b, c, int(table, 0))
         else:
             values[target] = _OPERATIONS[operation](*[value(source) for source in sources])
     return values
