@@ -76,7 +76,8 @@ def _from_f16(a):
 def _fma(dtype):
     def fma(*operands):  # in float64, where products of two are exact, then rounded once
         a, b, c = (o.view(dtype).astype(np.float64) for o in operands)
-        return (a * b + c).astype(dtype).view(np.uint32)
+        with np.errstate(invalid="ignore"):  # infinity times 0 is NaN
+            return (a * b + c).astype(dtype).view(np.uint32)
 
     return fma
 

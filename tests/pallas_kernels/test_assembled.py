@@ -53,6 +53,7 @@ OTHERS = {
     "experts, transposed": of_experts(64, transposed=True),
     "transposed": backward(1024),
     "transposed int8": backward(1024, "int8"),
+    "transposed fp8": backward(1024, "float8_e4m3fn"),
 }
 
 
