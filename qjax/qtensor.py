@@ -125,6 +125,22 @@ class QTensor:
         """Returns it with `data` as the checkpoint has it; only `qjax.prepare` changes that."""
         return self
 
+    def check_codes(self, path: str = "") -> None:
+        """Refuses codes that are no bytes any more: as numbers of another type they mean nothing.
+
+        Raises:
+          TypeError: naming the path, if there is one.
+        """
+        stored = {"codes": self.data, "zero points": self.zero if self.format.zero_point else None}
+        for what, array in stored.items():
+            dtype = getattr(array, "dtype", None)
+            if dtype is not None and jnp.dtype(dtype).itemsize != 1:
+                raise TypeError(
+                    f"{path or 'a QTensor'}: its {what} are {dtype}, not bytes: something cast all"
+                    " arrays of the tree. Cast float parameters before they are quantized, and"
+                    " leave QTensors out: `jax.tree.map(..., is_leaf=qjax.is_qtensor)`."
+                )
+
     @property
     def zero_unit(self) -> int:
         """The fewest groups whose integer zero points lie in bytes of their own."""
@@ -347,6 +363,7 @@ def read_scales(qt: QTensor) -> tuple[Float[Array, "*b G C"], Float[Array, "*b G
 
 def read_codes(qt: QTensor) -> Float[Array, "*b K N"]:
     """Returns the element values q of a QTensor in float32, unscaled."""
+    qt.check_codes()
     qt = qt.canonical()
     codes = qt.data
     if qt.element.is_packed:

@@ -1,6 +1,7 @@
 """Tests of qjax/qtensor.py: laws that every format obeys, and a QTensor as a pytree."""
 
 import copy
+import dataclasses
 import functools
 import pickle
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import qjax
 from qjax import numerics, scales
 from qjax.format import Format
 from qjax.layout import Layout
@@ -354,6 +356,29 @@ def test_structures_compare_by_their_static_fields(qt):
     other = quantized(Format("int4", 32, zero_point=True))
     assert jax.tree.structure(qt) != jax.tree.structure(other)
     assert hash(jax.tree.structure(qt)) == hash(jax.tree.structure(copy.copy(qt)))
+
+
+@pytest.mark.parametrize(
+    "fmt",
+    [Format("int8"), Format("e4m3"), Format("int4", 32), Format("uint4", 32, zero_point=True)],
+)
+def test_codes_that_a_cast_of_the_tree_changed_are_refused(fmt, tmp_path):
+    params = {"a": {"w": weight()[0]}}
+    qparams = qjax.quantize(params, fmt)
+    cast = jax.tree.map(lambda a: a.astype(jnp.bfloat16), qparams)
+    run = qjax.apply(lambda p, x: x @ p["a"]["w"])
+    with pytest.raises(TypeError, match=r"0/a/w: its codes are bfloat16.*is_qtensor"):
+        run(cast, jnp.ones((2, K)))
+    with pytest.raises(TypeError, match="its codes are bfloat16"):
+        qjax.dequantize(cast)
+    with pytest.raises(TypeError, match="a/w: its codes are bfloat16"):
+        qjax.save(tmp_path / "c", cast)
+    spared = lambda a: a if is_qtensor(a) else a.astype(jnp.bfloat16)
+    run(jax.tree.map(spared, qparams, is_leaf=is_qtensor), jnp.ones((2, K)))
+    if fmt.zero_point:
+        zero = dataclasses.replace(qparams["a"]["w"], zero=cast["a"]["w"].zero)
+        with pytest.raises(TypeError, match="its zero points are bfloat16"):
+            run({"a": {"w": zero}}, jnp.ones((2, K)))
 
 
 def test_repr_says_shape_format_and_cost(qt):

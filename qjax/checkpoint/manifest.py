@@ -236,6 +236,7 @@ def _describe_array(x: Any, path: tuple[str, ...], arrays: dict[str, Any]) -> di
 
 
 def _describe_qtensor(qt: QTensor, path: tuple[str, ...], arrays: dict[str, Any]) -> Node:
+    qt.check_codes(_join(path))
     node: dict[str, Any] = {
         "kind": "qtensor",
         "format": qt.format.to_dict(),

@@ -23,6 +23,7 @@ from qjax.view import Atom, Contraction, View, contraction, view_of
 
 def as_view(qt: QTensor, name: str) -> View:
     """Returns the view of a QTensor in its logical shape."""
+    qt.check_codes(name)
     *lead, K, N = qt.canonical_shape
     return view_of(qt, lead, qt.layout, K, N, jnp.dtype(qt.dtype), name)
 

@@ -60,11 +60,11 @@ def _is_array(x: Any) -> bool:
     )
 
 
-def logical(leaf: Any) -> Any:
+def logical(leaf: Any, name: str = "") -> Any:
     """Returns the float shape, on its mesh, that a QTensor stands for; any other leaf as it is."""
     if not is_qtensor(leaf):
         return leaf
-    spec = weight.partition(weight.as_view(leaf, ""))
+    spec = weight.partition(weight.as_view(leaf, name))
     return _compat.abstract_like(jax.tree.leaves(leaf), leaf.shape, jnp.dtype(leaf.dtype), spec)
 
 
@@ -84,7 +84,7 @@ def trace(fn: Callable, call: Call) -> tuple[Any, list[Any], Callable[[list[Any]
         fixed = {i: v for i, v in enumerate(out) if not _is_array(v)}
         return [v for i, v in enumerate(out) if i not in fixed]
 
-    closed = jax.make_jaxpr(flat)(*[logical(leaf) for leaf in call.leaves])
+    closed = jax.make_jaxpr(flat)(*map(logical, call.leaves, call.names))
     jaxpr, consts = _compat.open_jaxpr(closed)
 
     def rebuild(out):
