@@ -43,8 +43,7 @@ def assign(params: Any, policy: Policy, usage: Any = None) -> list[Assignment]:
 
     Raises:
       QuantizationError: a rule that matches nothing although it is not optional, or matches a leaf
-        that is not float, has no data, or is quantized already; two leaves with one path; no weight
-        of a product among all that rules give formats to.
+        that is not float, has no data, or is quantized already; two leaves with one path.
     """
     if usage is not None and not hasattr(usage, "layout"):
         raise TypeError(
@@ -99,14 +98,18 @@ def assign(params: Any, policy: Policy, usage: Any = None) -> list[Assignment]:
             f"policy {policy.name!r}: rule {i + 1} ({rule}) applies to no parameter. {why}"
             " Correct the pattern, or mark the rule optional."
         )
-    unfit = [f"{a.path} is {a.note}" for a in out if a.note]
-    if unfit and all(a.format is None for a in out):
+    return out
+
+
+def _check_any(plan: list[Assignment], policy: Policy) -> None:
+    """Raises where none of all that rules give formats to is the weight of a product."""
+    unfit = [f"{a.path} is {a.note}" for a in plan if a.note]
+    if unfit and all(a.format is None for a in plan):
         raise QuantizationError(
             f"policy {policy.name!r} would quantize nothing: {'; '.join(unfit[:4])}"
             + (f"; ... ({len(unfit)} in all)" if len(unfit) > 4 else "")
             + ". Trace a function that multiplies by its parameters."
         )
-    return out
 
 
 def _is_weight(x: Any) -> bool:
@@ -381,6 +384,7 @@ def quantize(
             params, policy, usage, fn, list(calibration), mask, resume, report
         )
     plan = assign(params, policy, usage)
+    _check_any(plan, policy)
     # Of shapes only a plan is made.
     if not all(isinstance(_array(a.leaf), jax.ShapeDtypeStruct) for a in plan):
         _check_data_free(plan)
@@ -442,6 +446,7 @@ def _quantize_with_data(
         first = batches[0] if isinstance(batches[0], tuple) else (batches[0],)
         usage = usage_of(fn)(params, *first)
     plan = assign(params, policy, usage)
+    _check_any(plan, policy)
     if any(_is_abstract(a.leaf) for a in plan):
         raise NotImplementedError(
             "quantizing with data computes, weight after weight: call it outside of `jit`, with"

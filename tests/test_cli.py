@@ -355,7 +355,10 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny, quantized, text, tmp_path):
     assert "none" in error("eval", tmp_path / "none", "--text", text)
     assert "no text" in error("eval", tiny, "--text", tmp_path / "none.txt")
     assert "nothing at" in error("inspect", tmp_path / "none")
-    assert "fewer than one window" in error("eval", tiny, "--text", text)
+    assert "Use --window 256" in error("eval", tiny, "--text", text)
+    (tmp_path / "short.txt").write_text("Call me Ishmael.")
+    short = error("eval", tiny, "--text", tmp_path / "short.txt", "--window", "256")
+    assert "fewer than one window" in short
     assert "chat template" in error("generate", tiny, "Hi", "--chat")
     assert "--temperature" in error("generate", tiny, "Hi", "--top-k", 3)
     assert "empty" in error("generate", tiny, "")

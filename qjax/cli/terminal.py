@@ -66,7 +66,9 @@ def interruptible() -> Iterator[None]:
         if unraisable.exc_type is not KeyboardInterrupt:
             return usual(unraisable)
         # By then the main thread is out of the callback; if it is in another one, once more.
-        again = threading.Timer(0.01, signal.raise_signal, [signal.SIGINT])
+        # Sent to that thread, as it may be waiting for something.
+        main = threading.main_thread().ident
+        again = threading.Timer(0.01, signal.pthread_kill, [main, signal.SIGINT])
         again.daemon = True
         again.start()
 

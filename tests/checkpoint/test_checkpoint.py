@@ -551,7 +551,7 @@ def test_refuses_arrays_of_another_checkpoint(saved, tmp_path):
 # ---- whole or not at all ------------------------------------------------------------------------
 
 _SAVE = """
-import functools, os, signal, sys, threading
+import functools, os, pathlib, signal, sys, threading
 import jax.numpy as jnp, numpy as np
 import qjax
 from qjax import Policy, Rule, checkpoint, qat
@@ -573,8 +573,13 @@ def half_a_manifest(self, directory, texts):
 
 tree = {f"w{i}": jnp.asarray(np.random.default_rng(i).integers(0, 256, 1 << 20).astype(np.uint8))
         for i in range(24)}
+def once_begun():
+    while not any(p.is_file() for p in pathlib.Path(path).parent.glob("fresh*/**/*")):
+        pass
+    die()
+
 if point == "arrays half written":
-    threading.Timer(0.05, die).start()
+    threading.Thread(target=once_begun).start()
 if point == "arrays written":
     Handler._write = die
 if point == "manifest half written":
