@@ -22,6 +22,7 @@ def evaluate(
     windows: Annotated[int, typer.Option(min=1, help="Windows of the text to use.")] = 8,
     full: options.Full = False,
     window: options.Window = 1024,
+    packed: options.Packed = False,
     as_json: options.Json = False,
     debug: options.Debug = False,
 ):
@@ -39,8 +40,8 @@ def evaluate(
       qjax eval out/smollm2-w4a16 --against smollm2 --full --json
     """
     content = models.read_text(text)
-    one = models.open_runner(model, packed=True)
-    other = None if against is None else models.open_runner(against, packed=True)
+    one = models.open_runner(model, packed=packed)
+    other = None if against is None else models.open_runner(against, packed=packed)
     pieces = models.text_windows(one, model, content, window, None if full else windows)
     if other is not None:
         _check_tokenizers(one, model, other, against or "")

@@ -28,10 +28,11 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="Ask the prompt as a user's message (needs jinja2).")
     ] = False,
+    packed: options.Packed = False,
     as_json: options.Json = False,
     debug: options.Debug = False,
 ):
-    """Continue a prompt, on packed weights if the model is quantized.
+    """Continue a prompt, on packed weights if the model is quantized (of GGUF with --packed).
 
     [bold]Examples[/bold]
 
@@ -43,7 +44,7 @@ def generate(
         raise ValueError("--top-k and --top-p only matter with --temperature above 0.")
     import jax
 
-    run = models.open_runner(model, packed=True)
+    run = models.open_runner(model, packed=packed)
     tokenizer = models.tokenizer_of(run, model)
     given = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else prompt
     sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}

@@ -28,6 +28,14 @@ CalibrationWindows = Annotated[
     int, typer.Option(min=2, help="Windows of that text; every fifth only judges.")
 ]
 CalibrationWindow = Annotated[int, typer.Option(min=8, help="Tokens in each.")]
+Packed = Annotated[
+    bool,
+    typer.Option(
+        "--packed",
+        help="Run GGUF files as they are stored: a fraction of the memory, but slower on a CPU, and"
+        " where layers differ slower to compile. By default their weights become floats.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
 

@@ -287,8 +287,15 @@ def test_every_row_may_have_an_adapter_of_its_own():
     assert_close(got, want)
     # One packed product for all rows.
     jaxpr = jax.make_jaxpr(jax.vmap(lambda ad, x: lora.apply(fn)(base, ad, x)))(each, x)
-    (eqn,) = [e for e in jaxpr.eqns if e.primitive.name == "packed_dot"]
+    (eqn,) = _products(jaxpr.jaxpr)
     assert eqn.invars[0].aval.shape == (4, 64)
+
+
+def _products(jaxpr):
+    """Returns the packed products of a jaxpr and of those in it, as what derivatives redo is."""
+    inner = [e.params["jaxpr"] for e in jaxpr.eqns if "jaxpr" in e.params]
+    own = [e for e in jaxpr.eqns if e.primitive.name == "packed_dot"]
+    return own + [e for j in inner for e in _products(getattr(j, "jaxpr", j))]
 
 
 def _fn(p, x):
