@@ -238,11 +238,16 @@ def test_an_interrupt_while_garbage_is_collected_is_not_lost():
         gc.callbacks.remove(callback)
         signal.raise_signal(signal.SIGINT)
 
-    with interruptible():
-        gc.callbacks.append(callback)
-        gc.collect()
-        with pytest.raises(KeyboardInterrupt):
-            time.sleep(10)
+    # A shell has interrupts ignored by what it starts in the background.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with interruptible():
+            gc.callbacks.append(callback)
+            gc.collect()
+            with pytest.raises(KeyboardInterrupt):
+                time.sleep(10)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # ---- the other commands --------------------------------------------------------------------------
