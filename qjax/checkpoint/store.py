@@ -65,9 +65,8 @@ def save(
     Args:
       path: a directory that does not exist, local or the URL of a cloud store.
       qparams: dicts, lists and tuples of arrays, QTensors, Latents (`qjax.qat`), Python numbers and
-        None. Other pytree
-        nodes (NamedTuples, dataclasses, `nnx.State`) are saved as dicts of their fields, boxes
-        (`nnx.Param`, Linen `Partitioned`) as what is in them.
+        None. Other pytree nodes (NamedTuples, dataclasses, `nnx.State`) are saved as dicts of their
+        fields, boxes (`nnx.Param`, Linen `Partitioned`) as what is in them.
       overwrite: whether a checkpoint at `path` may be replaced. It is only removed when the new
         one is complete. Where `path` is a link, what it leads to is replaced.
       metadata: a dict that JSON can keep (a model's config, a tokenizer's text, a report); read

@@ -113,18 +113,32 @@ def _bind(x, qt: QTensor, out_dtype, implementation: str | None, transposed: boo
     return bind(x, qt)
 
 
+def scales_of(qt: QTensor, *, are_nested: bool = True) -> tuple[Array, Array | None, Array | None]:
+    """Returns scales, zero points and the factor of the product, as a primitive takes them.
+
+    They are floats, and there is no factor; or what a prepared weight has in their place.
+
+    Args:
+      are_nested: whether `Prepared.nested_scale` is taken.
+    """
+    scale, zero = qtensor.read_scales(qt)
+    if type(qt) is not Prepared:
+        return scale, zero, None
+    if qt.format.zero_point:
+        zero = qt.zero
+    if (stored := qt.stored_scale()) is not None:
+        scale, factor = stored
+        return scale, zero, factor
+    if are_nested and (nested := qt.nested_scale()) is not None:
+        scale, zero = nested
+    return scale, zero, None
+
+
 def _decode_and_bind(
     x, qt: QTensor, *, out_dtype: Any, implementation: str | None, transposed: bool
 ) -> Array:
     """Binds the primitive."""
-    scale, zero = qtensor.read_scales(qt)
-    factor = None
-    if type(qt) is Prepared and qt.format.zero_point:
-        zero = qt.zero
-    if type(qt) is Prepared and (stored := qt.stored_scale()) is not None:
-        scale, factor = stored
-    elif type(qt) is Prepared and (nested := qt.nested_scale()) is not None:
-        scale, zero = nested
+    scale, zero, factor = scales_of(qt)
     spec = Spec(
         qt.format,
         qt.pad,

@@ -24,7 +24,7 @@ from qjax import _compat, packing, qtensor
 from qjax.format import Format
 from qjax.ops import activation, mosaic_dot, partitioning
 from qjax.ops.dispatch import against_stack, codes_of, takes_kernel
-from qjax.ops.packed_dot import refuse_weight_tangents, short
+from qjax.ops.packed_dot import refuse_weight_tangents, scales_of, short
 from qjax.ops.spec import Spec
 from qjax.prepare import Prepared, against_gpu, canonical_codes
 from qjax.qtensor import QTensor
@@ -53,20 +53,15 @@ def ragged_dot(
     Raises:
       NotImplementedError: for "mosaic" and another platform or derivatives in groups of 16.
     """
-    is_prepared = type(qt) is Prepared
-    scale, zero = qtensor.read_scales(qt)
     spec = Spec(qt.format, qt.pad, False, jnp.dtype(out_dtype).name, implementation)
-    if not is_prepared or implementation not in (None, "mosaic"):
+    if type(qt) is not Prepared or implementation not in (None, "mosaic"):
         qt = qt.canonical()
+        scale, zero = qtensor.read_scales(qt)
         operands = [qt.data, scale] + ([] if zero is None else [zero])
         return _blocked(
             x, group_sizes, *operands, spec=spec, dtype=jnp.dtype(dtype), precision=precision
         )
-    factor = None
-    if qt.format.zero_point:
-        zero = qt.zero
-    if (stored := qt.stored_scale()) is not None:
-        scale, factor = stored
+    scale, zero, factor = scales_of(qt, are_nested=False)
     # The factor of a product is that of an expert here: its rows are multiplied by it.
     wide = spec if factor is None else dataclasses.replace(spec, out_dtype="float32")
     y = ragged_dot_p.bind(
