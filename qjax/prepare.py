@@ -97,6 +97,9 @@ class Prepared(QTensor):
     def zero_unit(self) -> int:
         return 1
 
+    def zero_codes(self) -> Array:
+        return self.zero
+
     def zero_points(self) -> Float[Array, "*b G C"]:
         return read_zeros(self.zero, self.format)
 
@@ -333,12 +336,10 @@ def zeros_in_bytes(qt: QTensor) -> Any:
     """Returns what takes the place of `qt.zero` in a weight that is prepared."""
     if not qt.format.zero_point:
         return qt.zero
-    element = qt.element
-    if element.is_packed:
-        *_, K, N = qt.canonical_shape
-        G, _ = qt.format.groups(K, N)
-        return packing.unpack(qt.zero, element.bits, packing.padding(G, element.bits))
-    return lax.bitcast_convert_type(qt.zero, jnp.uint8) ^ jnp.uint8(-element.qmin)
+    codes = qt.zero_codes()
+    if qt.element.is_packed:
+        return codes
+    return lax.bitcast_convert_type(codes, jnp.uint8) ^ jnp.uint8(-qt.element.qmin)
 
 
 def stored_zeros(qt: Prepared) -> Any:

@@ -146,14 +146,18 @@ class QTensor:
         """The fewest groups whose integer zero points lie in bytes of their own."""
         return packing.unit(self.element.bits) if self.element.is_packed else 1
 
+    def zero_codes(self) -> Array:
+        """Returns the codes of integer zero points, each in an element of its own."""
+        if not self.element.is_packed:
+            return self.zero
+        *_, K, N = self.canonical_shape
+        G, _ = self.format.groups(K, N)
+        bits = self.element.bits
+        return packing.unpack(self.zero, bits, packing.padding(G, bits))
+
     def zero_points(self) -> Float[Array, "*b G C"]:
         """Returns the integer zero points in float32."""
-        element, codes = self.element, self.zero
-        if element.is_packed:
-            *_, K, N = self.canonical_shape
-            G, _ = self.format.groups(K, N)
-            codes = packing.unpack(codes, element.bits, packing.padding(G, element.bits))
-        return numerics.decode(codes, element)
+        return numerics.decode(self.zero_codes(), self.element)
 
     def codes_of_rows(self, rows: Int[Array, " i"]) -> Array:
         """Returns the codes [i, N] of stored rows of a weight [K, N]."""
