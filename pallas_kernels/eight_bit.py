@@ -9,7 +9,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import four_bits, hopper, interleave, shares
+from pallas_kernels import four_bits, hopper, interleave, shares, zero_points
 from pallas_kernels import tuning as tunings
 from pallas_kernels.hopper import Operand
 from pallas_kernels.tuning import TILE_K, TILE_N, Tuning
@@ -17,8 +17,14 @@ from pallas_kernels.tuning import TILE_K, TILE_N, Tuning
 _FP8 = ("float8_e4m3fn", "float8_e5m2")
 
 
-def supports(w_dtype: Any, x_dtype: Any, K: int, N: int, group_size: int) -> str | None:
+def supports(
+    w_dtype: Any, x_dtype: Any, K: int, N: int, group_size: int, *, multiples: bool = False
+) -> str | None:
     """Returns why the kernel cannot compute a product, or None if it can.
+
+    Args:
+      group_size: inputs with a scale of their own, or with a multiple.
+      multiples: whether there are any.
 
     Example:
       >>> supports("int8", "int8", 4096, 4096, 4096)
@@ -37,7 +43,12 @@ def supports(w_dtype: Any, x_dtype: Any, K: int, N: int, group_size: int) -> str
         )
     if K % TILE_K or N % TILE_N:
         return f"K={K}, N={N}: both must be multiples of {TILE_K}"
-    if group_size not in (TILE_K, K):
+    if multiples:
+        if names != ("int4", "int8"):
+            return f"multiples with {names[0]} and {names[1]}: they make int8 of int4"
+        if group_size not in (32, 64) and (group_size % TILE_K or not group_size):
+            return f"groups of {group_size}: it takes 32, 64 and multiples of {TILE_K}"
+    elif group_size not in (TILE_K, K):
         return f"groups of {group_size}: it takes {TILE_K}, or one group of all K"
     return None
 
@@ -48,6 +59,7 @@ def matmul(
     x_scale: Array,
     w_scale: Array,
     *,
+    multiples: Array | None = None,
     out_dtype: Any = jnp.bfloat16,
     tuning: Tuning | None = None,
     interpret: Any = None,
@@ -58,12 +70,18 @@ def matmul(
     groups of 128 every one is summed on its own there and added in float32 registers, as the tensor
     core's own sum of FP8 products keeps fewer bits (DeepSeek-AI, 2024, section 3.3.2).
 
+    Integer multiples of a column's scale are scales of groups for which no sum leaves the tensor
+    core (Lin et al., 2024, QServe, section 4.1): an int4 times its multiple is an int8.
+
     Args:
       x: [M, K] int8, float8_e4m3fn or float8_e5m2.
       w: [N, K] int8, int4 in the order of `interleave`, or one of the FP8 types.
       x_scale: float32 [M, G], with G = 1 or G = K / 128, or [M, 1]. A scale of the whole tensor is
         repeated.
       w_scale: float32, bfloat16 or float16 [G, N], or [G, N / 128] of blocks of 128 x 128.
+      multiples: None; or int8 [G', N] of -15 .. 16, by which int4 are multiplied, for int8
+        activations. Groups have 32, 64 or multiples of 128 inputs. x_scale is [M, 1] and w_scale
+        [1, N] then.
       out_dtype: of y: bfloat16, float16 or float32.
       tuning: default: `tuning.eight_bit`.
       interpret: `plgpu.InterpretGPUParams` to run on a CPU.
@@ -78,17 +96,26 @@ def matmul(
             f"x {x.shape}, w {w.shape}, x_scale {x_scale.shape} and w_scale {(G, C)} must be"
             " [M, K], [N, K], [M, G] or [M, 1], and [G, N] or [G, N / 128]."
         )
-    if reason := supports(w.dtype, x.dtype, K, N, K // G if K % G == 0 else 0):
+    rows = G if multiples is None else len(multiples)
+    group = K // rows if K % rows == 0 else 0
+    if multiples is not None and (multiples.shape[1] != N or w_scale.shape != (1, N)):
+        raise ValueError(
+            f"multiples {multiples.shape} and w_scale {w_scale.shape} must be [G', N] and [1, N]."
+        )
+    has_multiples = multiples is not None
+    if reason := supports(w.dtype, x.dtype, K, N, group, multiples=has_multiples):
         raise ValueError(f"pallas_kernels.eight_bit: {reason}.")
     out_dtype = jnp.dtype(out_dtype)
     tuning = tuning or tunings.eight_bit(
-        M, K, N, hopper.bits(w.dtype), K // G, hopper.bits(out_dtype)
+        M, K, N, hopper.bits(w.dtype), group, hopper.bits(out_dtype), multiples=has_multiples
     )
     tile_m = tuning.tile_m
     total_dtype = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
     is_packed = w.dtype == jnp.int4
-    if is_packed and x.dtype == jnp.int8:  # decoded as 16 times what they are
-        x, x_scale = interleave.for_int8(x), x_scale.astype(jnp.float32) / 16
+    if is_packed and x.dtype == jnp.int8:
+        x = interleave.for_int8(x)
+        if not has_multiples:  # decoded as 16 times what they are
+            x_scale = x_scale.astype(jnp.float32) / 16
     elif is_packed:
         x = interleave.for_e4m3(x)
     filled = jnp.pad(x_scale.astype(jnp.float32), ((0, -M % tile_m), (0, 0)))
@@ -104,11 +131,13 @@ def matmul(
         s = plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
         return lax.broadcast_in_dim(s * factor, shape, (1,))
 
-    def weight(w_smem):
-        return four_bits.load_bytes(w_smem, x.dtype) if is_packed else w_smem
+    def weight(w_smem, multiples=()):
+        return four_bits.load_bytes(w_smem, x.dtype, multiples) if is_packed else w_smem
 
-    def step(w_smem, x_smem, turn, rows, total):
-        w = weight(w_smem.at[rows])
+    def step(w_smem, x_smem, *rest):
+        *multiples, turn, rows, total = rest
+        loaded = [zero_points.load(ref.at[g, rows]) for ref in multiples for g in range(per_step)]
+        w = weight(w_smem.at[rows], loaded)
         turn.begin()
         plgpu.wgmma(total, w, x_smem.T)
         turn.end()
@@ -164,6 +193,12 @@ def matmul(
         return total.astype(jnp.float32) * scale
 
     operands = [Operand(w, "n", columns=TILE_K), Operand(x, "m", columns=TILE_K)]
+    per_step = max(1, tuning.tile_k // group)  # groups
+    if multiples is not None:
+        steps = max(1, group // tuning.tile_k)
+        operands.append(
+            Operand(multiples, "n", is_row=True, rows=per_step, steps_per_row=steps)
+        )
     width = TILE_N  # scales of a tile
     if in_blocks:
         if has_groups:  # a step reads one, of as many as TMA can load

@@ -18,7 +18,7 @@ from pallas_kernels.interleave import bytes_of_int4
 
 BANKS = 32  # of shared memory, 4 bytes wide; lane i of a warp reads its own, the i-th
 TABLE_BYTES = 256 * BANKS * 4
-UPPER = 0xF0F0F0F0  # halves of the bytes of a word
+UPPER, LOWER = 0xF0F0F0F0, 0x0F0F0F0F  # halves of the bytes of a word
 SIGNS = 0x88888888  # of the codes of a word
 
 
@@ -97,48 +97,100 @@ def load(ref: Any, dtype: Any, words: Any = None, zero: int | Sequence[Array] = 
     )(values)(q, *operands)
 
 
-def load_bytes(ref: Any, dtype: Any) -> Array:
+def load_bytes(ref: Any, dtype: Any, multiples: Sequence[Array] = ()) -> Array:
     """Returns the integers of codes in shared memory, of 8 bits, inside a kernel.
 
-    In the layout of wgmma for bytes. As int8 they are 16 times as large, and in the order of inputs
-    of `interleave.for_int8`; as e4m3, which has them all, in that of `interleave.for_e4m3`.
+    In the layout of wgmma for bytes. As int8 they are in the order of inputs of
+    `interleave.for_int8`, and 16 times as large unless there are multiples; as e4m3, which has them
+    all, in that of `interleave.for_e4m3`.
 
     Args:
       ref: int4 [R, C], interleaved.
       dtype: of the values: int8 or float8_e4m3fn.
+      multiples: what int8 are multiplied by, `zero_points.load` of -15 .. 16 for each of the groups
+        that lie side by side in C.
     """
     dtype = jnp.dtype(dtype)
     is_int = dtype == jnp.int8
-    halves = _sixteenfold if is_int else _looked_up_e4m3
     q = plgpu.load(ref, layout=plgpu.Layout.WGMMA_UPCAST_4X)
 
-    def values(_, q):
+    def values(_, q, *multiples):
         i32 = ir.IntegerType.get_signless(32)
         four = ir.VectorType.get((4,), mgpu.utils.dtype_to_ir_type(dtype))
         layout = plgpu.Layout.WGMMA_8BIT.to_mgpu()
         out = np.empty(layout.registers_shape(q.shape), object)
-        by_block = out.reshape(-1, 2, 2)  # 32 columns, 16 of them, rows i and i + 8
-        for (block, row), eight in np.ndenumerate(q.registers.reshape(-1, 2)):
-            for half, bytes in enumerate(halves(mgpu.utils.bitcast(eight, i32))):
-                by_block[block, half, row] = mgpu.utils.bitcast(bytes, four)
+        rows, columns = q.shape
+        by_block = out.reshape(rows // 64, -1, 2, 2)  # 32 columns, 16 of them, rows i and i + 8
+        factors, middles = (
+            zero_points.words(multiples, text) if multiples else None
+            for text in (FACTOR, MIDDLE_OF_BYTES)
+        )
+        for (tile, block, row), eight in np.ndenumerate(q.registers.reshape(rows // 64, -1, 2)):
+            word = mgpu.utils.bitcast(eight, i32)
+            if factors is not None and middles is not None:
+                at = tile, 32 * block * len(multiples) // columns, row
+                halves = _multiplied(word, factors[at], middles[at])
+            else:
+                halves = _sixteenfold(word) if is_int else _looked_up_e4m3(word)
+            for half, bytes in enumerate(halves):
+                by_block[tile, block, half, row] = mgpu.utils.bitcast(bytes, four)
         return mgpu.FragmentedArray(
             _registers=by_block.reshape(out.shape),
             _layout=layout,
             _is_signed=True if is_int else None,
         )
 
-    def reference(q):  # read by the interpreter
-        words = q.astype(jnp.int8).reshape(q.shape[0], -1, 4, 4, 2)  # word, byte, half
+    def reference(q, *multiples):  # read by the interpreter
+        q = q.astype(jnp.int8) * (16 if is_int and not multiples else 1)
+        if multiples:
+            q *= jnp.repeat(jnp.stack(multiples, axis=1), q.shape[1] // len(multiples), axis=1)
+        words = q.reshape(q.shape[0], -1, 4, 4, 2)  # word, byte, half
         if is_int:
-            return 16 * jnp.moveaxis(words, -1, 2).reshape(q.shape)
+            return jnp.moveaxis(words, -1, 2).reshape(q.shape)
         pairs = words.reshape(q.shape[0], -1, 4, 2, 4)  # word, pair of bytes, code
         return pairs.swapaxes(2, 3).reshape(q.shape).astype(dtype)
 
     values.reference = reference  # pyright: ignore[reportFunctionMemberAccess]
     return plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WGMMA_UPCAST_4X,),
+        arg_types=(plgpu.Layout.WGMMA_UPCAST_4X, *[zero_points.ROWS] * len(multiples)),
         return_type=plgpu.ShapeDtypeStruct(q.shape, dtype, plgpu.Layout.WGMMA_8BIT),
-    )(values)(q)
+    )(values)(q, *multiples)
+
+
+# PTX that makes of a byte s, $1, what `times_assembly` multiplies by, and what it adds: 128 - 8 s
+# in each of four bytes.
+FACTOR = "cvt.s32.s8 $0, $1;"
+MIDDLE_OF_BYTES = """{
+.reg .b32 factor;
+cvt.s32.s8 factor, $1;
+mad.lo.u32 $0, factor, 0xF7F7F7F8, 0x80808080;
+}"""
+
+
+def _multiplied(word: Any, factor: Any, middle: Any) -> tuple[Any, Any]:
+    """Returns the codes in the lower halves of a word's bytes, and in the upper, times a factor."""
+    i32 = ir.IntegerType.get_signless(32)
+    text = times_assembly()
+
+    def times(word):
+        return llvm.inline_asm(i32, [word, factor, middle], text, "=r,r,r,r")
+
+    return times(word), times(arith.shrui(word, arith.constant(i32, 4)))
+
+
+def times_assembly() -> str:
+    """Returns PTX that makes int8, $0, of the codes in the lower halves of a word's bytes, $1.
+
+    Four at once (Lin et al., 2024, QServe, section 5.2.3): with their signs flipped they are q + 8,
+    and (q + 8) s + 128 - 8 s is in 0 .. 255 for s, $2, of -15 .. 16. So no byte carries to the
+    next, of whatever sign s is. $3 is what is added. A flipped highest bit takes the 128 away.
+    """
+    return f"""{{
+.reg .b32 codes;
+lop3.b32 codes, $1, {LOWER:#x}, {SIGNS & LOWER:#x}, 0x6a;
+mad.lo.u32 codes, codes, $2, $3;
+xor.b32 $0, codes, 0x80808080;
+}}"""
 
 
 def _sixteenfold(word: Any) -> tuple[Any, Any]:

@@ -68,6 +68,14 @@ EIGHT_BIT = {
     64: Tuning(64, 6),
     math.inf: Tuning(128, 4, in_turn=True),
 }
+# int4 times multiples: there is something to decode, and longer steps have less around that.
+MULTIPLES = {
+    8: Tuning(8, 6, 256),
+    16: Tuning(16, 6, 256),
+    32: Tuning(32, 6, 256),
+    64: Tuning(64, 4, 256),
+    math.inf: Tuning(128, 3, 256, in_turn=True),
+}
 # Where a CTA has nothing else to do, it reads a quarter fewer bytes for the same products if it has
 # twice the tokens: a tile of 128 asks the L2 cache for 64 bytes a clock. No GPU has timed it yet.
 # What decodes has no registers left for so many sums.
@@ -122,21 +130,29 @@ def transposed(
 
 
 def eight_bit(
-    M: int, K: int, N: int, bits: int = 8, group_size: int | None = None, out_bits: int = 32
+    M: int,
+    K: int,
+    N: int,
+    bits: int = 8,
+    group_size: int | None = None,
+    out_bits: int = 32,
+    *,
+    multiples: bool = False,
 ) -> Tuning:
     """Returns the tuning of a product of M tokens of 8 bits with a [K, N] weight of 8 or 4.
 
     Args:
-      group_size: inputs with a scale of their own; None: all of K. Without groups there is little
-        to do between products, and no need to take turns.
+      group_size: inputs with a scale of their own, or with a multiple; None: all of K. Without
+        groups there is little to do between products, and no need to take turns.
       out_bits: of an output.
+      multiples: whether groups have integer multiples.
     """
-    has_groups = group_size not in (None, K)
-    row = next(row for most, row in EIGHT_BIT.items() if most >= M)
+    has_groups = multiples or group_size not in (None, K)
+    row = next(row for most, row in (MULTIPLES if multiples else EIGHT_BIT).items() if most >= M)
     rows = [dataclasses.replace(row, in_turn=row.in_turn and has_groups)]
     if row.tile_m == 128 and bits == 8 and not has_groups:
         rows.insert(0, EIGHT_BIT_WIDE)
-    group = TILE_K if has_groups else None
+    group = group_size if multiples else TILE_K if has_groups else None
     fitted = [_fitted(row, M, K, N, group, bits, 8, out_bits, 0) for row in rows]
     return min(fitted, key=lambda one: one[0])[1]
 

@@ -38,19 +38,35 @@ class TestEightBit(Laws):
             "scale": "bfloat16",
         },
         "int4 x fp8 columns": {"w": "int4", "x": "float8_e4m3fn"},
+        "int4, multiples": {"w": "int4", "x": "int8", "multiples_of": 128},
+        "int4, multiples of 32": {"w": "int4", "x": "int8", "multiples_of": 32},
+        "int4, multiples of 256": {"w": "int4", "x": "int8", "multiples_of": 256},
         "int8 groups, tokens": {"w": "int8", "group": 128, "of_tokens": True},
         "fp8 gradients": {"w": "float8_e4m3fn", "x": "float8_e5m2"},
     }
     mutated: ClassVar = (
         (None, Tuning(8, 2, sms=1)),
         ("int4 x fp8 groups", Tuning(8, 2, sms=1)),  # loads blocks, scales among them
+        ("int4, multiples", Tuning(8, 2, sms=1)),
     )
 
     def make(
-        self, M, K, N, seed=0, *, w, group=None, x=None, of_tokens=False, scale="float32", block=1
+        self,
+        M,
+        K,
+        N,
+        seed=0,
+        *,
+        w,
+        group=None,
+        x=None,
+        of_tokens=False,
+        scale="float32",
+        block=1,
+        multiples_of=None,
     ):
         groups = K // (group or K)
-        keys = jax.random.split(jax.random.key(seed), 4)
+        keys = jax.random.split(jax.random.key(seed), 5)
 
         def values(key, shape, dtype):
             if dtype.startswith("int"):
@@ -58,6 +74,10 @@ class TestEightBit(Laws):
                 return jax.random.randint(key, shape, -most, most).astype(dtype)
             return jax.random.normal(key, shape).astype(dtype)
 
+        multiples = {}
+        if multiples_of is not None:
+            of_groups = jax.random.randint(keys[4], (max(1, K // multiples_of), N), -15, 17)
+            multiples["multiples"] = of_groups.astype("int8")
         return {
             "x": values(keys[0], (M, K), x or w),
             "w": values(keys[1], (N, K), w),
@@ -65,6 +85,7 @@ class TestEightBit(Laws):
                 keys[2], (M, 1 if of_tokens else groups), jnp.float32, 0.5, 1.5
             ),
             "w_scale": jax.random.uniform(keys[3], (groups, N // block), scale, 0.5, 1.5),
+            **multiples,
         }
 
     def run(self, arrays, *, tuning, interpret):
@@ -73,8 +94,10 @@ class TestEightBit(Laws):
         return eight_bit.matmul(**arrays, out_dtype=jnp.float32, tuning=tuning, interpret=interpret)
 
     def exact(self, arrays):
-        x, w, sx, sw = (np.asarray(a).astype(np.float64) for a in arrays.values())
+        x, w, sx, sw, *multiples = (np.asarray(a).astype(np.float64) for a in arrays.values())
         K, N = x.shape[1], w.shape[0]
+        for of_groups in multiples:
+            w = w * np.repeat(of_groups, K // len(of_groups), axis=0).T
         sw = np.repeat(np.repeat(sw, K // sw.shape[0], axis=0), N // sw.shape[1], axis=1)
         return (x * np.repeat(sx, K // sx.shape[1], axis=1)) @ (w.T * sw)
 
