@@ -117,7 +117,7 @@ ELEMENTS: dict[str, Element] = {
         *(_int(f"int{b}", b, -(2 ** (b - 1)), 2 ** (b - 1) - 1) for b in range(2, 9)),
         *(_int(f"uint{b}", b, 0, 2**b - 1) for b in range(1, 9)),
         _int("ternary", 2, -1, 1),
-        _int("int5_narrow", 5, -15, 15),  # times an int4 it is an int8
+        _int("int8_max15", 8, -15, 15),  # times an int4 it is an int8
         _table("nf4", _NF4, ties="lower"),
         _table("fp4", _signed(_FP4), ties="lower"),
         _table("e2m1", _signed(_E2M1), ties="even"),

@@ -218,7 +218,24 @@ def is_qtensor(x: Any) -> bool:
 
 
 def store_scales(values: Float[Array, "*b G C"], fmt: str | Format) -> Any:
-    """Stores scales or offsets in a plain type, or as a QTensor of their own."""
+    """Stores scales in a plain type, or as a QTensor of their own.
+
+    As integers of a scale those that would round to 0 are the least that is not: a group of small
+    weights beside large ones keeps its levels, where 0 would take all of them.
+    """
+    stored = store_offsets(values, fmt)
+    if not isinstance(fmt, Format) or fmt.zero_point or fmt.offset is not None:
+        return stored
+    if stored.element.kind != "int":
+        return stored
+    step, own = read_scales(stored)[0], stored.layout.to_canonical(values)
+    least = jnp.abs(scales.spread(step, stored.format, *own.shape[-2:]))
+    kept = jnp.where((own != 0) & (jnp.abs(own) < least), jnp.sign(own) * least, own)
+    return quantize_array(stored.layout.from_canonical(kept), fmt, stored.layout, scale=step)
+
+
+def store_offsets(values: Float[Array, "*b G C"], fmt: str | Format) -> Any:
+    """Stores offsets in a plain type, or as a QTensor of their own."""
     if isinstance(fmt, Format):
         layout = flattened(values.shape[-2]) if fmt.flatten else DEFAULT
         return quantize_array(values, fmt, layout)
@@ -309,7 +326,7 @@ def quantize_array(
         _, zero = scales.stored_pair(scale, minimum, fmt, element)
         zero_stored = pack_codes(numerics.encode(zero, element), element)
     elif fmt.offset is not None and minimum is not None:
-        zero_stored = store_scales(minimum, fmt.offset)
+        zero_stored = store_offsets(minimum, fmt.offset)
         zero = restore_scales(zero_stored, fmt.offset)
 
     codes = numerics.encode(scaled(w, scale, zero, fmt), element)

@@ -40,6 +40,7 @@ FORMATS = [
     Format("uint5", 32, 3, offset="float32"),
     Format("uint4", 8, scale=Format("uint6", 4), offset=Format("uint6", 4, rule="absmax")),
     Format("int6", 16, scale=Format("int8", 2, scale="float16")),
+    Format("int4", 32, scale=Format("int8_max15"), rule="mse"),
     Format("nf4", 32),
     Format("nf4", 16, scale=Format("uint8", 1, 4)),
     Format("fp4", 64, remainder="ragged", scale="bfloat16"),
@@ -224,6 +225,25 @@ def test_a_bad_weight_spoils_its_group_and_no_other(fmt, bad):
 
 
 # ---- transforms ----
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [Format("int8_max15"), Format("uint4"), Format("uint8", 3, flatten=True)],
+    ids=str,
+)
+def test_a_group_of_small_weights_beside_large_ones_keeps_its_levels(scale):
+    """As an integer its scale would be 0, and all of it."""
+    w = jax.random.normal(jax.random.key(0), (K, N))
+    w = w.at[32:64].multiply(1e-4).at[64:].set(0)
+    qt = quantize_array(w, Format("int4", 32, scale=scale))
+    stored = read_scales(qt)[0]
+    least = np.asarray(stored[1])
+    assert (least > 0).all()
+    assert (least < np.asarray(stored[0])).all()
+    np.testing.assert_array_equal(stored[2], 0)
+    error = np.abs(dequantize_array(qt) - w)[32:64]
+    assert (error <= least / 2).all()
 
 
 @pytest.mark.parametrize("fmt", FORMATS[::4], ids=name)

@@ -86,7 +86,7 @@ def store_shared(grid: Grid, fmt: Format) -> tuple[Stored, Grid]:
     if grid.zero is None:
         return Stored(scale, None), read
     if fmt.offset is not None:
-        zero = qtensor.store_scales(grid.zero, fmt.offset)
+        zero = qtensor.store_offsets(grid.zero, fmt.offset)
         return Stored(scale, zero), read._replace(zero=qtensor.restore_scales(zero, fmt.offset))
     element = numerics.get_element(fmt.element)
     codes = qtensor.pack_codes(numerics.encode(grid.zero, element), element)
