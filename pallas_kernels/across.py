@@ -25,8 +25,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, vector
 
-from pallas_kernels import few_bits, four_bits, hopper, planes, signed_bytes, zero_points
-from pallas_kernels.interleave import interleaved
+from pallas_kernels import few_bits, four_bits, hopper, planes, whole_bytes, zero_points
+from pallas_kernels.interleave import interleaved, interleaved_pairs
 
 HALVES = (0x5410, 0x7632)  # prmt of two words: their lower halves, their upper halves
 ROTATED = "shf.r.wrap.b32 $0, $1, $1, $2;"  # $1 by $2 bits to the right
@@ -70,24 +70,30 @@ class Order:
 
 # A feature is a number of 6 bits, which tiles cut from the most significant one on. Tokens are cut
 # last, as in every accumulator of wgmma: of each 8, one of 4 lanes has 2.
-BYTES = Order(8, plgpu.Layout.TILED(  # warp, unit, code
+NATURAL = Order(8, plgpu.Layout.TILED(  # warp, unit, code
     Tiling(((64, 8), (16, 8), (2, 2), (2, 1))), (-8,), (-6, -5), -2,
 ))  # fmt: skip
-# In the order of `interleave`: first bit of the warp, last of the unit, last of the warp (byte of
+# In the order of `interleave`: warp, the bits of the unit in reverse, code.
+_BY_BITS = Tiling(((64, 8), (16, 8), (8, 8), (4, 8), (2, 2), (2, 1)))
+PAIRS = Order(8, plgpu.Layout.TILED(_BY_BITS, (-12,), (-6, -8, -10, -5), -2))
+# In that of 4 bits: first bit of the warp, last of the unit, last of the warp (byte of
 # a unit), the other bits of the unit, code (half of a byte).
 NIBBLES = Order(4, plgpu.Layout.TILED(
     Tiling(((64, 8), (32, 8), (16, 8), (8, 8), (2, 2), (2, 1))), (-12, -8), (-6, -10, -5), -2,
 ))  # fmt: skip
 # In that of `planes`: warp, code, and of the unit the second bit, the first, the last. But the last
 # is exchanged with the code, between lanes: so here, too, a register has two neighbours.
-PLANES = Order(2, plgpu.Layout.TILED(
-    Tiling(((64, 8), (16, 8), (8, 8), (4, 8), (2, 2), (2, 1))), (-12,), (-6, -8, -10, -5), -2,
-))  # fmt: skip
+PLANES = Order(2, PAIRS.sums)
 
 
-def order_of(weight: Any) -> Order:
-    """Returns how weights lie: int8 or float8_e4m3fn; int4; or uint8, of codes of 2 or 3 bits."""
-    return {"int4": NIBBLES, "uint8": PLANES}.get(jnp.dtype(weight).name, BYTES)
+def order_of(weight: Any, *, natural: bool = False) -> Order:
+    """Returns how weights lie: int8 or float8_e4m3fn; int4; or uint8, of codes of 2 or 3 bits.
+
+    Args:
+      natural: whether those of 8 bits are as they were, and not interleaved.
+    """
+    of_bytes = NATURAL if natural else PAIRS
+    return {"int4": NIBBLES, "uint8": PLANES}.get(jnp.dtype(weight).name, of_bytes)
 
 
 def units(w: Array) -> Array:
@@ -154,10 +160,10 @@ def exponents(scale: Array) -> Array:
 def less_of(zero: Array, weight: Any, dtype: Any) -> Array:
     """Returns what `load` subtracts of codes, or adds: floats of zero points, uint8 as `exponents`.
 
-    They are less those by the power of two that it puts codes below, `_power`.
+    They are `_offset`: the power of two that it puts codes below is in them, and what one is.
     """
-    power, sign = _power(weight, dtype), -1 if order_of(weight) is PLANES else 1
-    reference = lambda zero: (sign * zero.astype(jnp.int32) + power).astype(dtype)
+    power, factor = _offset(weight, dtype)
+    reference = lambda zero: ((zero.astype(jnp.int32) + power) * factor).astype(dtype)
     return _of_bytes(zero, dtype, less_assembly(weight, dtype), reference)
 
 
@@ -166,22 +172,26 @@ def load(
     weight: Any,
     dtype: Any,
     *,
+    natural: bool = False,
     bits: int | None = None,
     zero: int | Array | None = None,
     table: Any = None,
 ) -> Array:
     """Returns weights in shared memory as 16-bit floats [64, rows], in a kernel, in an `Order`.
 
+    int8 are times `zero_points.unit`.
+
     Args:
       ref: `units` [rows, columns] of all features of a tile.
       weight: what they are units of: int8, float8_e4m3fn, int4 or uint8.
       dtype: of the values: bfloat16 or float16.
+      natural: as for `order_of`.
       bits: of codes in uint8: 2 or 3.
       zero: what unsigned codes are less, as in `weight_only.matmul`: of all; or `less_of` [64,
         rows]. Default: the middle.
       table: of the values of int4, as `four_bits.table`; or None.
     """
-    weight, dtype, order = jnp.dtype(weight), jnp.dtype(dtype), order_of(weight)
+    weight, dtype, order = jnp.dtype(weight), jnp.dtype(dtype), order_of(weight, natural=natural)
     wg, rows = lax.axis_index("wg"), ref.shape[0]
     known = zero if isinstance(zero, int) else _middle(weight, bits)
     first = pl.ds(wg * order.units, order.units)
@@ -222,9 +232,11 @@ def load(
 
     def reference(units, *rest):
         rest, bytes = list(rest), _bytes(units)
+        if order is PAIRS:
+            bytes = interleaved_pairs(bytes)
         if weight == jnp.float8_e4m3fn:
             return lax.bitcast_convert_type(bytes, weight).astype(dtype).T
-        if order is BYTES:
+        if weight == jnp.int8:
             codes = bytes ^ jnp.uint8(128)
         elif order is NIBBLES:
             bytes = interleaved(bytes)
@@ -239,9 +251,9 @@ def load(
                 codes |= (planes.codes(highest, 2) & 1) << 2
         zero = known
         if has_zeros:
-            sign = -1 if order is PLANES else 1
-            zero = sign * (rest[0].astype(jnp.int32) - _power(weight, dtype))
-        return (codes.T.astype(jnp.int32) - zero).astype(dtype)
+            power, factor = _offset(weight, dtype)
+            zero = rest[0].astype(jnp.float32) / factor - power
+        return ((codes.T.astype(jnp.int32) - zero) * zero_points.unit(weight, dtype)).astype(dtype)
 
     kind = plgpu.ShapeDtypeStruct((hopper.ROWS, rows), dtype, plgpu.Layout.WGMMA)
     return _inline(values, reference, types, kind)(*operands)
@@ -326,25 +338,21 @@ def _middle(weight: Any, bits: int | None) -> int:
     return 2 ** ((bits or hopper.bits(weight)) - 1)
 
 
-def _power(weight: Any, dtype: Any) -> int:
-    """Returns what is subtracted of a code, or of 2 and 3 bits added, for a zero point of 0."""
-    if jnp.dtype(weight) == jnp.int8 and jnp.dtype(dtype) == jnp.bfloat16:
-        return -signed_bytes.MIDDLE
+def _offset(weight: Any, dtype: Any) -> tuple[int, float]:
+    """Returns (power, factor): a code is less (zero point + power) * factor, or has it added."""
+    unit = zero_points.unit(weight, dtype)
+    if unit != 1:
+        return 0, -unit
     power = {"bfloat16": 2**7, "float16": 2**10}[jnp.dtype(dtype).name]
-    return -power if order_of(weight) is PLANES else power
+    return power, -1.0 if jnp.dtype(weight) == jnp.uint8 else 1.0
 
 
 def less_assembly(weight: Any, dtype: Any) -> str:
     """Returns PTX that makes what is subtracted of two codes, $0, of their zero points in $1."""
-    if jnp.dtype(weight) == jnp.int8 and jnp.dtype(dtype) == jnp.bfloat16:  # as `signed_bytes`
-        return """{
-.reg .b32 bytes, all, sign;
-prmt.b32 bytes, $1, 0, 0x4140;
-lop3.b32 all, bytes, 0x007F007F, 0x43004300, 0xea;
-lop3.b32 sign, bytes, 0x00800080, 0x43804380, 0x6a;
-sub.bf16x2 $0, all, sign;
-}"""
-    upper = zero_points.POWERS[jnp.dtype(dtype).name] | (order_of(weight) is PLANES) << 7
+    if zero_points.unit(weight, dtype) != 1:
+        return zero_points.unit_assembly((0, 1))
+    is_added = jnp.dtype(weight) == jnp.uint8
+    upper = zero_points.POWERS[jnp.dtype(dtype).name] | is_added << 7
     return f"prmt.b32 $0, $1, {upper:#x}, 0x4140;"
 
 
@@ -358,12 +366,21 @@ def _decoder(
       half: of 3 bits, which half of the features are this warpgroup's.
     """
     if weight == jnp.int8:
-        return lambda *words: [_asm(signed_bytes.assembly(i, dtype, zero), *words) for i in (0, 1)]
+        texts = [whole_bytes.assembly((code, 2 + code), dtype, zero) for code in (0, 1)]
+
+        def of_int8(word, *less):
+            unsigned = arith.xori(word, _constant(whole_bytes.SIGNS - 2**32))
+            return [_asm(text, unsigned, *less) for text in texts]
+
+        return of_int8
     if weight == jnp.float8_e4m3fn:
+        texts = [f"prmt.b32 $0, $1, $2, {half:#x};" for half in HALVES]
+        if dtype == jnp.bfloat16:
+            texts = [whole_bytes.bfloat16_assembly((code, code)) for code in (0, 1)]
 
         def of_e4m3(word):
-            rows = [_asm(e4m3_assembly(row), word) for row in (0, 1)]
-            return [_asm(floats_assembly(code, dtype), *rows) for code in (0, 1)]
+            rows = [_asm(whole_bytes.e4m3_assembly(row), word) for row in (0, 1)]
+            return [_asm(text, *rows) for text in texts]
 
         return of_e4m3
     if weight == jnp.int4:
@@ -417,33 +434,4 @@ shr.b32 codes, $1, $2;
 lop3.b32 codes, codes, 0x000F000F, {twice(power | 8)}, 0x6a;
 mov.b32 less, {"$3" if zero is None else twice(power | zero)};
 sub.{suffix} $0, codes, less;
-}}"""
-
-
-def e4m3_assembly(row: int) -> str:
-    """Returns PTX that makes two float16, $0, of the two e4m3 of one row in a word $1."""
-    first, second = ("own", "other") if row == 0 else ("other", "own")
-    return f"""{{
-.reg .b16 own, other;
-mov.b32 {{{first}, {second}}}, $1;
-cvt.rn.f16x2.e4m3x2 $0, own;
-}}"""
-
-
-def floats_assembly(code: int, dtype: Any) -> str:
-    """Returns PTX that makes two floats, $0, of the first or second float16 of rows $1 and $2.
-
-    Hopper knows no other way to bfloat16 than by float32.
-    """
-    if jnp.dtype(dtype) == jnp.float16:
-        return f"prmt.b32 $0, $1, $2, {HALVES[code]:#x};"
-    pair = lambda name: f"{{{name}, other}}" if code == 0 else f"{{other, {name}}}"
-    return f"""{{
-.reg .b16 low, high, other;
-.reg .b32 first, second;
-mov.b32 {pair("low")}, $1;
-mov.b32 {pair("high")}, $2;
-cvt.f32.f16 first, low;
-cvt.f32.f16 second, high;
-cvt.rn.bf16x2.f32 $0, second, first;
 }}"""

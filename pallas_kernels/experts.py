@@ -86,6 +86,7 @@ def matmul(
     codebook: Sequence[float] | None = None,
     zero: int | Array | None = None,
     bits: int | None = None,
+    natural: bool = False,
     out_dtype: Any = None,
     tuning: Tuning | None = None,
     interpret: Any = None,
@@ -94,7 +95,7 @@ def matmul(
 
     Args:
       x: [M, K], transposed [M, N], bfloat16 or float16, tokens sorted by expert.
-      w: [E, N, K], scale: [E, G, N], codebook, zero: as for `weight_only.matmul`.
+      w: [E, N, K], scale: [E, G, N], codebook, zero, natural: as for `weight_only.matmul`.
       group_sizes: [E] integers, how many tokens each expert has.
       transposed: return y[m] = x[m] @ W[expert of m]ᵀ, by the kernel of `transposed`.
       bits: as for it; else x tells.
@@ -119,7 +120,7 @@ def matmul(
             x, w, scale, zero, 2 * -(-M // E), min(E, M), codebook, out_dtype, transposed, bits
         )
     tiles = tiles_of(group_sizes, M, tuning.tile_m)
-    y = _kernel(transposed, zero, bits)(
+    y = _kernel(transposed, zero, bits, natural)(
         x[tiles.tokens], w, scale, codebook=codebook, experts=tiles.experts, out_dtype=out_dtype,
         tuning=tuning, interpret=interpret,
     )  # fmt: skip
@@ -135,6 +136,7 @@ def batched(
     codebook: Sequence[float] | None = None,
     zero: int | Array | None = None,
     bits: int | None = None,
+    natural: bool = False,
     out_dtype: Any = None,
     tuning: Tuning | None = None,
     interpret: Any = None,
@@ -149,7 +151,7 @@ def batched(
     of_each = -(-M // tuning.tile_m)
     padded = jnp.pad(x, ((0, 0), (0, -M % tuning.tile_m), (0, 0)))
     expert = jnp.repeat(jnp.arange(E, dtype=jnp.int32), of_each)
-    y = _kernel(transposed, zero, bits)(
+    y = _kernel(transposed, zero, bits, natural)(
         padded.reshape(-1, x.shape[-1]), w, scale, codebook=codebook,
         experts=jnp.append(expert, E * of_each), out_dtype=out_dtype, tuning=tuning,
         interpret=interpret,
@@ -157,10 +159,11 @@ def batched(
     return y.reshape(*padded.shape[:2], -1)[:, :M]
 
 
-def _kernel(transposed: bool, zero: int | Array | None, bits: int | None) -> Any:
+def _kernel(transposed: bool, zero: int | Array | None, bits: int | None, natural: bool) -> Any:
+    options = {"zero": zero, "natural": natural}
     if transposed:
-        return functools.partial(transposed_kernel.matmul, zero=zero, bits=bits)
-    return functools.partial(weight_only.matmul, zero=zero)
+        return functools.partial(transposed_kernel.matmul, **options, bits=bits)
+    return functools.partial(weight_only.matmul, **options)
 
 
 def _tuning(

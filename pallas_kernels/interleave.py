@@ -1,8 +1,10 @@
-"""The order in which Hopper's weight-only kernel reads codes of 4 bits.
+"""The order in which Hopper's weight-only kernels read codes of 4 and 8 bits.
 
-A lane reads 8 codes of a row at once, a word. A wgmma takes from lane t of 4 the inputs 2t and
-2t + 1 of every 8. So 32 codes of a row are stored, in bytes of two, as the transpose of 4 x 4: word
-t holds the t-th byte of each 8 codes. Nothing then moves between lanes.
+A wgmma takes from lane t of 4 the inputs 2t and 2t + 1 of every 8, and a lane reads a word of a row
+at once: 8 codes of 4 bits, or 4 of 8. So 32 codes of 4 bits are stored, in bytes of two, as the
+transpose of 4 x 4: word t holds the t-th byte of each 8 codes. Of 16 codes of 8 bits, 8 pairs, a
+word holds a lane's pair of the first 8 and that of the second; the words are those of lanes 0, 2, 1
+and 3, as the layout of bytes has them. Nothing then moves between lanes.
 """
 
 from __future__ import annotations
@@ -20,6 +22,19 @@ def interleaved(codes: Array) -> Array:
     """
     *lead, n = codes.shape
     return codes.reshape(*lead, n // 16, 4, 4).swapaxes(-1, -2).reshape(codes.shape)
+
+
+def interleaved_pairs(codes: Array) -> Array:
+    """Returns codes of 8 bits [.., K] in the order above; its own inverse.
+
+    The three bits of a pair's place are those of its number in reverse.
+
+    Example:
+      >>> interleaved_pairs(jnp.arange(16)).tolist()
+      [0, 1, 8, 9, 4, 5, 12, 13, 2, 3, 10, 11, 6, 7, 14, 15]
+    """
+    *lead, n = codes.shape
+    return codes.reshape(*lead, n // 16, 2, 2, 2, 2).swapaxes(-2, -4).reshape(codes.shape)
 
 
 def for_int8(x: Array) -> Array:
@@ -62,5 +77,10 @@ def of_int4(w: Array) -> Array:
 
 
 def place(byte: Array) -> Array:
-    """Returns where the given bytes of a row are."""
+    """Returns where the given bytes of a row are, of two codes of 4 bits each."""
     return byte // 16 * 16 + byte % 4 * 4 + byte % 16 // 4
+
+
+def place_in_pairs(code: Array) -> Array:
+    """Returns where the given codes of 8 bits of a row are."""
+    return code // 16 * 16 + code % 4 // 2 * 8 + code % 8 // 4 * 4 + code % 16 // 8 * 2 + code % 2

@@ -10,7 +10,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import across, four_bits, hopper, weight_only
+from pallas_kernels import across, four_bits, hopper, weight_only, zero_points
 from pallas_kernels import tuning as tunings
 from pallas_kernels.hopper import Operand
 from pallas_kernels.tuning import TILE_K, TILE_N, Tuning
@@ -24,6 +24,7 @@ def matmul(
     codebook: Sequence[float] | None = None,
     zero: int | Array | None = None,
     bits: int | None = None,
+    natural: bool = False,
     experts: Array | None = None,
     out_dtype: Any = None,
     tuning: Tuning | None = None,
@@ -37,8 +38,8 @@ def matmul(
 
     Args:
       dy: [M, N] bfloat16 or float16.
-      w, scale, codebook, zero, experts: as for `weight_only.matmul`, groups of 32, 64 or a multiple
-        of 128.
+      w, scale, codebook, zero, natural, experts: as for `weight_only.matmul`, groups of 32, 64 or a
+        multiple of 128.
       bits: of codes in bytes, which do not tell by themselves: 2 or 3; or None for all other types.
       out_dtype: of dx, bfloat16, float16 or float32; default: dy's.
       tuning: default: `tuning.transposed`.
@@ -70,7 +71,7 @@ def matmul(
     )  # fmt: skip
     groups = max(1, hopper.ROWS * G // K)  # of features of a warpgroup, each with its own scales
     zeros = None if zero is None or isinstance(zero, int) else zero
-    order = across.order_of(w.dtype)
+    order = across.order_of(w.dtype, natural=natural)
 
     def step(w_smem, dy_smem, s_smem, *rest):
         z_smem, rest = (None, rest) if zeros is None else (rest[0], rest[1:])
@@ -81,7 +82,9 @@ def matmul(
             z = plgpu.load(z_smem.at[own], layout=across.columns(groups, dealt=True))
             less = across.spread(across.less_of(z, w.dtype, dy.dtype), dealt=True)
         table = tables[0] if tables else None
-        q = across.load(w_smem, w.dtype, dy.dtype, bits=bits, zero=less, table=table)
+        q = across.load(
+            w_smem, w.dtype, dy.dtype, natural=natural, bits=bits, zero=less, table=table
+        )
         s = _scale(s_smem.at[own], scale.dtype, dy.dtype)
         turn.begin()
         plgpu.wgmma(total, q * s, dy_smem.T)
@@ -106,7 +109,7 @@ def matmul(
             *([] if zeros is None else [Operand(zeros, "n", shared_by=K // G)]),
         ],
         step,
-        lambda total, *_: across.in_order(total, order),
+        lambda total, *_: zero_points.in_ones(across.in_order(total, order), w.dtype, dy.dtype),
         table=None if codebook is None else four_bits.table(codebook, dy.dtype),
         in_tensor_core=jnp.float32,
         stored_as=order.sums,

@@ -11,9 +11,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import e4m3, few_bits, four_bits, hopper, signed_bytes, zero_points
+from pallas_kernels import e4m3, few_bits, four_bits, hopper, whole_bytes, zero_points
 from pallas_kernels import tuning as tunings
 from pallas_kernels.hopper import Operand
+from pallas_kernels.interleave import interleaved_pairs
 from pallas_kernels.nested import Nested, as_float
 from pallas_kernels.tuning import TILE_K, TILE_N, Tuning
 
@@ -25,19 +26,15 @@ _SCALES = ("bfloat16", "float16", "float32", "float8_e4m3fn", "uint8")
 def upcast(w_smem: Any, dtype: Any, *table: Any, zero: int | Sequence[Array] | None) -> Array:
     """Returns weights in shared memory as 16-bit floats, in the layout of wgmma, in a kernel.
 
+    int8 are times `zero_points.unit`.
+
     Args:
       table: of the values of int4.
       zero: what unsigned integers are less, see `four_bits.load`; None: the middle.
     """
     if w_smem.dtype == jnp.int4:
         return four_bits.load(w_smem, dtype, *table, zero=8 if zero is None else zero)
-    if w_smem.dtype == jnp.int8:
-        return signed_bytes.load(w_smem, dtype, signed_bytes.MIDDLE if zero is None else zero)
-    q = plgpu.load(w_smem, layout=plgpu.Layout.WGMMA_UPCAST_2X)  # for few shuffles
-    q = plgpu.layout_cast(q, plgpu.Layout.WGMMA)
-    if dtype != jnp.float16:
-        q = q.astype(jnp.float16).astype(jnp.float32)  # Hopper knows no other way
-    return q.astype(dtype)
+    return whole_bytes.load(w_smem, dtype, whole_bytes.MIDDLE if zero is None else zero)
 
 
 def read_scale(s_smem: Any, dtype: Any, layout: Any = zero_points.ROWS) -> Array:
@@ -123,6 +120,7 @@ def matmul(
     *,
     codebook: Sequence[float] | None = None,
     zero: int | Array | None = None,
+    natural: bool = False,
     experts: Array | None = None,
     out_dtype: Any = None,
     tuning: Tuning | None = None,
@@ -136,7 +134,7 @@ def matmul(
 
     Args:
       x: [M, K] bfloat16 or float16.
-      w: [N, K] int4 in the order of `interleave`, int8 or float8_e4m3fn; or uint8 [N, K * b / 8],
+      w: [N, K] int4, int8 or float8_e4m3fn in the order of `interleave`; or uint8 [N, K * b / 8],
         codes of b = 2 or 3 bits in the order of `planes`, which stand for code - zero.
       scale: [G, N] bfloat16, float16 or float32; float8_e4m3fn; or uint8, which stands for the
         power of two 2^(scale - 127) (e8m0; needs x in bfloat16, which has all of them). K / G is
@@ -146,6 +144,8 @@ def matmul(
       zero: zero point, what unsigned codes are less: uint8 [G, N], all of them codes, or one for
         all. Of int4 these codes are w + 8, of int8 w + 128. Default: the middle, so that both are
         as they are, and of codes of 2 and 3 bits 2 and 4.
+      natural: whether int8 and float8_e4m3fn lie as `eight_bit.matmul` takes them, in no other
+        order. Then x is put in order in front of the kernel.
       experts: None; or of each tile of `tuning.tile_m` tokens the expert that it is multiplied by,
         as `experts.Tiles` has them. Then w is [E, N, K] and scale [E, G, N].
       out_dtype: of y, bfloat16, float16 or float32; default: x's.
@@ -179,6 +179,8 @@ def matmul(
             f"pallas_kernels.weight_only: a codebook of {len(codebook)} values with {w.dtype.name}:"
             " it takes 16, with int4."
         )
+    if natural and bits == 8:
+        x = interleaved_pairs(x)
     known, zeros = (zero, None) if zero is None or isinstance(zero, int) else (None, zero)
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     tuning = tuning or tunings.weight_only(
@@ -271,10 +273,13 @@ def matmul(
         plgpu.wgmma_wait(0)  # before the stage is released
         return total
 
-    def scaled(total, features, tokens, s):
+    def finish(total, features, tokens, *s):
         del tokens
-        s = plgpu.load(s.at[0, features], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-        return total * lax.broadcast_in_dim(s.astype(jnp.float32), total.shape, (0,))
+        if not s:
+            return zero_points.in_ones(total, w.dtype, x.dtype)
+        s = plgpu.load(s[0].at[0, features], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+        s = zero_points.in_ones(s.astype(jnp.float32), w.dtype, x.dtype)
+        return total * lax.broadcast_in_dim(s, total.shape, (0,))
 
     tile_columns = group if on_accumulator else tuning.tile_k
     w_width = None if packed is None else tuning.tile_k * packed // 8
@@ -297,7 +302,7 @@ def matmul(
     return hopper.product(
         operands,
         step_on_accumulator if on_accumulator else step_in_tensor_core,
-        scaled if on_sums else lambda total, *_: total,
+        finish,
         whole=(scale,) if on_sums else (),
         table=None if codebook is None else four_bits.table(codebook, x.dtype),
         in_tensor_core=None if on_accumulator else jnp.float32,

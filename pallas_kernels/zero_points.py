@@ -4,6 +4,10 @@ A code u is put below the bits of a power of two, 2^7 (bfloat16) or 2^10 (float1
 is 1; then 2^7 or 2^10 is subtracted, and the zero point z with it, as 2^7 + z. So u - z is exact,
 and takes as many instructions as u. z, a byte for every row and group, becomes both halves of a
 register by one multiply-add.
+
+A byte is too long for the fraction of a bfloat16. But it is a bfloat16: u times 2^-133, subnormal,
+and the same where its highest bit is the exponent's last, as that of 1 has the same last place. A
+multiply-add by 2^127 brings it to `UNIT`, where sums stay until they are done, and subtracts z.
 """
 
 from __future__ import annotations
@@ -21,6 +25,21 @@ from jaxlib.mlir.dialects import arith, llvm
 
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # of zero points in registers: two in each, of rows i and i + 8
 POWERS = {"bfloat16": 0x43, "float16": 0x64}  # upper bytes of 2^7 and 2^10
+UNIT = 2.0**-6  # 2^-133 times the largest power of two
+LARGEST = 0x7F007F00  # twice that power, 2^127, in bfloat16
+SIGNS = 0x80008000
+
+
+def unit(weight: Any, dtype: Any) -> float:
+    """Returns what a weight of 1 is in the type that a kernel multiplies it in: `UNIT`, or 1."""
+    is_subnormal = jnp.dtype(weight) == jnp.int8 and jnp.dtype(dtype) == jnp.bfloat16
+    return UNIT if is_subnormal else 1.0
+
+
+def in_ones(total: Array, weight: Any, dtype: Any) -> Array:
+    """Returns sums of products with such weights, or their scales, as of weights that are not."""
+    own = unit(weight, dtype)
+    return total if own == 1 else total * (1 / own)
 
 
 def load(ref: Any) -> Array:
@@ -50,6 +69,23 @@ def assembly(upper: int) -> str:
     return f"mad.lo.u32 $0, $1, 0x10001, {upper << 8 | upper << 24:#x};"
 
 
-def spread(zeros: Sequence[Array], shape: tuple[int, int]) -> Array:
+def unit_assembly(bytes: tuple[int, int]) -> str:
+    """Returns PTX that makes two bfloat16, $0, of -z times `UNIT`, of two bytes z of a word $1."""
+    low, high = bytes
+    return f"""{{
+.reg .b32 codes, largest, none;
+prmt.b32 codes, $1, 0, 0x4{high}4{low};
+mov.b32 largest, {LARGEST | SIGNS:#x};
+mov.b32 none, 0;
+fma.rn.bf16x2 $0, codes, largest, none;
+}}"""
+
+
+def twice(value: float, dtype: Any) -> int:
+    """Returns a word of twice a float."""
+    return int(np.array(value, dtype).view(np.uint16)) * 0x10001
+
+
+def spread(zeros: Sequence[Array], shape: tuple[int, ...]) -> Array:
     """Returns int32 [R, C]: for every code of a block the zero point of its row and group."""
     return jnp.repeat(jnp.stack(zeros, axis=1).astype(jnp.int32), shape[1] // len(zeros), axis=1)

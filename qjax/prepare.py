@@ -43,9 +43,10 @@ class Prepared(QTensor):
     Attributes:
       data: bytes [*lead, N', K' * b / 8], K contiguous: q minus the middle of an unsigned type's
         range, in two's complement, or the code of a table; two of 4 bits in a byte, the first in
-        the lower half, and those bytes in the order of `pallas_kernels.interleave`. Codes of 2 and
-        3 bits as stored, in the order of `pallas_kernels.planes`. Or e4m3. N' and K' are N and K up
-        to multiples of 128, and K' of the group size; the codes that were added are 0.
+        the lower half. Or e4m3. All are in the order of `pallas_kernels.interleave` and uint8, but
+        codes of 8 bits that meet quantized activations: as they are, int8 or e4m3. Codes of 2 and 3
+        bits as stored, in the order of `pallas_kernels.planes`. N' and K' are N and K up to
+        multiples of 128, and K' of the group size; the codes that were added are 0.
       zero: None; integer zero points minus the least of their type, a byte each, uint8 [*lead, G,
         C]; or the offsets.
       extra: static. (K' - K, N' - N).
@@ -162,10 +163,10 @@ class Prepared(QTensor):
         data = self.data[: self.canonical_shape[-1]]
         if bits < 4:
             return planes.codes_at(data, bits, rows).T
-        at = rows if bits == 8 else interleave.place(rows // 2)
-        data = _flipped(data[:, at].T, self.format.element)
         if bits == 8:
-            return data
+            at = rows if data.dtype != jnp.uint8 else interleave.place_in_pairs(rows)
+            return _flipped(_retyped(data[:, at].T, self.element), self.format.element)
+        data = _flipped(data[:, interleave.place(rows // 2)].T, self.format.element)
         return (data >> (rows * bits % 8).astype(jnp.uint8)[:, None]) & jnp.uint8(2**bits - 1)
 
 
@@ -329,6 +330,8 @@ def _prepared(qt: QTensor) -> Prepared:
         data = planes.packed(data, bits)
     elif bits == 4:
         data = interleave.interleaved(data)
+    elif qt.format.activation is None:
+        data = interleave.interleaved_pairs(lax.bitcast_convert_type(data, jnp.uint8))
     return Prepared(**fields_of(qt, data=data, zero=zeros_in_bytes(qt)), extra=extra)
 
 
@@ -368,9 +371,15 @@ def _flipped(data: Array, element: str) -> Array:
     return data ^ jnp.uint8(mask) if mask else data
 
 
+def _retyped(data: Array, element: numerics.Element) -> Array:
+    """Returns codes of 8 bits in the type that a QTensor has them in."""
+    return lax.bitcast_convert_type(data, element.dtype)
+
+
 def canonical_codes(data: Array, element: str, extra: tuple[int, int]) -> Array:
     """Returns the codes [*lead, N', K' in bytes] of a prepared weight as a QTensor stores them."""
-    bits = numerics.get_element(element).bits
+    known = numerics.get_element(element)
+    bits = known.bits
     *_, N, columns = data.shape
     if bits < 4:
         codes = planes.codes(data, bits)[..., : N - extra[1], :]
@@ -378,6 +387,8 @@ def canonical_codes(data: Array, element: str, extra: tuple[int, int]) -> Array:
         return packing.pack(codes, bits)
     if bits == 4:
         data = interleave.interleaved(data)
+    elif data.dtype == jnp.uint8:
+        data = _retyped(interleave.interleaved_pairs(data), known)
     K = columns * 8 // bits - extra[0]
     data = data[..., : N - extra[1], : packing.packed_rows(K, bits)]
     return _flipped(data.swapaxes(-1, -2), element)
@@ -390,10 +401,11 @@ def kernel_codes(data: Array, element: str) -> Array:
     are only made here, as XLA copies slices of arrays of them in front of a kernel, and reads
     slices of bytes where they lie.
     """
-    if numerics.get_element(element).kind == "float" or numerics.get_element(element).bits < 4:
+    known = numerics.get_element(element)
+    if known.bits < 4:
         return data
-    if numerics.get_element(element).bits == 8:
-        return lax.bitcast_convert_type(data, jnp.int8)
+    if known.bits == 8:
+        return lax.bitcast_convert_type(data, jnp.int8 if known.kind == "int" else known.dtype)
     return lax.bitcast_convert_type(data, jnp.int4).reshape(*data.shape[:-1], -1)
 
 

@@ -193,8 +193,8 @@ def test_the_kernel_multiplies_the_codes_that_xla_does(name):
 
 def test_rows_of_a_prepared_weight_are_its_rows():
     rows = jnp.array([3, 0, 255, 18])
-    for name in ("int4", "zero point", "channels", "uint8", "fp8 blocks", "int3", "uint2"):
-        qt = _weight(name)
+    names = ("int4", "zero point", "channels", "uint8", "fp8 blocks", "int3", "uint2")
+    for qt in (*map(_weight, names), *map(_quantized_weight, ("w8a8", "fp8"))):
         got = dequantize_rows(qjax.prepare(qt, "h100"), rows)
         np.testing.assert_array_equal(got, dequantize_rows(qt, rows))
 
@@ -218,7 +218,17 @@ def test_the_kernel_agrees_with_float64(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["zero point", "last group shorter", "nf4", "nf4-dq", "mxfp4", "channels", "int2", "uint2"],
+    [
+        "zero point",
+        "last group shorter",
+        "nf4",
+        "nf4-dq",
+        "mxfp4",
+        "channels",
+        "fp8",
+        "int2",
+        "uint2",
+    ],
 )
 def test_the_transposed_kernel_agrees_with_float64(name):
     qt = _weight(name)
@@ -227,6 +237,27 @@ def test_the_transposed_kernel_agrees_with_float64(name):
     wanted = np.asarray(dy, np.float64) @ np.asarray(qjax.dequantize(qt), np.float64).T
     # A weight is rounded to bfloat16, of 8 places, as a level and with its scale.
     assert np.linalg.norm(dx - wanted) <= 2.0**-8 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("name", ["w8a8", "fp8", "w4a8", "llm-int8"])
+def test_derivatives_and_stacks_of_rounded_activations_read_codes_in_their_order(name):
+    """Those of 8 bits are natural, for the products of bytes; these are with floats."""
+    qt, fmt = _quantized_weight(name), QUANTIZED[name]
+    prepared = qjax.prepare(qt, "h100")
+    if fmt.element != "int4":
+        assert prepared.data.dtype == qt.data.dtype
+        np.testing.assert_array_equal(prepared.data.T, qt.data)
+    dy = jax.random.normal(jax.random.key(1), (3, qt.shape[1]), jnp.bfloat16)
+    dx = np.asarray(_by_the_kernel(dy, prepared, transposed=True), np.float64)
+    w = np.asarray(qjax.dequantize(qt), np.float64)
+    wanted = np.asarray(dy, np.float64) @ w.T
+    assert np.linalg.norm(dx - wanted) <= 2.0**-8 * np.linalg.norm(wanted)
+    if fmt.outliers is None:  # of which each has its own
+        stack = quantize_array(jax.random.normal(jax.random.key(2), (2, 256, 128)), fmt)
+        x = jax.random.normal(jax.random.key(3), (2, 3, 256), jnp.bfloat16)
+        y = _by_the_kernel(x, qjax.prepare(stack, "h100"))
+        wanted = np.asarray(packed_dot(x, stack, out_dtype=jnp.float32))
+        assert np.linalg.norm(y - wanted) <= 2.0**-8 * np.linalg.norm(wanted)
 
 
 def _by_the_kernel(x, prepared, **options):
@@ -414,7 +445,7 @@ def test_a_forced_kernel_that_cannot_run_says_why():
         packed_dot(x.astype(jnp.bfloat16), prepared, implementation="mosaic")
 
 
-@pytest.mark.parametrize("name", ["int4", "int3", "nf4-dq", "zero point"])
+@pytest.mark.parametrize("name", ["int4", "int3", "nf4-dq", "zero point", "uint8", "fp8"])
 @pytest.mark.parametrize("spec", [("x", None), (None, "x")], ids=["rows", "columns"])
 def test_shards_as_the_float_weight_does(spec, name):
     qt = _weight(name, (512, 256))

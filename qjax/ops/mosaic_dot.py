@@ -74,6 +74,7 @@ def transposed(
     scale, zero = _decoded(scale, zero, format)
     data, extra = _whole_tiles(data, extra)
     N_, K_ = _sizes(data, format)
+    is_natural = data.dtype != jnp.uint8
     data, padded, b, codes = _weight(data, scale, zero, dy.dtype, format, extra)
     K, N = K_ - extra[0], dy.shape[1]
     padded_dy = jnp.pad(dy, ((0, 0), (0, N_ - N)))
@@ -83,6 +84,7 @@ def transposed(
         padded,
         **codes,
         bits=_bits_in_bytes(format),
+        natural=is_natural,
         out_dtype=_summed(b, out_dtype),
     )[:, :K]
     if b is not None:
@@ -117,14 +119,15 @@ def experts(
     scale, zero = _decoded(scale, zero, format)
     data, extra = _whole_tiles(data, extra)
     N_, K_ = _sizes(data, format)
+    is_natural = data.dtype != jnp.uint8
     data, padded, b, codes = _weight(data, scale, zero, x.dtype, format, extra)
     K, N = K_ - extra[0], N_ - extra[1]
     inner, outer = (N_, K) if transposed else (K_, N)
     unpadded = [(0, 0)] * (x.ndim - 1)
     filled = jnp.pad(x, (*unpadded, (0, inner - x.shape[-1])))
     options = {
-        **codes, "bits": _bits_in_bytes(format), "transposed": transposed,
-        "out_dtype": _summed(b, out_dtype),
+        **codes, "bits": _bits_in_bytes(format), "natural": is_natural,
+        "transposed": transposed, "out_dtype": _summed(b, out_dtype),
     }  # fmt: skip
     if group_sizes is None:
         y = kernel.batched(filled, data, padded, **options)

@@ -17,8 +17,8 @@ from jax.experimental.mosaic.gpu.fragmented_array import Replicated
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 
-from pallas_kernels import across, four_bits, hopper, planes
-from pallas_kernels.interleave import of_int4
+from pallas_kernels import across, four_bits, hopper, planes, zero_points
+from pallas_kernels.interleave import interleaved_pairs, of_int4
 from tests.pallas_kernels import ptx
 
 ROWS = 128  # of W, in a step
@@ -122,6 +122,7 @@ class Threads:
                     addi=lambda a, b: a + b,
                     shli=lambda a, b: a << b,
                     extui=lambda _, a: viewed(np.uint16)(a),
+                    xori=lambda a, b: a ^ b,
                     trunci=lambda _, a: a.astype(bool),
                     select=np.where,
                 ),
@@ -185,11 +186,11 @@ def tile_of(weight, bits):
     rng, shape = np.random.default_rng(0), (ROWS, 2 * hopper.ROWS)
     if weight == "int8":
         w = rng.integers(-128, 128, shape)
-        return jnp.asarray(w, jnp.int8), w
+        return interleaved_pairs(jnp.asarray(w, jnp.int8)), w
     if weight == "float8_e4m3fn":
         bytes = jnp.asarray(rng.integers(0, 256, shape), jnp.uint8)
         w = jax.lax.bitcast_convert_type(bytes, jnp.float8_e4m3fn)
-        return w, np.asarray(w, np.float32)
+        return interleaved_pairs(w), np.asarray(w, np.float32)
     if weight == "int4":
         w = rng.integers(-8, 8, shape)
         return of_int4(jnp.asarray(w, jnp.int4)), w
@@ -197,15 +198,16 @@ def tile_of(weight, bits):
     return planes.packed(jnp.asarray(codes, jnp.uint8), bits), codes - 2 ** (bits - 1)
 
 
-def check(wg, weight, dtype, w, stored, **kwargs):
+def check(wg, weight, dtype, w, stored, natural=False, **kwargs):
     """A wgmma with the identity sums what was read: those sums are w in the order of features."""
     ref = Ref(np.asarray(across.units(stored)))
-    read, expected = both(wg, across.load, ref, weight, dtype, **kwargs)
+    read, expected = both(wg, across.load, ref, weight, dtype, natural=natural, **kwargs)
     with Threads(wg):
-        sums = across.in_order(read.astype(np.float32), across.order_of(weight))
+        sums = across.in_order(read.astype(np.float32), across.order_of(weight, natural=natural))
     np.testing.assert_array_equal(sums, np.asarray(expected, np.float32))
     own = w[:, wg * hopper.ROWS : (wg + 1) * hopper.ROWS].T
-    np.testing.assert_array_equal(sums, own.astype(np.float32))
+    unit = zero_points.unit(weight, dtype)
+    np.testing.assert_array_equal(sums / unit, own.astype(np.float32))
 
 
 wgs = pytest.mark.parametrize("wg", [0, 1])
@@ -219,6 +221,17 @@ def test_weights_become_the_sums_of_their_features(name, dtype, wg):
     weight, bits = WEIGHTS[name]
     stored, w = tile_of(weight, bits)
     check(wg, weight, dtype, w, stored, bits=bits)
+
+
+@wgs
+@dtypes
+@pytest.mark.parametrize("name", ["int8", "e4m3"])
+def test_so_do_weights_in_their_natural_order(name, dtype, wg):
+    weight, _ = WEIGHTS[name]
+    stored, w = tile_of(weight, None)
+    check(wg, weight, dtype, w, interleaved_pairs(stored), natural=True)
+    with pytest.raises(AssertionError):
+        check(wg, weight, dtype, w, stored, natural=True)
 
 
 @wgs
@@ -288,18 +301,3 @@ def test_every_code_is_less_every_zero_point(place, dtype):
         signed = (codes.astype(np.int64) ^ 8) + 0 * codes[:, None].astype(np.int64)
         np.testing.assert_array_equal(pairs[..., 0].astype(np.int64), signed - zero)
         np.testing.assert_array_equal(pairs[..., 1].astype(np.int64), signed.T - zero)
-
-
-@dtypes
-def test_every_e4m3_is_converted(dtype):
-    byte = np.arange(256, dtype=np.uint32)
-    words = byte | np.roll(byte, 1) << 8 | np.roll(byte, 2) << 16 | np.roll(byte, 3) << 24
-    rows = [assembled(across.e4m3_assembly(row), words) for row in (0, 1)]
-    exact = byte.astype(np.uint8).view(jnp.float8_e4m3fn).astype(np.float32)
-    for code in (0, 1):
-        out = assembled(across.floats_assembly(code, dtype), *rows)
-        pairs = np.ascontiguousarray(out).view(jnp.dtype(dtype)).reshape(256, 2)
-        for row in (0, 1):
-            np.testing.assert_array_equal(
-                pairs[:, row].astype(np.float32), np.roll(exact, 2 * row + code)
-            )

@@ -32,9 +32,9 @@ def of_experts(M, E=8, K=1024, N=256, **options):
     )  # fmt: skip
 
 
-def backward(M, dtype="int4", K=256, N=1024):
+def backward(M, dtype="int4", K=256, N=1024, **options):
     return (
-        lambda *a: transposed.matmul(*a),
+        functools.partial(transposed.matmul, **options),
         array("bfloat16", M, N), array(dtype, N, K), array("bfloat16", K // 128, N),
     )  # fmt: skip
 
@@ -49,11 +49,18 @@ def with_zero_points(M, dtype, K=1024, N=256):
 
 OTHERS = {
     "zero points, int8": with_zero_points(1024, "int8"),
+    "int8 in groups": (
+        lambda *a: weight_only.matmul(*a),
+        array("bfloat16", 1024, 1024),
+        array("int8", 256, 1024),
+        array("bfloat16", 8, 256),
+    ),
     "experts": of_experts(64),
     "experts, transposed": of_experts(64, transposed=True),
     "transposed": backward(1024),
     "transposed int8": backward(1024, "int8"),
     "transposed fp8": backward(1024, "float8_e4m3fn"),
+    "transposed int8, natural": backward(1024, "int8", natural=True),
 }
 
 

@@ -20,6 +20,7 @@ from tests.pallas_kernels import test_weight_only as one
 
 INT4 = {"w": "int4", "group": 128}
 ZEROS = {"w": "int4", "group": 128, "zero": True}
+NATURAL = {"w": "int8", "group": 128, "natural": True}
 INT2 = {"w": "int8", "group": 128, "bits": 2}
 _FOR_ALL = Tuning(8, 2, sms=8)  # one item for every CTA, so that races can be looked for
 
@@ -29,6 +30,7 @@ class TestExperts(Laws):
         "int4 groups of 128": INT4,
         "zero points": ZEROS,
         "int8 channels": {"w": "int8", "group": 256},
+        "int8 in its natural order": {"w": "int8", "group": 256, "natural": True},
         "int8 zero points": {"w": "int8", "group": 128, "zero": True},
         "a codebook": {"w": "int4", "group": 64, "codebook": one.LEVELS},
         "powers of two": {"w": "int4", "group": 32, "codebook": one.E2M1, "scale": "uint8"},
@@ -46,7 +48,9 @@ class TestExperts(Laws):
     def run(self, arrays, *, tuning, interpret, product=experts.matmul):
         if arrays["scale"].dtype.itemsize == 1:
             tuning = dataclasses.replace(tuning, scale_on="weight")
-        in_order = functools.partial(one.in_order, bits=arrays.get("bits"))
+        in_order = functools.partial(
+            one.in_order, bits=arrays.get("bits"), natural=arrays.get("natural", False)
+        )
         arrays = arrays | {"w": jnp.stack([in_order(w) for w in arrays["w"]])}
         return product(**arrays, out_dtype=jnp.float32, tuning=tuning, interpret=interpret)
 
@@ -107,7 +111,11 @@ class TestExperts(Laws):
             y = np.asarray(y.reshape(6, -1), np.float64)
         np.testing.assert_allclose(y, self.exact(arrays), rtol=1e-4, atol=1e-4)
 
-    @pytest.mark.parametrize("weight", [INT4, ZEROS, INT2], ids=["int4", "zero points", "int2"])
+    @pytest.mark.parametrize(
+        "weight",
+        [INT4, ZEROS, INT2, NATURAL],
+        ids=["int4", "zero points", "int2", "int8 in its natural order"],
+    )
     def test_derivatives_meet_the_transposed_weight(self, weight):
         arrays = self.make(3, 128, 256, sizes=(1, 0, 2), **weight)
         arrays["x"] = jax.random.normal(jax.random.key(9), (3, 256), jnp.bfloat16)

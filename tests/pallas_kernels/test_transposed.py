@@ -41,6 +41,8 @@ class TestTransposed(Laws):
         "a codebook": {"w": "int4", "group": 64, "codebook": forward.LEVELS},
         "powers of two": {"w": "int4", "group": 32, "codebook": forward.E2M1, "scale": "uint8"},
         "int8 channels": {"w": "int8", "group": 256},
+        "int8 in its natural order": {"w": "int8", "group": 256, "natural": True},
+        "fp8 weights": {"w": "float8_e4m3fn", "group": 128},
         "int2 groups of 64": {"w": "int8", "group": 64, "bits": 2},
         "int2 groups of 32, float16": {"w": "int8", "group": 32, "bits": 2, "x": "float16"},
         "int2 channels": {"w": "int8", "group": 256, "bits": 2},
@@ -61,9 +63,10 @@ class TestTransposed(Laws):
     def run(self, arrays, *, tuning, interpret):
         tuning = dataclasses.replace(tuning, tile_k=128, scale_on="weight")
         arrays = dict(arrays)
+        w = forward.in_order(arrays.pop("w"), arrays.get("bits"), arrays.get("natural", False))
         return transposed.matmul(
             arrays.pop("x"),
-            forward.in_order(arrays.pop("w"), arrays.get("bits")),
+            w,
             **arrays,
             out_dtype=jnp.float32,
             tuning=tuning,

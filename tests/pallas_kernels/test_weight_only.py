@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import four_bits, interpreter, planes, reference, weight_only, zero_points
-from pallas_kernels.interleave import of_int4
+from pallas_kernels.interleave import interleaved_pairs, of_int4
 from pallas_kernels.nested import Nested
 from pallas_kernels.testing import TUNINGS, Laws
 from pallas_kernels.tuning import Tuning
@@ -33,11 +33,13 @@ def _scales(key, shape, dtype):
     return jax.random.uniform(key, shape, jnp.float32, 0.5, 1.5).astype(dtype)
 
 
-def in_order(w, bits=None):
+def in_order(w, bits=None, natural=False):
     """Returns w [N, K] as the kernel reads it; with `bits` it is integers of so many."""
     if bits is not None:
         return planes.packed((w + 2 ** (bits - 1)).astype(jnp.uint8), bits)
-    return of_int4(w) if w.dtype == jnp.int4 else w
+    if w.dtype == jnp.int4:
+        return of_int4(w)
+    return w if natural else interleaved_pairs(w)
 
 
 class TestWeightOnly(Laws):
@@ -99,6 +101,7 @@ class TestWeightOnly(Laws):
             "x": "float16",
         },
         "int8 less one zero point": {"w": "int8", "group": 256, "zero": 3},
+        "int8 in its natural order": {"w": "int8", "group": 256, "natural": True},
         "fp8 weights": {"w": "float8_e4m3fn", "group": 128},
         "fp8 weights, fp16 activations": {"w": "float8_e4m3fn", "group": 128, "x": "float16"},
     }
@@ -111,18 +114,22 @@ class TestWeightOnly(Laws):
 
     def make(
         self, M, K, N, seed=0, *, w, group, x="bfloat16", codebook=None, scale="bfloat16",
-        bits=None, zero=None,
+        bits=None, zero=None, natural=False,
     ) -> dict[str, Any]:  # fmt: skip
         keys = jax.random.split(jax.random.key(seed), 3)
         low, high = (-8, 8) if w == "int4" else (-128, 128)
         if bits is not None:
             low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
-        arrays = {
-            "x": jax.random.normal(keys[0], (M, K), x),
-            "w": jax.random.randint(keys[1], (N, K), low, high).astype(w),
-            "scale": _scales(keys[2], (K // group, N), scale),
-            "codebook": codebook,
-        } | ({} if bits is None else {"bits": bits})
+        arrays = (
+            {
+                "x": jax.random.normal(keys[0], (M, K), x),
+                "w": jax.random.randint(keys[1], (N, K), low, high).astype(w),
+                "scale": _scales(keys[2], (K // group, N), scale),
+                "codebook": codebook,
+            }
+            | ({} if bits is None else {"bits": bits})
+            | ({"natural": True} if natural else {})
+        )
         if zero is True:
             key, largest = jax.random.key(seed + 1000), -2 * low
             zero = jax.random.randint(key, (K // group, N), 0, largest).astype(jnp.uint8)
@@ -133,7 +140,8 @@ class TestWeightOnly(Laws):
         # Exact on the weight, as it is chosen.
         if not isinstance(scale, Nested) and scale.dtype.itemsize == 1:
             tuning = dataclasses.replace(tuning, scale_on="weight")
-        arrays = arrays | {"w": in_order(arrays["w"], arrays.get("bits"))}
+        w = in_order(arrays["w"], arrays.get("bits"), arrays.get("natural", False))
+        arrays = arrays | {"w": w}
         arrays.pop("bits", None)
         return weight_only.matmul(
             **arrays, out_dtype=jnp.float32, tuning=tuning, interpret=interpret

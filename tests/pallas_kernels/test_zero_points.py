@@ -11,8 +11,8 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 
-from pallas_kernels import few_bits, four_bits, planes, signed_bytes, zero_points
-from pallas_kernels.interleave import of_int4
+from pallas_kernels import few_bits, four_bits, planes, whole_bytes, zero_points
+from pallas_kernels.interleave import interleaved_pairs, of_int4
 from tests.pallas_kernels.test_across import array, assembled, fragmented
 
 R, C = 128, 256
@@ -20,13 +20,13 @@ LOADS = {
     2: lambda ref, dtype, zero: few_bits.load(ref, 2, dtype, zero),
     3: lambda ref, dtype, zero: few_bits.load(ref, 3, dtype, zero),
     4: lambda ref, dtype, zero: four_bits.load(ref, dtype, zero=zero),
-    8: signed_bytes.load,
+    8: whole_bytes.load,
 }
 
 
 def _word(a):
     """Four bytes of a register as a word, or eight codes of 4 bits; a word as it is."""
-    if a.dtype != np.uint8:
+    if a.dtype.itemsize > 1:
         return a
     if a.shape[-1] == 8:
         fields = a.astype(np.uint32) << (4 * np.arange(8, dtype=np.uint32))
@@ -58,14 +58,12 @@ def threads(monkeypatch):
     names = {
         "arith": types.SimpleNamespace(
             andi=lambda a, b: a & b,
-            cmpi=lambda _, a, b: a == b,
-            constant=lambda _, n: word(n),
+            constant=lambda _, n: word(n % 2**32),
             extui=lambda _, a: a.astype(np.uint32),
             index_cast=lambda _, a: a,
-            select=np.where,
             shli=lambda a, b: a << b,
             shrui=lambda a, b: a >> b,
-            CmpIPredicate=types.SimpleNamespace(eq=None),
+            xori=lambda a, b: a ^ b,
         ),
         "gpu": types.SimpleNamespace(
             Dimension=types.SimpleNamespace(x=None),
@@ -78,12 +76,11 @@ def threads(monkeypatch):
             utils=types.SimpleNamespace(
                 bitcast=lambda a, _: _word(a),
                 dtype_to_ir_type=lambda _: ir.F32Type.get(),
-                shfl_bfly=lambda a, by: np.take(a, np.arange(32) ^ by, axis=1),
             ),
             FragmentedArray=lambda _registers, **_: _registers,
         ),
     }
-    for module in (four_bits, few_bits, signed_bytes, zero_points):
+    for module in (four_bits, few_bits, whole_bytes, zero_points):
         for name in names.keys() & vars(module).keys():
             monkeypatch.setattr(module, name, names[name])
     with mock.patch.multiple(plgpu, inline_mgpu=_inlined, load=lambda ref, layout: ref):
@@ -103,9 +100,10 @@ def test_every_code_is_less_the_zero_point_of_its_row_and_group(threads, bits, d
         signed = jnp.asarray(codes - 8, jnp.int4)
         stored = np.asarray(of_int4(signed)).astype(np.uint8) & 15
     else:
-        stored = (codes - 128).astype(np.int8).view(np.uint8)
+        stored = np.asarray(interleaved_pairs(jnp.asarray(codes - 128, jnp.int8)))
+    unit = zero_points.unit(stored.dtype, dtype)
+    loaded = lambda zero: (LOADS[bits](stored, dtype, zero).astype(float) / unit).astype(int)
     wanted = codes - np.repeat(zeros, C // groups, axis=0).T
-    np.testing.assert_array_equal(LOADS[bits](stored, dtype, list(zeros)).astype(int), wanted)
+    np.testing.assert_array_equal(loaded(list(zeros)), wanted)
     one = int(zeros[0, 0])  # for all of them
-    got = LOADS[bits](stored, dtype, one).astype(int)
-    np.testing.assert_array_equal(got, codes - one)
+    np.testing.assert_array_equal(loaded(one), codes - one)
