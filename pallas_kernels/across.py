@@ -169,6 +169,7 @@ def less_of(zero: Array, weight: Any, dtype: Any) -> Array:
 
 def load(
     ref: Any,
+    wg: Any,
     weight: Any,
     dtype: Any,
     *,
@@ -183,6 +184,7 @@ def load(
 
     Args:
       ref: `units` [rows, columns] of all features of a tile.
+      wg: whose of them are loaded, 0 or 1.
       weight: what they are units of: int8, float8_e4m3fn, int4 or uint8.
       dtype: of the values: bfloat16 or float16.
       natural: as for `order_of`.
@@ -192,7 +194,7 @@ def load(
       table: of the values of int4, as `four_bits.table`; or None.
     """
     weight, dtype, order = jnp.dtype(weight), jnp.dtype(dtype), order_of(weight, natural=natural)
-    wg, rows = lax.axis_index("wg"), ref.shape[0]
+    rows = ref.shape[0]
     known = zero if isinstance(zero, int) else _middle(weight, bits)
     first = pl.ds(wg * order.units, order.units)
     operands = [plgpu.load(ref.at[:, first].T, layout=order.layout)]

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -46,7 +47,8 @@ class Form:
       name: of the row.
       w, x: types; "int2" and "int3" are codes of so many bits in the order of `planes`.
       group: inputs with one scale; None: all.
-      scale: type of the scales; "nested": uint8 with a factor and an offset for 256 features.
+      scale: type of the scales; "nested": uint8 with a factor and an offset for 256 features;
+        "multiples": int8 of float32 scales of the features.
       has_table: whether codes are looked up.
       in_blocks: whether 128 features share a scale, and a token has one for every group; else for
         all of them.
@@ -84,6 +86,9 @@ class Form:
     def scales(self, K: int, N: int) -> list[jax.ShapeDtypeStruct]:
         """Returns what is stored beside the codes: scales, and last zero points."""
         G = self.groups(K)
+        if self.scale == "multiples":
+            of_features = jax.ShapeDtypeStruct((1, N), jnp.float32)
+            return [of_features, jax.ShapeDtypeStruct((G, N), jnp.int8)]
         if self.scale != "nested":
             N = N // TILE_N if self.in_blocks else N
             zeros = [jax.ShapeDtypeStruct((G, N), jnp.uint8)] * self.zero_points
@@ -104,7 +109,8 @@ FORMS = (
     Form("NVFP4", "int4", "bfloat16", 16, "float8_e4m3fn", has_table=True),
     Form("W8A16", "int8", "bfloat16", None),
     Form("W8A16 FP8", "float8_e4m3fn", "bfloat16", 128),
-    Form("W4A8 g128", "int4", "int8", 128),
+    Form("W4A8 g128", "int4", "int8", 128, "multiples"),
+    Form("W4A8 g128, float scales", "int4", "int8", 128),
     Form("W4A8 FP8 g128", "int4", "float8_e4m3fn", 128),
     Form("W8A8", "int8", "int8", None, "float32"),
     Form("FP8", "float8_e4m3fn", "float8_e4m3fn", None, "float32"),
@@ -121,7 +127,17 @@ def tuning_of(form: Form, M: int, K: int, N: int) -> Tuning:
             scale_bits=32 if form.scale == "nested" else 8 * jnp.dtype(form.scale).itemsize,
             zero_points=form.zero_points,
         )  # fmt: skip
-    return tuning.eight_bit(M, K, N, form.bits, form.group)
+    are_multiples = form.scale == "multiples"
+    return tuning.eight_bit(M, K, N, form.bits, form.group, multiples=are_multiples)
+
+
+def eight_bit_product(form: Form, tile: Tuning | None = None) -> Callable[..., jax.Array]:
+    """Returns the product of an activation, a weight, steps of tokens, and `Form.scales`."""
+
+    def product(x, w, x_scale, w_scale, multiples=None):
+        return eight_bit_kernel.matmul(x, w, x_scale, w_scale, multiples=multiples, tuning=tile)
+
+    return product
 
 
 @functools.cache
@@ -139,7 +155,7 @@ def compiled(form: Form, tile: Tuning) -> h100.Kernel:
         )
         operands += form.scales(K, N)
     else:
-        f = functools.partial(eight_bit_kernel.matmul, tuning=tile)
+        f = eight_bit_product(form, tile)
         operands += [array("float32", *form.token_scale(M, K)), *form.scales(K, N)]
     (kernel,) = h100.compile(f, *operands).kernels
     return kernel

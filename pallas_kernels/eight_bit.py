@@ -196,9 +196,7 @@ def matmul(
     per_step = max(1, tuning.tile_k // group)  # groups
     if multiples is not None:
         steps = max(1, group // tuning.tile_k)
-        operands.append(
-            Operand(multiples, "n", is_row=True, rows=per_step, steps_per_row=steps)
-        )
+        operands.append(Operand(multiples, "n", is_row=True, rows=per_step, steps_per_row=steps))
     width = TILE_N  # scales of a tile
     if in_blocks:
         if has_groups:  # a step reads one, of as many as TMA can load

@@ -77,7 +77,13 @@ def transposed(
 
 
 def eight_bit(
-    x: Array, w: Array, x_scale: Array, w_scale: Array, *, out_dtype: Any = jnp.float32
+    x: Array,
+    w: Array,
+    x_scale: Array,
+    w_scale: Array,
+    *,
+    multiples: Array | None = None,
+    out_dtype: Any = jnp.float32,
 ) -> Array:
     """Returns y[m, n] = sum_g x_scale[m, g] * w_scale[g, n] * sum_(k in g) x[m, k] * w[n, k].
 
@@ -86,7 +92,10 @@ def eight_bit(
       w: [N, K] int8 or FP8.
       x_scale: [M, G], or [M, 1] for all groups.
       w_scale: [G, N].
+      multiples: None; or [G', N], by which weights are multiplied first.
     """
+    if multiples is not None:
+        w = w.astype(jnp.float32) * jnp.repeat(multiples, x.shape[1] // len(multiples), axis=0).T
     g = x.shape[1] // w_scale.shape[0]
     wide = jnp.repeat(w_scale.astype(jnp.float32), g, axis=0)  # [K, N]
     g = x.shape[1] // x_scale.shape[1]

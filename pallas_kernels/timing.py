@@ -32,7 +32,7 @@ from jax import Array, lax
 from jax.experimental.mosaic.gpu import profiler
 
 from pallas_kernels import interleave, planes, reference
-from pallas_kernels.bench import FORMS, SHAPES, Form
+from pallas_kernels.bench import FORMS, SHAPES, Form, eight_bit_product
 from pallas_kernels.nested import Nested
 from pallas_kernels.tuning import BYTES_PER_US, TILE_N
 
@@ -79,20 +79,20 @@ def contenders(form: Form, capability: int | None) -> list[Contender]:
 
 def _kernels(form: Form, capability: int | None) -> list[Contender]:
     if capability == 90:
-        from pallas_kernels import eight_bit, weight_only
+        from pallas_kernels import weight_only
 
-        def in_order(w, s, *zero):
+        def in_order(w, s, *more):
             s = s[:, ::TILE_N] if form.in_blocks else s
             w = interleave.of_int4(w) if form.w == "int4" else _packed(form, w, s)[0]
             if form.bits == 8 and form.is_weight_only:
                 w = interleave.interleaved_pairs(w)
-            return w, s, *zero
+            return w, s, *more
 
-        def run(x, x_scale, w, s, *zero):
+        def run(x, x_scale, w, s, *more):
             if x_scale is None:
-                z = zero[0] if zero else None
+                z = more[0] if more else None
                 return weight_only.matmul(x, w, s, codebook=_levels(form), zero=z)
-            return eight_bit.matmul(x, w, x_scale, s, out_dtype=jnp.bfloat16)
+            return eight_bit_product(form)(x, w, x_scale, s, *more)
 
         return [Contender("Mosaic kernel", in_order, run)]
     in_triton = form.w == "int8" or (form.w == "int4" and form.is_weight_only)
@@ -105,11 +105,11 @@ def _kernels(form: Form, capability: int | None) -> list[Contender]:
             middle = 128 if form.w == "int8" else 0  # those are not made unsigned
             return w, s, *(z.astype(form.x) - middle for z in zero)
 
-        def run(x, x_scale, w, s, *zero):
+        def run(x, x_scale, w, s, *more):
             if x_scale is not None:
                 return eight_bit.matmul(x, w, x_scale[:, 0], s[0], out_dtype=jnp.bfloat16)
             codes, middle = ("uint4", 8.0) if form.w == "int4" else ("int8", 0.0)
-            return weight_only.matmul(x, w, s, *(zero or [middle]), codes=codes)
+            return weight_only.matmul(x, w, s, *(more or [middle]), codes=codes)
 
         return [Contender("Triton kernel", prepare, run)]
     return []
@@ -121,16 +121,19 @@ def _levels(form: Form) -> tuple[float, ...] | None:
     return (*positive, *(-v for v in positive)) if form.has_table else None
 
 
-def _packed(form: Form, w: Array, s: Any, *zero: Array) -> tuple[Array, ...]:
+def _packed(form: Form, w: Array, s: Any, *more: Array) -> tuple[Array, ...]:
     """Returns a weight in as many bits as the form has."""
     if form.bits < 4:
         w = planes.packed((w + 2 ** (form.bits - 1)).astype(jnp.uint8), form.bits)
-    return w, s, *zero
+    return w, s, *more
 
 
-def _dequantized(form: Form, dtype: Any, w: Array, s: Any, *zero: Array) -> Array:
+def _dequantized(form: Form, dtype: Any, w: Array, s: Any, *more: Array) -> Array:
     """Returns W [K, N] of a packed w [N, K] and s [G, N], by a broadcast that XLA can fuse."""
     middle = 2 ** (form.bits - 1)
+    zero = more
+    if form.scale == "multiples":
+        s, zero = s * more[0].astype(jnp.float32), ()
     if form.bits < 4:
         w = planes.codes(w, form.bits).astype(jnp.int8) - middle
     w, s = reference.values(w, _levels(form), dtype), reference.float_scale(s)
@@ -165,10 +168,12 @@ def _dot_then_scale(x, x_scale, w, s):
     return jnp.sum(y * s.astype(jnp.float32)[:, None], axis=0).astype(jnp.bfloat16)
 
 
-def _quantized_dot(x, x_scale, w, s):
+def _quantized_dot(x, x_scale, w, s, *multiples):
     (M, K), G = x.shape, s.shape[0]
     kind = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
     w = w.astype(x.dtype) if w.dtype == jnp.int4 else w
+    for m in multiples:  # integers all the way: one product
+        w *= jnp.repeat(m, K // m.shape[0], axis=0).T
     if G == 1:
         dims = (((1,), (1,)), ((), ()))
         y = lax.dot_general(x, w, dims, preferred_element_type=kind).astype(jnp.float32)
@@ -200,26 +205,30 @@ def operands(form: Form, M: int, K: int, N: int, seed: int) -> dict[str, Any]:
         scale: Any = Nested(codes, pair.reshape(G, -1), 256)
     elif form.scale == "uint8":
         scale = jax.random.randint(keys[2], (G, N), 124, 131).astype("uint8")
+    elif form.scale == "multiples":
+        scale = uniform(keys[2], (1, N))
     else:
         columns = TILE_N if form.in_blocks else 1
         scale = uniform(keys[2], (G, N // columns)).astype(form.scale)
         scale = jnp.repeat(scale, columns, axis=1)
     zero = jax.random.randint(keys[1], (G, N), 0, 2**form.bits).astype("uint8")
+    multiples = jax.random.randint(keys[1], (G, N), 8, 16).astype("int8")
     return {
         "x": values(keys[0], (M, K), form.x),
         "w": values(keys[1], (N, K), form.w),
         "scale": scale,
         "zero": zero if form.zero_points else None,
+        "multiples": multiples if form.scale == "multiples" else None,
         "x_scale": None if form.is_weight_only else uniform(keys[3], form.token_scale(M, K)),
         "codebook": _levels(form),
     }
 
 
 @functools.partial(jax.jit, static_argnames="codebook")
-def _exact(x, w, scale, zero, x_scale, codebook):
+def _exact(x, w, scale, zero, multiples, x_scale, codebook):
     if x_scale is None:
         return reference.weight_only(x, w, scale, codebook=codebook, zero=zero)
-    return reference.eight_bit(x, w, x_scale, scale)
+    return reference.eight_bit(x, w, x_scale, scale, multiples=multiples)
 
 
 def error_of(y: Array, args: dict[str, Any]) -> float:
@@ -229,8 +238,8 @@ def error_of(y: Array, args: dict[str, Any]) -> float:
 
 
 def beside_codes(args: dict[str, Any]) -> list[Any]:
-    """Returns what there is beside the codes of a weight: scales, and zero points if any."""
-    return [a for a in (args["scale"], args["zero"]) if a is not None]
+    """Returns what there is beside the codes of a weight: scales; zero points or multiples."""
+    return [a for a in (args["scale"], args["zero"], args["multiples"]) if a is not None]
 
 
 def copies_of(nbytes: int, l2_bytes: float, most: int = 64) -> int:

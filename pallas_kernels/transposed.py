@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -76,14 +76,14 @@ def matmul(
     def step(w_smem, dy_smem, s_smem, *rest):
         z_smem, rest = (None, rest) if zeros is None else (rest[0], rest[1:])
         *tables, turn, _, total = rest
-        own = pl.ds(lax.axis_index("wg") * (s_smem.shape[0] // 2), groups)
+        own = pl.ds(turn.wg * (s_smem.shape[0] // 2), groups)
         less = zero
         if z_smem is not None:
             z = plgpu.load(z_smem.at[own], layout=across.columns(groups, dealt=True))
             less = across.spread(across.less_of(z, w.dtype, dy.dtype), dealt=True)
         table = tables[0] if tables else None
         q = across.load(
-            w_smem, w.dtype, dy.dtype, natural=natural, bits=bits, zero=less, table=table
+            w_smem, turn.wg, w.dtype, dy.dtype, natural=natural, bits=bits, zero=less, table=table
         )
         s = _scale(s_smem.at[own], scale.dtype, dy.dtype)
         turn.begin()

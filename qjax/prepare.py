@@ -126,11 +126,20 @@ class Prepared(QTensor):
         pairs = jnp.stack([factor, jnp.zeros_like(factor) if offset is None else offset], axis=-1)
         return self.scale.data, pairs.reshape(*factor.shape[:-1], -1)
 
+    def multiples(self) -> tuple[Array, Float[Array, "*b 1 N"]] | None:
+        """Returns int8 [*b, G, N] that the kernel multiplies codes by, and scales of columns.
+
+        None is for scales that are no such multiples.
+        """
+        if _decoded_by_kernels(self.format) != "multiples":
+            return None
+        return self.scale.data, read_scales(self.scale)[0]
+
     def in_front(self, *, transposed: bool) -> str:
         """Returns what XLA does beside the kernel on every call, for `qjax.explain`."""
         fmt, decoded = self.format, _decoded_by_kernels(self.format)
         is_alone = not transposed and self.data.ndim == 2  # else nested scales are decoded, too
-        is_read = has_floats(fmt) or decoded == "stored" or (decoded == "nested" and is_alone)
+        is_read = has_floats(fmt) or decoded == "stored" or (decoded is not None and is_alone)
         has_blocks = fmt.activation is not None and not transposed and fmt.group_columns == TILE_N
         text = self._made_of_scales(is_read, has_blocks)
         if fmt.scale == "e8m0" and decoded == "stored":
@@ -191,7 +200,10 @@ def reason_against(qt: QTensor) -> str | None:
         if (fmt.element, fmt.activation) not in _PRODUCTS:
             pairs = ", ".join(" x ".join(pair) for pair in _PRODUCTS)
             return f"{fmt.element} codes x {fmt.activation} activations: kernels multiply {pairs}"
-        if G > 1 and g != TILE_K:
+        if _decoded_by_kernels(fmt) == "multiples":
+            if G > 1 and g is not None and g not in (32, 64) and g % TILE_K:
+                return f"groups of {g}: kernels multiply 32, 64 and multiples of {TILE_K}"
+        elif G > 1 and g != TILE_K:
             return f"groups of {g} and quantized activations: kernels take {TILE_K} or one group"
     elif g is not None and G > 1 and g not in (16, 32, 64) and g % TILE_K:
         return f"groups of {g}: kernels read 16, 32, 64 and multiples of {TILE_K}"
@@ -210,7 +222,8 @@ def prepare(qparams: Any, device: Any = None) -> Any:
       the levels of a table to that type.
 
       int8 and int4 weights with int8 activations, and e4m3 and int4 with e4m3, per channel, per
-      tensor or in groups of 128. Their products run on `pallas_kernels.eight_bit`.
+      tensor or in groups of 128; int4 with int8 also in groups of 32, 64 and multiples of 128 if
+      scales are int8_max15. Their products run on `pallas_kernels.eight_bit`.
 
     On one of capability 8.x (A100, RTX 3090, RTX 4090) they are int4, uint4, int8 and uint8
     weights, nf4 and other tables of 16 levels, in groups of 32, 64 or multiples of 128 or per
@@ -433,10 +446,13 @@ def has_floats(fmt: Format) -> bool:
 
 
 def _decoded_by_kernels(fmt: Format) -> str | None:
-    """Returns which scales the Hopper kernels decode, "stored" or "nested" ones; None: no others.
+    """Returns which scales the Hopper kernels decode; None: no others than floats.
 
-    See `Prepared.stored_scale` and `Prepared.nested_scale`.
+    "stored", "nested" and "multiples" ones: see the methods of `Prepared` with these names.
     """
+    if fmt.activation == "int8":
+        is_alone = fmt.activation_scale != "group" and fmt.outliers is None
+        return "multiples" if is_alone and _are_multiples(fmt) else None
     if fmt.activation is not None or fmt.offset is not None:
         return None
     if fmt.scale in ("e8m0", "e4m3", Format("e4m3", group_columns=None)):
@@ -449,3 +465,12 @@ def _decoded_by_kernels(fmt: Format) -> str | None:
     is_plain = inner.group_size == 1 and not inner.zero_point and not inner.flatten
     is_known = inner.element == "uint8" and inner.group_columns % TILE_N == 0
     return "nested" if is_plain and is_known else None
+
+
+def _are_multiples(fmt: Format) -> bool:
+    """Returns whether an int4 times the integer that is its scale is an int8."""
+    inner = fmt.scale
+    if fmt.element != "int4" or fmt.group_columns != 1 or not isinstance(inner, Format):
+        return False
+    is_plain = inner.group_size is None and inner.group_columns == 1 and not inner.flatten
+    return is_plain and inner.element == "int8_max15"

@@ -66,6 +66,17 @@ QUANTIZED = {
     "w8a8 tensor": qjax.Format("int8", activation="int8", activation_scale="tensor"),
     "w4a8": qjax.Format("int4", group_size=128, scale="bfloat16", activation="int8"),
     "w4a8 channels": qjax.Format("int4", activation="int8"),
+    "w4a8 multiples": qjax.Format(
+        "int4", group_size=128, scale=qjax.Format("int8_max15"), activation="int8"
+    ),
+    "w4a8 multiples of 32": qjax.Format(
+        "int4",
+        group_size=32,
+        scale=qjax.Format("int8_max15", scale="bfloat16"),
+        remainder="ragged",
+        activation="int8",
+        activation_scale="tensor",
+    ),
     "w4a8 fp8": qjax.Format("int4", group_size=128, scale="bfloat16", activation="e4m3"),
     "w4a8 fp8 channels": qjax.Format("int4", activation="e4m3"),
     "w8a8 groups": qjax.Format("int8", group_size=128, activation="int8"),
@@ -464,7 +475,14 @@ def test_shards_as_the_float_weight_does(spec, name):
 
 @pytest.mark.parametrize(
     ("name", "transposed"),
-    [("int4", False), ("zero point", False), ("fp8", False), ("nvfp4", False), ("int3", True)],
+    [
+        ("int4", False),
+        ("zero point", False),
+        ("fp8", False),
+        ("nvfp4", False),
+        ("w4a8 multiples", False),
+        ("int3", True),
+    ],
 )
 def test_columns_are_split_where_they_are_no_whole_tiles(name, transposed):
     """As 13,824 over 8 GPUs. Each pads its own, and none gathers those of others."""
@@ -544,6 +562,34 @@ def test_zero_points_are_cut_where_groups_are():
     np.testing.assert_allclose(y, wanted, rtol=0, atol=2.0**-20 * float(jnp.linalg.norm(wanted)))
 
 
+def test_multiples_are_cut_where_groups_are_and_what_they_multiply_is_not():
+    w = jax.random.normal(jax.random.key(0), (512, 256))
+    qt = quantize_array(w, QUANTIZED["w4a8 multiples"])
+    prepared = qjax.prepare(qt, "h100")
+    mesh = jax.make_mesh((4, 2), ("k", "n"))
+    placed = shardings_of(prepared, NamedSharding(mesh, PartitionSpec("k", "n")))
+    assert placed.scale.data.spec == PartitionSpec("k", "n")
+    assert placed.scale.scale.spec == PartitionSpec(None, "n")
+    x = jax.random.normal(jax.random.key(1), (3, 512), jnp.bfloat16)
+    cut = jax.device_put((x, prepared), (NamedSharding(mesh, PartitionSpec(None, "k")), placed))
+    dot = functools.partial(packed_dot, out_dtype=jnp.float32)
+    program = jax.jit(dot).lower(*cut).compile()
+    assert "all-gather" not in (program.as_text() or "")
+    wanted = dot(x, qt)
+    np.testing.assert_allclose(program(*cut), wanted, atol=2.0**-20 * float(abs(wanted).max()))
+
+
+def test_a_tangent_meets_multiples_as_the_scales_that_they_are():
+    qt = quantize_array(
+        jax.random.normal(jax.random.key(0), (256, 128)), QUANTIZED["w4a8 multiples"]
+    )
+    x, t = jax.random.normal(jax.random.key(1), (2, 3, 256), jnp.bfloat16)
+    prepared = qjax.prepare(qt, "h100")
+    run = lambda t, w: jax.jvp(lambda x: packed_dot(x, w), (x,), (t,))[1]
+    _for_gpus(run, t, prepared)
+    np.testing.assert_array_equal(run(t, prepared), run(t, qt))
+
+
 def test_scales_of_a_weight_that_cannot_be_split_are_whole():
     """Else every product would gather them: 3 tiles for 2 devices."""
     prepared = qjax.prepare(_weight("nvfp4", (384, 384)), "h100")
@@ -556,7 +602,7 @@ def test_scales_of_a_weight_that_cannot_be_split_are_whole():
     assert "all-gather" not in (program.as_text() or "")
 
 
-@pytest.mark.parametrize("name", ["int4", "nvfp4, one scale", "w8a8"])
+@pytest.mark.parametrize("name", ["int4", "nvfp4, one scale", "w8a8", "w4a8 multiples"])
 def test_derivatives_of_float32_results_run_on_the_kernel(name):
     """As of logits, or of a weight with a factor of its own."""
     fmt = FORMATS[name] if name in FORMATS else QUANTIZED[name]
@@ -572,7 +618,7 @@ def test_derivatives_of_float32_results_run_on_the_kernel(name):
     assert error < 2.0**-8  # two roundings to bfloat16 instead of one
 
 
-@pytest.mark.parametrize("name", ["int4", "int3", "w8a8 groups"])
+@pytest.mark.parametrize("name", ["int4", "int3", "w8a8 groups", "w4a8 multiples"])
 def test_nothing_broadcasts_ranks_in_silence(name):
     """Users may set `jax_numpy_rank_promotion="raise"`. Few tokens have sums of parts of K."""
     with jax.numpy_rank_promotion("raise"):

@@ -156,7 +156,7 @@ def _mosaic(x, data, scale, zero=None, *, spec: Spec):
     if spec.format.activation is not None:
         rounded = mosaic_dot.rounded(x, spec.format) if _rounds_rows(spec) else None
         rounded = _quantized_tokens(x, spec) if rounded is None else rounded
-        return mosaic_dot.quantized(*rounded, data, scale, **options)
+        return mosaic_dot.quantized(*rounded, data, scale, zero, **options)
     return mosaic_dot.weight_only(x, data, scale, zero, **options)
 
 

@@ -2,7 +2,7 @@
 
 Weights are the `data` of a `Prepared`, `extra` what was added to its K and N; scales [G, C] are
 float32 or as `Prepared.stored_scale` gives them, zero points [G, C] uint8 as it has them, or
-offsets [G, C] float32. Or both are what `Prepared.nested_scale` gives.
+offsets [G, C] float32. Or both are what `Prepared.nested_scale` or `Prepared.multiples` gives.
 """
 
 from __future__ import annotations
@@ -180,6 +180,7 @@ def _weight(
     That comes last, a codebook and zero points by name. And third, offsets b [G, N] of every group,
     which the kernels do not add, or None. All may be stacked.
     """
+    scale, zero = _multiplied(scale, zero)
     element = numerics.get_element(format.element)
     levels = element.levels if element.kind == "table" else None
     N_, K_ = _sizes(data, format)
@@ -219,8 +220,17 @@ def _nested(scale: Array, zero: Array | None, format: Format) -> Nested | None:
     return Nested(scale, zero, format.scale.group_columns)
 
 
+def _multiplied(scale: Array, zero: Array | None) -> tuple[Array, Array | None]:
+    """Returns multiples, times what they are multiples of, as floats, all others as they are."""
+    if scale.dtype != jnp.int8:
+        return scale, zero
+    assert zero is not None
+    return scale.astype(jnp.float32) * zero, None
+
+
 def _decoded(scale: Array, zero: Array | None, format: Format) -> tuple[Array, Array | None]:
-    """Returns nested scales as floats, all others as they are."""
+    """Returns nested scales and multiples as floats, all others as they are."""
+    scale, zero = _multiplied(scale, zero)
     nested = _nested(scale, zero, format)
     return (scale, zero) if nested is None else (nested.decoded(), None)
 
@@ -236,6 +246,7 @@ def quantized(
     step: Array,
     data: Array,
     scale: Array,
+    zero: Array | None = None,
     *,
     format: Format,
     extra: tuple[int, int],
@@ -246,13 +257,19 @@ def quantized(
     Args:
       xq: [M, K] int8 or e4m3.
       step: [M, 1], or [M, G] of groups.
+      scale, zero: scales alone, or both of `Prepared.multiples`.
     """
     from pallas_kernels import eight_bit as kernel
 
     data, extra = _whole_tiles(data, extra)
     data = kernel_codes(data, format.element)
     K, (N_, K_) = xq.shape[1], data.shape
-    N = N_ - extra[1]
+    N, G = N_ - extra[1], scale.shape[0]
+    options: dict[str, Any] = {"out_dtype": out_dtype}
+    if zero is not None:  # multiples of the scales of columns
+        groups = 1 if G == 1 else K_ // (format.group_size or K_)
+        options["multiples"] = jnp.pad(scale, ((0, groups - G), (0, N_ - N)))
+        scale = zero
     groups = K_ // TILE_K if scale.shape[0] > 1 else 1
     if format.group_columns != TILE_N:  # the kernel takes blocks as they are
         scale = blocked.per_column(scale, N, format.group_columns or N)
@@ -264,7 +281,7 @@ def quantized(
         data,
         step,
         scale,
-        out_dtype=out_dtype,
+        **options,
     )
     return y[:, :N]
 

@@ -119,7 +119,7 @@ def scales_of(qt: QTensor, *, are_nested: bool = True) -> tuple[Array, Array | N
     They are floats, and there is no factor; or what a prepared weight has in their place.
 
     Args:
-      are_nested: whether `Prepared.nested_scale` is taken.
+      are_nested: whether `Prepared.nested_scale` and `Prepared.multiples` are taken.
     """
     scale, zero = qtensor.read_scales(qt)
     if type(qt) is not Prepared:
@@ -129,7 +129,7 @@ def scales_of(qt: QTensor, *, are_nested: bool = True) -> tuple[Array, Array | N
     if (stored := qt.stored_scale()) is not None:
         scale, factor = stored
         return scale, zero, factor
-    if are_nested and (nested := qt.nested_scale()) is not None:
+    if are_nested and (nested := qt.nested_scale() or qt.multiples()) is not None:
         scale, zero = nested
     return scale, zero, None
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -29,9 +30,10 @@ class Shapes(NamedTuple):
       k_parts, n_parts: K and N split into any divisor of this number of parts. K in whole
         groups, whole packing units and whole tiles of a kernel that the weight is prepared for, N
         in whole column blocks, also of nested scales; 1 where the storage cannot be cut.
-      has_zero: whether there are zero points or offsets, or factors of nested scales.
+      has_zero: whether there are zero points or offsets, or what scales are multiples of.
       columns: None; or, of a prepared weight, the rows of `data`, which are its N and more.
-      outer: None; or the columns of the factors of nested scales, two for every block.
+      outer: None; or the rows and columns of what scales are multiples of: factors of nested
+        scales, two for every block, or one row of scales of columns.
     """
 
     n_lead: int
@@ -45,7 +47,7 @@ class Shapes(NamedTuple):
     n_parts: int
     has_zero: bool
     columns: int | None = None
-    outer: int | None = None
+    outer: tuple[int, int] | None = None
 
 
 def shapes_of(spec: Spec, x: Any, data: Any, scale: Any, has_zero: bool) -> Shapes:
@@ -69,7 +71,10 @@ def shapes_of(spec: Spec, x: Any, data: Any, scale: Any, has_zero: bool) -> Shap
     outer = None
     if (shared_by := spec.nested_columns(scale)) is not None:
         blocks = -(-N // shared_by)
-        outer, n_parts = 2 * blocks, math.gcd(n_parts, blocks) if blocks * shared_by == N else 1
+        n_parts = math.gcd(n_parts, blocks) if blocks * shared_by == N else 1
+        outer = G, 2 * blocks
+    elif scale.dtype == jnp.int8:
+        outer = 1, C
     n_tokens = len(x.shape) - n_lead - 1
     return Shapes(n_lead, n_tokens, K, N, rows, G, C, k_parts, n_parts, has_zero, columns, outer)
 
@@ -101,7 +106,10 @@ def rule(s: Shapes, transposed: bool) -> tuple[str, dict[str, int]]:
     data = [rows, N]
     if s.columns is not None:
         data = [N if s.columns == s.N else "x", rows]
-    zero = scale if s.outer is None else [*scale[:-1], axis("n", s.n_parts, "o", s.outer)]
+    zero = scale
+    if s.outer is not None:
+        rows, columns = s.outer
+        zero = [*lead, axis("k", s.k_parts, "q", rows), axis("n", s.n_parts, "o", columns)]
     operands = [[*lead, *tokens, inner], [*lead, *data], scale] + [zero] * s.has_zero
     for shared in "kn":  # sizes are only for factors that are nowhere a whole axis
         if any(shared in operand for operand in operands):
@@ -152,9 +160,10 @@ def partitioned(spec: Spec, shapes: Shapes, platform: str | None, bind: Callable
             return NamedSharding(mesh, PartitionSpec(*(e or None for e in entries)))
 
         inner, outer = (n, k) if spec.transposed else (k, n)
-        scale = named(*lead, k if shapes.G > 1 else (), n if shapes.C > 1 else ())
+        of_groups = lambda rows: named(*lead, k if rows > 1 else (), n if shapes.C > 1 else ())
+        scale, zero = of_groups(shapes.G), of_groups((shapes.outer or (shapes.G,))[0])
         codes = named(*lead, k, n) if shapes.columns is None else named(*lead, n, k)
-        args = [named(*lead, *m, inner), codes, scale] + [scale] * shapes.has_zero
+        args = [named(*lead, *m, inner), codes, scale] + [zero] * shapes.has_zero
         one = dataclasses.replace(spec, summed_over=inner)
 
         def run(*args):  # the primitive again, as its lowering ignores the mesh of the caller

@@ -20,9 +20,9 @@ class Spec:
 
     Attributes:
       format: of the weight; its scale is given as float32 [*lead, G, C] whatever the format says,
-        or as `Prepared.stored_scale` gives it. Or as `Prepared.nested_scale` does, whose second
-        array then takes the place of zero points. Those are float32 too, or as `Prepared` has
-        them.
+        or as `Prepared.stored_scale` gives it. Or as `Prepared.nested_scale` or
+        `Prepared.multiples` does, whose second array then takes the place of zero points. Those are
+        float32 too, or as `Prepared` has them.
       pad: padding codes of each packed column.
       transposed: False: y = x @ W, x ends in K. True: y = x @ Wᵀ, x ends in N.
       out_dtype: of the result; accumulation is in float32.

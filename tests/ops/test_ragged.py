@@ -91,6 +91,9 @@ ROUNDED = {
     "w8a8, one step": qjax.Format("int8", activation="int8", activation_scale="tensor"),
     "fp8": qjax.Format("e4m3", activation="e4m3"),
     "w4a8": qjax.Format("int4", group_size=128, scale="bfloat16", activation="int8"),
+    "w4a8 multiples": qjax.Format(
+        "int4", group_size=128, scale=qjax.Format("int8_max15"), activation="int8"
+    ),
     "w4a8-fp8": qjax.Format("int4", group_size=128, scale="bfloat16", activation="e4m3"),
 }
 

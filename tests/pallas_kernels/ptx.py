@@ -102,6 +102,7 @@ _OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
     "fma.rn.bf16x2": _fma(ml_dtypes.bfloat16),
     "cvt.rn.bf16x2.f32": _pack,
     "cvt.f32.f16": _from_f16,
+    "cvt.s32.s8": lambda a: a.astype(np.int8).astype(np.int32).view(np.uint32),
     "max.u16x2": _max_halves,
     "shf.r.wrap.b32": _rotated,
     "shfl.sync.idx.b32": lambda a, first, clamp, mask: _lane_of_segment(a, first, clamp),

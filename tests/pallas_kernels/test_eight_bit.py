@@ -106,8 +106,10 @@ class TestEightBit(Laws):
         return 2.0**-12 if interpreter.on_gpu() and "fp8" in name else self.budget
 
     def test_the_reference_agrees_with_float64(self):
-        arrays = self.make(3, 64, 5, w="float8_e4m3fn", group=32)
-        np.testing.assert_allclose(reference.eight_bit(**arrays), self.exact(arrays), rtol=1e-4)
+        for format in ({"w": "float8_e4m3fn", "group": 32}, self.formats["int4, multiples of 32"]):
+            arrays = self.make(3, 64, 5, **format)
+            wanted = self.exact(arrays)
+            np.testing.assert_allclose(reference.eight_bit(**arrays), wanted, rtol=1e-4)
 
     @pytest.mark.parametrize("name", ["int8 rows x columns", "fp8 rows x columns"])
     def test_a_wide_tile_is_stored_in_parts_of_which_some_are_beyond_the_last_token(self, name):
@@ -121,6 +123,15 @@ class TestEightBit(Laws):
             arrays = self.make(8, 256, 256, w=w, x=x)
             with pytest.raises(ValueError, match="int4 with int8 or e4m3"):
                 eight_bit.matmul(**arrays)
+
+    def test_refuses_multiples_of_what_is_no_int8_then(self):
+        arrays = self.make(8, 512, 256, **self.formats["int4, multiples"])
+        with pytest.raises(ValueError, match="they make int8 of int4"):
+            eight_bit.matmul(**arrays | {"w": arrays["w"].astype("int8")})
+        with pytest.raises(ValueError, match="groups of 16: it takes 32, 64 and multiples of 128"):
+            eight_bit.matmul(**arrays | {"multiples": jnp.ones((32, 256), "int8")})
+        with pytest.raises(ValueError, match=r"must be \[G', N\] and \[1, N\]"):
+            eight_bit.matmul(**arrays | {"w_scale": jnp.ones((4, 256))})
 
 
 class TestRowsOfTokens(Laws):

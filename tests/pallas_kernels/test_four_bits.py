@@ -62,6 +62,23 @@ def test_the_assembly_looks_up_every_four_codes_as_e4m3():
     np.testing.assert_array_equal(_as_e4m3(words).astype(np.int64).reshape(-1, 4), SIGNED(codes))
 
 
+def test_the_assembly_multiplies_every_code_in_every_place_by_every_factor():
+    factors = np.arange(-15, 17)
+    bytes = (factors & 0xFF).astype(np.uint32)
+    factor = ptx.run(four_bits.FACTOR, "$1", bytes)["$0"]
+    middle = ptx.run(four_bits.MIDDLE_OF_BYTES, "$1", bytes)["$0"]
+    np.testing.assert_array_equal(factor.view(np.int32), factors)
+    codes = np.random.default_rng(0).permuted(np.tile(np.arange(16), (4, 16)), axis=1)
+    codes = np.concatenate([codes, codes[::-1]], axis=1).T.astype(np.uint32)  # of four bytes
+    above = np.uint32(0x5A3C96E1 & 0xF0F0F0F0)  # the other halves of bytes
+    words = np.sum(codes << np.arange(0, 32, 8, dtype=np.uint32), axis=-1, dtype=np.uint32) | above
+    wide = lambda a: a[:, None] + 0 * words
+    more = {"$2": wide(factor), "$3": wide(middle)}
+    out = ptx.run(four_bits.times_assembly(), "$1", words + 0 * more["$2"], **more)["$0"]
+    made = np.ascontiguousarray(out)[..., None].view(np.int8)
+    np.testing.assert_array_equal(made, SIGNED(codes) * factors[:, None, None])
+
+
 def test_a_hidden_constant_is_one_in_every_thread():
     threads = np.arange(1024, dtype=np.uint32)
     for n in four_bits.e4m3_tables():

@@ -127,6 +127,19 @@ EIGHT_BIT = {
 }
 
 
+# int4 times integer multiples of a column's scale. Tokens, group, the same.
+MULTIPLES = {
+    "M=1": (1, 128, 1.5, None),
+    "M=16": (16, 128, 1.5, None),
+    "M=64": (64, 128, 1.5, None),
+    "M=64 g32": (64, 32, 1.85, None),
+    "M=1024": (1024, 128, 1.55, 0.39),
+    "M=1024 g64": (1024, 64, 1.65, 0.42),
+    "M=1024 g32": (1024, 32, 1.9, 0.47),
+    "M=1024 channels": (1024, K, 1.55, 0.39),
+}
+
+
 def _array(dtype, *shape):
     if BITS.get(dtype, 8) < 4:
         dtype, shape = "uint8", (*shape[:-1], shape[-1] * BITS[dtype] // 8)
@@ -217,6 +230,26 @@ def test_eight_bit(name):
         assert kernel.loop.total() / (64 * t.tile_k * t.tile_m / 4096) <= prefill
     ordered = K * M if w == "int4" else 0  # of what quantizes x, in a program
     scales = 8 * steps * max(M, t.tile_m, 32) + (groups * N if steps > 1 else 0)
+    assert program.temporaries <= _workspace(t, M, 2) + ordered + scales + 1024
+
+
+@pytest.mark.parametrize("name", MULTIPLES)
+def test_multiples(name):
+    M, group, total, prefill = MULTIPLES[name]
+    operands = [
+        _array("int8", M, K),
+        _array("int4", N, K),
+        _array("float32", M, 1),
+        _array("float32", 1, N),
+        _array("int8", K // group, N),
+    ]
+    program = h100.compile(lambda *a: eight_bit.matmul(*a[:4], multiples=a[4]), *operands)
+    kernel = _check(program, "IGMMA")
+    t = tuning.eight_bit(M, K, N, 4, group, 16, multiples=True)
+    assert kernel.per_weight(64 * t.tile_k) <= total
+    if prefill:
+        assert kernel.loop.total() / (64 * t.tile_k * t.tile_m / 4096) <= prefill
+    ordered, scales = K * M, 8 * max(M, t.tile_m, 32)
     assert program.temporaries <= _workspace(t, M, 2) + ordered + scales + 1024
 
 
