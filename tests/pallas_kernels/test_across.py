@@ -107,9 +107,9 @@ def viewed(dtype):
 
 
 class Threads:
-    """`across` in numpy, for one of two warpgroups."""
+    """`across` in numpy."""
 
-    def __init__(self, wg):
+    def __init__(self):
         self.patches = [
             mock.patch.multiple(
                 across,
@@ -146,7 +146,6 @@ class Threads:
             mock.patch.object(ir.VectorType, "get"),
             mock.patch.object(four_bits, "looked_up", looked_up),
             mock.patch.object(plgpu, "load", lambda a, layout: a),
-            mock.patch.object(across.lax, "axis_index", return_value=np.uint32(wg)),
             mock.patch.object(across.pl, "ds", lambda at, n: slice(int(at), int(at) + n)),
         ]
 
@@ -163,9 +162,9 @@ def by_reference(code, reference, arg_types, kind):
     return lambda *arrays: reference(*map(jnp.asarray, arrays))
 
 
-def both(wg, function, *args, **kwargs):
+def both(function, *args, **kwargs):
     """Returns what the threads of a warpgroup make, and what the interpreter has instead."""
-    with Threads(wg):
+    with Threads():
         made = function(*args, **kwargs)
         with mock.patch.object(across, "_inline", by_reference):
             return made, np.asarray(function(*args, **kwargs))
@@ -201,8 +200,8 @@ def tile_of(weight, bits):
 def check(wg, weight, dtype, w, stored, natural=False, **kwargs):
     """A wgmma with the identity sums what was read: those sums are w in the order of features."""
     ref = Ref(np.asarray(across.units(stored)))
-    read, expected = both(wg, across.load, ref, weight, dtype, natural=natural, **kwargs)
-    with Threads(wg):
+    read, expected = both(across.load, ref, np.uint32(wg), weight, dtype, natural=natural, **kwargs)
+    with Threads():
         sums = across.in_order(read.astype(np.float32), across.order_of(weight, natural=natural))
     np.testing.assert_array_equal(sums, np.asarray(expected, np.float32))
     own = w[:, wg * hopper.ROWS : (wg + 1) * hopper.ROWS].T
@@ -257,9 +256,9 @@ def test_codes_are_less_the_zero_points_of_their_groups(name, groups, dtype, wg)
     stored, w = tile_of(weight, bits)
     middle = across._middle(jnp.dtype(weight), bits)
     zero = np.random.default_rng(2).integers(0, 2 * middle, (groups, ROWS)).astype(np.uint8)
-    less, expected = both(wg, across.less_of, zero, weight, dtype)
+    less, expected = both(across.less_of, zero, weight, dtype)
     np.testing.assert_array_equal(less, expected)
-    less, expected = both(wg, across.spread, less, dealt=True)
+    less, expected = both(across.spread, less, dealt=True)
     np.testing.assert_array_equal(less, expected)
     of_features = np.repeat(zero, hopper.ROWS // groups, axis=0).astype(np.int64)
     w = w + middle - np.tile(of_features, (2, 1)).T
@@ -270,14 +269,14 @@ def test_codes_are_less_the_zero_points_of_their_groups(name, groups, dtype, wg)
 @pytest.mark.parametrize("groups", [1, 2])
 def test_every_feature_has_the_scales_of_its_group(groups, dealt):
     scale = np.random.default_rng(0).standard_normal((groups, ROWS)).astype(jnp.bfloat16)
-    made, expected = both(0, across.spread, scale, dealt=dealt)
+    made, expected = both(across.spread, scale, dealt=dealt)
     np.testing.assert_array_equal(made, expected)
     np.testing.assert_array_equal(made, np.repeat(scale, hopper.ROWS // groups, axis=0))
 
 
 def test_every_exponent_is_converted():
     scale = np.arange(256, dtype=np.uint8).reshape(2, 128)
-    made, expected = both(0, across.exponents, scale)
+    made, expected = both(across.exponents, scale)
     np.testing.assert_array_equal(made.astype(np.float32), expected.astype(np.float32))
     powers = np.append(2.0 ** np.arange(-127.0, 128), np.nan).reshape(2, 128)
     np.testing.assert_array_equal(made.astype(np.float64), powers)
