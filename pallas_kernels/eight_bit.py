@@ -122,6 +122,8 @@ def matmul(
     rows_of_x = filled.T  # [G, M], of whole tiles
     of_tokens = x_scale.shape[1] == 1
     shape = (hopper.ROWS, tile_m)
+    per_step = max(1, tuning.tile_k // group)
+    columns_of_groups = [pl.ds(g * TILE_K, TILE_K) for g in range(per_step)]
 
     def by_row(ref):
         s = plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
@@ -148,31 +150,39 @@ def matmul(
 
     def step_in_groups(w_smem, x_smem, sw_smem, *rest):
         *sx_smem, turn, rows, total = rest
-        w = weight(w_smem.at[rows])
+        # There are too many scales to hold them during the products.
+        is_late = bool(sx_smem) and tile_m > 64
+        for g, columns in enumerate(columns_of_groups):
+            w = weight(w_smem.at[rows, columns])
 
-        def scale():
-            # One for the whole tile is a factor of a token's, and not of every sum.
-            s = sw_smem[0, 0].astype(jnp.float32) if in_blocks else by_row(sw_smem.at[0, rows])
-            for ref in sx_smem:
-                own = ref.at[0, pl.ds(0, tile_m)]
-                s = by_column(own, s) if in_blocks else s * by_column(own)
-            return s
+            def scale(g=g):
+                # One for the whole tile is a factor of a token's, and not of every sum.
+                s = sw_smem[g, 0].astype(jnp.float32) if in_blocks else by_row(sw_smem.at[g, rows])
+                for ref in sx_smem:
+                    own = ref.at[g, pl.ds(0, tile_m)]
+                    s = by_column(own, s) if in_blocks else s * by_column(own)
+                return s
 
-        if sx_smem and tile_m > 64:  # too many to hold during the products
-            d = summed(w, x_smem, turn, shape, is_loaded=False)
-            total += d * scale()
+            s = None if is_late else scale()
+            is_last = g == per_step - 1
+            right = x_smem.at[:, columns]
+            d = summed(g, w, right, turn, shape, is_loaded=is_last and not is_late)
+            total += d * (scale() if s is None else s)
+        if is_late:
             hopper.loaded()
-            return total
-        s = scale()
-        return total + summed(w, x_smem, turn, shape) * s
+        return total
 
     def step_by_token(w_smem, x_smem, sw_smem, sx_smem, turn, rows, total):
-        s = plgpu.load(sx_smem.at[0, rows], layout=plgpu.Layout.WGMMA.reduce(1))
-        s *= sw_smem[0, 0].astype(jnp.float32)
-        d = summed(x_smem.at[rows], w_smem, turn, (hopper.ROWS, TILE_N))
-        return total + d * lax.broadcast_in_dim(s, d.shape, (0,))
+        for g, columns in enumerate(columns_of_groups):
+            s = plgpu.load(sx_smem.at[g, rows], layout=plgpu.Layout.WGMMA.reduce(1))
+            s *= sw_smem[g, 0].astype(jnp.float32)
+            left, right = x_smem.at[rows, columns], w_smem.at[:, columns]
+            is_last = g == per_step - 1
+            d = summed(g, left, right, turn, (hopper.ROWS, TILE_N), is_loaded=is_last)
+            total += d * lax.broadcast_in_dim(s, d.shape, (0,))
+        return total
 
-    def summed(left, right, turn, shape, is_loaded=True):
+    def summed(g, left, right, turn, shape, is_loaded):
         """Returns the sums of a group's products, in float32."""
 
         def product(d):
@@ -180,10 +190,9 @@ def matmul(
             turn.end()
             if is_loaded:
                 hopper.loaded()
-            return d[...]  # waits
 
         turn.begin()
-        d = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(shape, total_dtype))
+        d = hopper.from_zero(product, shape, total_dtype, g)
         return d.astype(jnp.float32)
 
     def scaled(total, features, tokens, sx, *sw):
@@ -193,7 +202,6 @@ def matmul(
         return total.astype(jnp.float32) * scale
 
     operands = [Operand(w, "n", columns=TILE_K), Operand(x, "m", columns=TILE_K)]
-    per_step = max(1, tuning.tile_k // group)  # groups
     if multiples is not None:
         steps = max(1, group // tuning.tile_k)
         operands.append(Operand(multiples, "n", is_row=True, rows=per_step, steps_per_row=steps))
@@ -203,13 +211,13 @@ def matmul(
             width = hopper.ALIGNMENT * 8 // hopper.bits(w_scale.dtype)
         w_scale = jnp.repeat(w_scale, width, axis=1)
     if has_groups:
-        operands.append(Operand(w_scale, "n", is_row=True, width=width))
+        operands.append(Operand(w_scale, "n", is_row=True, rows=per_step, width=width))
     in_steps = has_groups and not of_tokens  # are scales of x; else they are of sums over all of K
     if in_steps:
         width = max(tile_m, hopper.ALIGNMENT // 4)
         tiles = rows_of_x.reshape(G, -1, tile_m)
         tiles = jnp.pad(tiles, ((0, 0), (0, 0), (0, width - tile_m))).reshape(G, -1)
-        operands.append(Operand(tiles, "m", is_row=True, width=width))
+        operands.append(Operand(tiles, "m", is_row=True, rows=per_step, width=width))
     # A thread has two rows and 32 columns. Where blocks of weights have one factor, tokens have all
     # the others: then they had better be the rows.
     by_token = in_steps and in_blocks and not is_packed and tile_m == 2 * hopper.ROWS

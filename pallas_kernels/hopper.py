@@ -21,9 +21,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir.dialects import llvm, vector
 
 from pallas_kernels.shares import Share, added, most_parts, share_of
 from pallas_kernels.tuning import TILE_N, Tuning
@@ -32,7 +35,6 @@ ROWS = 64  # of a wgmma: the output features of one warpgroup
 MEMORY_REGISTERS = 88  # of a thread that loads; with fewer its index arithmetic spills
 COMPUTE_REGISTERS = 208  # of one that multiplies: half of the others of an SM, in eights
 TOKENS = 8  # TMA moves rows of tokens in eights; if there are fewer in all, as many as there are
-STORED = 128  # tokens that are stored at once, through shared memory
 ALIGNMENT = 128  # bytes: TMA writes at multiples of it in shared memory, where blocks lie in a ring
 
 
@@ -147,6 +149,38 @@ def loaded() -> None:
     time of its own. What only a wgmma reads needs no such fence.
     """
     plgpu.commit_smem()
+
+
+def from_zero(
+    products: Callable[[Any], None], shape: tuple[int, int], dtype: Any, number: int
+) -> Array:
+    """Returns the sums of products in an accumulator that starts at 0.
+
+    As `pl.run_scoped`, but with a zero of its own: that of several accumulators of a step is one
+    register to the compiler, and the assembler then writes it to each of the second one's, as many
+    instructions as sums. From a zero that it knows a product starts for nothing.
+
+    Args:
+      products: function of the accumulator. What it multiplies is waited for.
+      dtype: float32 or int32.
+      number: of the accumulator in a step. Code that differs is not merged.
+    """
+    dtype = jnp.dtype(dtype)
+    text = f"mov.b32 $0, 0;  // {number}"
+
+    def values(_):
+        kind = mgpu.utils.dtype_to_ir_type(dtype)
+        layout = plgpu.Layout.WGMMA.to_mgpu()
+        registers = np.empty(layout.registers_shape(shape), object)
+        zero = llvm.inline_asm(kind, [], text, "=f" if dtype == jnp.float32 else "=r")
+        registers.fill(vector.broadcast(layout.registers_element_type(kind), zero))
+        is_signed = None if dtype == jnp.float32 else True
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=is_signed)
+
+    zeros = plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct(shape, dtype, plgpu.Layout.WGMMA))(
+        values
+    )()
+    return pl.run_state(products)(plgpu.WGMMAAccumulatorRef.init(zeros))
 
 
 def put(ref: Any, value: Array) -> None:
@@ -301,7 +335,8 @@ class _Kernel:
     def memory(self, table: Array | None) -> dict[str, Any]:
         """Returns the types of shared memory and barriers, by their names in `_Cta`."""
         stages, tile_m = self.tuning.stages, self.tuning.tile_m
-        stored = self.shape if self.of_tokens else (min(tile_m, STORED), ROWS)
+        at_once = min(self.shape[1], self.tuning.stored)
+        stored = (ROWS, at_once) if self.of_tokens else (at_once, ROWS)
         # JAX 0.11 swizzles only what a wgmma leaves. Other sums collide in banks, once a tile.
         is_usual = self.stored_as is plgpu.Layout.WGMMA_TRANSPOSED
         can_swizzle = is_usual or hasattr(plgpu, "store")
@@ -415,14 +450,16 @@ class _Kernel:
             features = pl.ds(n * TILE_N + wg * ROWS, ROWS)
         sums = self.finish(total, features, tokens, *cta.whole).astype(self.store_dtype)
         own = cta.out_smem.at[wg]
-        for first in range(0, self.shape[1], STORED):
-            some = sums if self.shape[1] <= STORED else sums[:, first : first + STORED]
+        at_once = min(self.shape[1], self.tuning.stored)
+        for first in range(0, self.shape[1], at_once):
+            some = sums if at_once == self.shape[1] else sums[:, first : first + at_once]
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the one before
             if self.of_tokens:
                 own[...] = some
+                features = pl.ds(n * TILE_N + first, at_once)
             else:
                 some = plgpu.layout_cast(some, self.stored_as)
                 put(own.T, some)
-                tokens = pl.ds(m * tile_m + first, own.shape[0])
+                tokens = pl.ds(m * tile_m + first, at_once)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(own, cta.out.at[part, tokens, features])

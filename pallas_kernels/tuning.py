@@ -32,6 +32,8 @@ class Tuning:
       in_turn: whether the two warpgroups of a CTA hand their products to the tensor core one after
         the other, so that one decodes, scales and adds while the other's are multiplied. With as
         many tokens as keep the tensor core busy. No GPU has timed it yet.
+      stored: tokens, or where those are the rows features, that are stored at once, through shared
+        memory: 64 or 128.
     """
 
     tile_m: int
@@ -41,6 +43,7 @@ class Tuning:
     split_k: int = 1
     sms: int = SMS
     in_turn: bool = False
+    stored: int = 128
 
 
 # Most tokens -> tuning. The first row that is large enough is taken; more tokens are tiled by it.
@@ -66,9 +69,12 @@ EIGHT_BIT = {
     16: Tuning(16, 8),
     32: Tuning(32, 8),
     64: Tuning(64, 6),
-    math.inf: Tuning(128, 4, in_turn=True),
+    math.inf: Tuning(128, 4),
 }
-# int4 times multiples: there is something to decode, and longer steps have less around that.
+# With groups there are sums to scale between products; longer steps have less around that. What is
+# stored at once is less, for a third buffer.
+EIGHT_BIT_GROUPS = Tuning(128, 3, 256, in_turn=True, stored=64)
+# int4 times multiples: there is something to decode.
 MULTIPLES = {
     8: Tuning(8, 6, 256),
     16: Tuning(16, 6, 256),
@@ -147,11 +153,14 @@ def eight_bit(
       out_bits: of an output.
       multiples: whether groups have integer multiples.
     """
-    has_groups = multiples or group_size not in (None, K)
+    has_groups = group_size not in (None, K)
     row = next(row for most, row in (MULTIPLES if multiples else EIGHT_BIT).items() if most >= M)
-    rows = [dataclasses.replace(row, in_turn=row.in_turn and has_groups)]
-    if row.tile_m == 128 and bits == 8 and not has_groups:
-        rows.insert(0, EIGHT_BIT_WIDE)
+    rows = [row]
+    if row.tile_m == 128 and not multiples:
+        if has_groups:
+            rows = [EIGHT_BIT_GROUPS]
+        elif bits == 8:
+            rows = [EIGHT_BIT_WIDE, row]
     group = group_size if multiples else TILE_K if has_groups else None
     fitted = [_fitted(row, M, K, N, group, bits, 8, out_bits, 0) for row in rows]
     return min(fitted, key=lambda one: one[0])[1]
@@ -183,7 +192,8 @@ def _fitted(
     if K % row.tile_k or (g % row.tile_k and row.tile_k % g):
         row = dataclasses.replace(row, tile_k=TILE_K)
     # As many buffers as fit beside the output tile, all scales being float32 at most.
-    scales = 4 * (TILE_N * max(1, row.tile_k // g) + max(row.tile_m, 32)) if group_size else 0
+    in_step = max(1, row.tile_k // g)
+    scales = 4 * in_step * (TILE_N + max(row.tile_m, 32)) if group_size else 0
     stage = row.tile_k * (TILE_N * w_bits + row.tile_m * x_bits) // 8 + scales
     m_tiles = -(-M // row.tile_m)
     us, pieces = cut(
@@ -191,7 +201,7 @@ def _fitted(
         tile_m=row.tile_m, w_bits=w_bits, x_bits=x_bits, shared_by=m_tiles,
         most=8 if experts else None,
     )  # fmt: skip
-    out = TILE_N * min(row.tile_m, 128) * (out_bits if pieces == 1 else 32) // 8
+    out = TILE_N * min(row.tile_m, row.stored) * (out_bits if pieces == 1 else 32) // 8
     fit = (SMEM_BYTES - out - table_bytes - 1024) // stage
     return us, dataclasses.replace(row, stages=min(row.stages, fit), split_k=pieces)
 

@@ -111,6 +111,23 @@ class TestEightBit(Laws):
             wanted = self.exact(arrays)
             np.testing.assert_allclose(reference.eight_bit(**arrays), wanted, rtol=1e-4)
 
+    @pytest.mark.parametrize("tile_m", [8, 128])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "int8 groups",
+            "fp8 blocks",
+            "int4 x fp8 groups",
+            "int8 groups, tokens",
+            "int4, multiples of 32",
+        ],
+    )
+    def test_long_steps_have_several_groups(self, name, tile_m):
+        arrays = self.make(20, 512, 256, seed=4, **self.formats[name])
+        error, races = self.error(arrays, Tuning(tile_m, 1, 256, sms=2, stored=64))
+        assert error <= self.budget_of(name), error
+        assert not races
+
     @pytest.mark.parametrize("name", ["int8 rows x columns", "fp8 rows x columns"])
     def test_a_wide_tile_is_stored_in_parts_of_which_some_are_beyond_the_last_token(self, name):
         arrays = self.make(300, 256, 256, seed=3, **self.formats[name])
@@ -164,7 +181,7 @@ class TestRowsOfTokens(Laws):
         return TestEightBit().budget_of(name)
 
     def run(self, arrays, *, tuning, interpret):
-        tuning = dataclasses.replace(tuning, tile_m=128, tile_k=128)
+        tuning = dataclasses.replace(tuning, tile_m=128)
         return TestEightBit().run(arrays, tuning=tuning, interpret=interpret)
 
 
