@@ -59,18 +59,18 @@ class Registers:
         return values[name](first, *rest) & (2**64 - 1 if wide else 2**32 - 1)
 
 
-def loads(ptx, wg, transposes):
-    """Returns of every word that lanes get the places of its halves, [4, 32, words, 2], in bytes.
+def loads(ptx, transposes):
+    """Returns of every word that lanes get the places of its halves, [2, 4, 32, words, 2].
 
-    Lanes 8 i .. 8 i + 7 say where the rows of the i-th of four 8 x 8 matrices are (PTX ISA,
-    "ldmatrix").
+    They are in bytes, of both warpgroups, from the first that is read. Lanes 8 i .. 8 i + 7 say
+    where the rows of the i-th of four 8 x 8 matrices are (PTX ISA, "ldmatrix").
     """
     own, found = Registers(ptx), [f for f in re.findall(LOAD, ptx) if bool(f[0]) == transposes]
-    base = min(int(offset or 0) for *_, offset in found)
     at = np.array([
-        [own.value(register, 128 * wg + t) + int(offset or 0) - base for t in range(128)]
+        [own.value(register, t) + int(offset or 0) for t in range(256)]
         for _, register, offset in found
-    ]).reshape(-1, 4, 4, 8)  # load, warp, matrix, row  # fmt: skip
+    ]).reshape(-1, 2, 4, 4, 8)  # load, warpgroup, warp, matrix, row  # fmt: skip
+    at -= at.min()
     banks = np.sort(at // 16 % 8, axis=-1)  # of 16 bytes: a matrix is read at once
     if transposes:
         np.testing.assert_array_equal(banks, np.broadcast_to(np.arange(8), banks.shape))
@@ -78,8 +78,8 @@ def loads(ptx, wg, transposes):
     row, column = np.broadcast_arrays(lane // 4, 2 * (lane % 4) + half)
     if transposes:
         row, column = column, row
-    places = at[..., row] + 2 * column  # load, warp, matrix, lane, half
-    return places.transpose(1, 3, 0, 2, 4).reshape(4, 32, -1, 2)
+    places = at[..., row] + 2 * column  # load, warpgroup, warp, matrix, lane, half
+    return places.transpose(1, 2, 4, 0, 3, 5).reshape(2, 4, 32, -1, 2)
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -103,12 +103,12 @@ def test_lanes_read_what_they_multiply(name):
     place = tile * 8 * nbytes + row % 8 * nbytes + unit % order.units * 2
     place ^= (place >> 7 & nbytes // 16 - 1) << 4
     places = place.reshape(TILE_K, blocks, order.units).transpose(1, 2, 0)
+    weights, of_scales = (loads(kernel.ptx, transposes=is_w) for is_w in (True, False))
     for wg in range(2):
         taken = [places[wg]] + ([places[2]] if bits == 3 else [])
         wanted = [registers(block, order.layout.to_mgpu()) for block in taken]
-        read = loads(kernel.ptx, wg, transposes=True)
-        np.testing.assert_array_equal(read, np.concatenate(wanted, axis=2))
+        np.testing.assert_array_equal(weights[wg], np.concatenate(wanted, axis=2))
         groups, rows = max(1, 64 // group), max(1, TILE_N // group)
         scales = np.arange(rows * TILE_K).reshape(rows, TILE_K)[wg * (rows // 2) :][:groups]
         wanted = registers(scales, across.columns(groups).to_mgpu())
-        np.testing.assert_array_equal(loads(kernel.ptx, wg, transposes=False), 2 * wanted)
+        np.testing.assert_array_equal(of_scales[wg], 2 * wanted)
