@@ -74,16 +74,21 @@ NATURAL = Order(8, plgpu.Layout.TILED(  # warp, unit, code
     Tiling(((64, 8), (16, 8), (2, 2), (2, 1))), (-8,), (-6, -5), -2,
 ))  # fmt: skip
 # In the order of `interleave`: warp, the bits of the unit in reverse, code.
-_BY_BITS = Tiling(((64, 8), (16, 8), (8, 8), (4, 8), (2, 2), (2, 1)))
-PAIRS = Order(8, plgpu.Layout.TILED(_BY_BITS, (-12,), (-6, -8, -10, -5), -2))
+PAIRS = Order(8, plgpu.Layout.TILED(
+    Tiling(((64, 8), (16, 8), (8, 8), (4, 8), (2, 2), (2, 1))), (-12,), (-6, -8, -10, -5), -2,
+))  # fmt: skip
 # In that of 4 bits: first bit of the warp, last of the unit, last of the warp (byte of
 # a unit), the other bits of the unit, code (half of a byte).
 NIBBLES = Order(4, plgpu.Layout.TILED(
     Tiling(((64, 8), (32, 8), (16, 8), (8, 8), (2, 2), (2, 1))), (-12, -8), (-6, -10, -5), -2,
 ))  # fmt: skip
-# In that of `planes`: warp, code, and of the unit the second bit, the first, the last. But the last
-# is exchanged with the code, between lanes: so here, too, a register has two neighbours.
-PLANES = Order(2, PAIRS.sums)
+# In that of `planes`: first bit of the warp, code, last of the warp, and of the unit the second
+# bit, the first, the last. But the last is exchanged with the code, between lanes: so here, too, a
+# register has two neighbours. That a warp's codes are two apart leaves room for a third bit.
+PLANES = Order(2, plgpu.Layout.TILED(
+    Tiling(((64, 8), (32, 8), (16, 8), (8, 8), (4, 8), (2, 2), (2, 1))),
+    (-14, -10), (-6, -8, -12, -5), -2,
+))  # fmt: skip
 
 
 def order_of(weight: Any, *, natural: bool = False) -> Order:
@@ -180,7 +185,7 @@ def load(
 ) -> Array:
     """Returns weights in shared memory as 16-bit floats [64, rows], in a kernel, in an `Order`.
 
-    int8 are times `zero_points.unit`.
+    They are times `zero_points.unit`.
 
     Args:
       ref: `units` [rows, columns] of all features of a tile.
@@ -402,19 +407,24 @@ def _decoder(
             return [_asm(f"prmt.b32 $0, $1, $2, {half:#x};", *pairs) for half in HALVES]
 
         return looked_up
-    fields = arith.shli(_bits_of_thread(5, 2), _constant(2))  # two of 2 bits
+    # Two fields of 2 bits, one between them: each warp's begin at 0, 2, 8 or 10.
+    first, last = _bits_of_thread(6, 1), _bits_of_thread(5, 1)
+    fields = arith.addi(arith.shli(first, _constant(3)), arith.shli(last, _constant(1)))
     places = [fields]
     if half is not None:  # of the highest bits, two apart, to the one above both others
         places.append(arith.addi(fields, arith.addi(half, _constant(-2))))
     assert bits is not None
-    texts = [few_bits.assembly(bits, b, few_bits.IN_PLACE, zero, dtype) for b in (0, 1)]
+    texts = [few_bits.assembly(bits, b, None, zero, dtype) for b in (0, 2)]
 
     def of_planes(*words):
         own = [_asm(ROTATED, *both) for both in zip(words, places, strict=False)]
+        own = _asm(few_bits.MERGED, *own) if half is not None else own[0]
         if zero is not None:
-            return [_asm(text, *own) for text in texts]
-        offsets = words[-1], _asm(few_bits.offset_assembly(1, dtype), words[-1])
-        return [_asm(text, *own, offset) for text, offset in zip(texts, offsets, strict=True)]
+            return [_asm(text, own) for text in texts]
+        offsets = [words[-1]] * 2
+        if dtype == jnp.float16:
+            offsets[1] = _asm(few_bits.offset_assembly(2), words[-1])
+        return [_asm(text, own, offset) for text, offset in zip(texts, offsets, strict=True)]
 
     return of_planes
 

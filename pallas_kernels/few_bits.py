@@ -16,13 +16,16 @@ from jaxlib.mlir.dialects import llvm
 from pallas_kernels import planes, zero_points
 
 AND_OR = 0xEA  # lop3: a & b | c
-FIELDS = {"bfloat16": 3, "float16": 4}  # of 2 bits that fit into the fraction beside a highest bit
+ROOM = {"bfloat16": 8, "float16": 9}  # bits of a half in which codes may lie, two apart
 SUFFIXES = {"bfloat16": "bf16x2", "float16": "f16x2"}
-IN_PLACE = 2  # for `assembly`: the highest bits of 3 lie right above the others
+# Of codes that are two apart, the lower bits of $1 and the highest of $2, which are right above.
+MERGED = "lop3.b32 $0, $1, $2, 0x00330033, 0xe4;"  # a & c | b & ~c
 
 
 def load(ref: Any, bits: int, dtype: Any, zero: int | Sequence[Array] | None = None) -> Array:
     """Returns code - zero for codes in shared memory, in a kernel, in the layout of wgmma.
+
+    It is times `zero_points.unit`.
 
     Args:
       ref: uint8 [R, K * bits / 8], in the order of `planes`.
@@ -46,7 +49,7 @@ def load(ref: Any, bits: int, dtype: Any, zero: int | Sequence[Array] | None = N
         # 64 rows, unit, 64 of its inputs, 8 of them, row
         pairs = out.reshape(tiles, len(words) // tiles, -1, 8, 2)
         words = words.reshape(*pairs.shape[:2], -1, 2)
-        offsets = _offsets(zeros, dtype) if zeros else None
+        offsets = _offsets(zeros, bits, dtype) if zeros else None
         for (tile, unit, which, b, row), _ in np.ndenumerate(pairs):
             own = [words[tile, unit, which, row]]
             own += [words[tile, unit, 2, row]] if bits == 3 else []
@@ -63,7 +66,8 @@ def load(ref: Any, bits: int, dtype: Any, zero: int | Sequence[Array] | None = N
 
     def reference(data, *zeros):  # read by the interpreter
         minus = zero_points.spread(zeros, shape) if known is None else known
-        return (planes.codes(data, bits).astype(jnp.int32) - minus).astype(dtype)
+        integers = planes.codes(data, bits).astype(jnp.int32) - minus
+        return (integers * zero_points.unit(jnp.uint8, dtype)).astype(dtype)
 
     values.reference = reference  # pyright: ignore[reportFunctionMemberAccess]
     return plgpu.inline_mgpu(
@@ -81,80 +85,79 @@ def _words(array: Any, chunks: int) -> np.ndarray:
     return out.reshape(-1, chunks, 2)
 
 
-def _offsets(zeros: Sequence[Any], dtype: Any) -> list[np.ndarray]:
-    """Returns what `assembly` adds to fields j = 0, 1, ..., by `zero_points.words`."""
-    i32, name = ir.IntegerType.get_signless(32), jnp.dtype(dtype).name
-    first = zero_points.words(zeros, zero_points.assembly(zero_points.POWERS[name] | 0x80))
+def fields(bits: int, dtype: Any) -> int:
+    """Returns how many codes of a half `assembly` converts where they lie."""
+    return (ROOM[jnp.dtype(dtype).name] - bits) // 2 + 1
+
+
+def _offsets(zeros: Sequence[Any], bits: int, dtype: Any) -> list[np.ndarray]:
+    """Returns what `assembly` adds to fields j = 0, 1, ..; of all one, if it is the same."""
+    if dtype == jnp.bfloat16:
+        return [zero_points.words(zeros, zero_points.unit_assembly((0, 0)))]
+    upper = zero_points.POWERS["float16"] | 0x80
+    first = zero_points.words(zeros, zero_points.assembly(upper))
     out = [first]
-    for j in range(1, FIELDS[name]):
+    for j in range(1, fields(bits, dtype)):
         out.append(np.empty_like(first))
         for at, word in np.ndenumerate(first):
-            out[j][at] = llvm.inline_asm(i32, [word], offset_assembly(j, dtype), "=r,r")
+            out[j][at] = llvm.inline_asm(
+                ir.IntegerType.get_signless(32), [word], offset_assembly(j), "=r,r"
+            )
     return out
 
 
-def offset_assembly(j: int, dtype: Any) -> str:
-    """Returns PTX that makes -(2^7 * 4^-j + zero) twice, $0, of that for j = 0, $1; exactly.
-
-    In float16, of 2^10.
-    """
-    name = jnp.dtype(dtype).name
-    more = float(_power(dtype)) * (1 - 4.0**-j)
+def offset_assembly(j: int) -> str:
+    """Returns PTX that makes -(2^10 * 4^-j + zero) twice, $0, of that for j = 0, $1, in float16."""
+    more = zero_points.twice(2.0**10 * (1 - 4.0**-j), jnp.float16)
     return f"""{{
 .reg .b32 more;
-mov.b32 more, {_twice(more, dtype):#x};
-add.{SUFFIXES[name]} $0, $1, more;
+mov.b32 more, {more:#x};
+add.f16x2 $0, $1, more;
 }}"""
 
 
-def _power(dtype: Any) -> np.ndarray:
-    """Returns 2^7 or 2^10, whose last place is 1."""
-    bits = zero_points.POWERS[jnp.dtype(dtype).name] << 8
-    return np.array(bits, np.uint16).view(dtype)
-
-
-def _twice(value: float, dtype: Any) -> int:
-    """Returns a word of twice a float."""
-    half = int(np.array(value, dtype).view(np.uint16))
-    return half << 16 | half
-
-
-def assembly(bits: int, b: int, half: int, zero: int | None, dtype: Any) -> str:
+def assembly(bits: int, b: int, half: int | None, zero: int | None, dtype: Any) -> str:
     """Returns PTX that makes two floats, $0, of the b-th pair of codes of a word.
 
-    The fields of both codes are put, by one mask, into the fraction of 2^7 (bfloat16) or 2^10
-    (float16), where j fields fit above one another. The j-th is a code times 4^j, so that
+    The fields of both codes are put, by one mask, into bfloat16 that are subnormal, or into the
+    fraction of 2^10 (float16). The j-th of those that fit above one another is a code times 4^j, so
+    that one instruction subtracts the zero point as well, exactly:
 
-      value * 4^-j - (2^7 * 4^-j + zero)
-
-    is code - zero, exactly and by one instruction.
+      value * 2^127 * 4^-j - zero * 2^-6, which is `zero_points.UNIT`
+      value * 4^-j - (2^10 * 4^-j + zero)
 
     Args:
       b: of the 8 pairs of a word $1 of the lower 2 bits.
-      half: with 3 bits, which of two such words it is; their highest bits are in $2. Or `IN_PLACE`.
-      zero: None, if the last operand is twice what is added, of `offset_assembly`.
+      half: with 3 bits, which of two such words it is; their highest bits are in $2. None: the
+        word has all bits of the codes that are two apart, 0 and 2 or 1 and 3: see `MERGED`.
+      zero: None, if the last operand is twice what is added.
     """
     name = jnp.dtype(dtype).name
-    magic, suffix, fields = zero_points.POWERS[name] << 8, SUFFIXES[name], FIELDS[name]
+    is_bfloat16 = name == "bfloat16"
     twice = lambda field: field << 16 | field
-    j = b % fields
+    j = b % fields(bits, dtype)
     by = 2 * (b - j)  # bits that the word is shifted by
+    has_high = bits == 3 and half is not None
+    field = 3 if has_high else 2**bits - 1
+    magic = 0 if is_bfloat16 else twice(zero_points.POWERS[name] << 8)
     lines = [
         f"shr.b32 low, $1, {by};",
-        f"lop3.b32 codes, low, {twice(3 << 2 * j):#x}, {twice(magic):#x}, {AND_OR:#x};",
+        f"lop3.b32 codes, low, {twice(field << 2 * j):#x}, {magic:#x}, {AND_OR:#x};",
     ]
-    if bits == 3:
+    if has_high:
         by += half - 2  # from the highest bit's place to the one above the other two
         lines += [
             f"{'shr' if by >= 0 else 'shl'}.b32 high, $2, {abs(by)};",
             f"lop3.b32 codes, high, {twice(4 << 2 * j):#x}, codes, {AND_OR:#x};",
         ]
-    lines.append(f"mov.b32 scale, {_twice(4.0**-j, dtype):#x};")
-    offset = f"${bits}"  # after one word of 2 bits, two of 3
+    scale = 4.0**-j * (2.0**127 if is_bfloat16 else 1)
+    lines.append(f"mov.b32 scale, {zero_points.twice(scale, dtype):#x};")
+    offset = f"${2 + has_high}"
     if zero is not None:
-        offset, implied = "offset", float(_power(dtype)) * 4.0**-j + zero
-        lines.append(f"mov.b32 offset, {_twice(-implied, dtype):#x};")
+        offset = "offset"
+        known = -zero * zero_points.UNIT if is_bfloat16 else -(2.0**10 * 4.0**-j + zero)
+        lines.append(f"mov.b32 offset, {zero_points.twice(known, dtype):#x};")
     return "\n".join([
         "{", ".reg .b32 low, high, codes, scale, offset;", *lines,
-        f"fma.rn.{suffix} $0, codes, scale, {offset};", "}",
+        f"fma.rn.{SUFFIXES[name]} $0, codes, scale, {offset};", "}",
     ])  # fmt: skip

@@ -7,7 +7,8 @@ register by one multiply-add.
 
 A byte is too long for the fraction of a bfloat16. But it is a bfloat16: u times 2^-133, subnormal,
 and the same where its highest bit is the exponent's last, as that of 1 has the same last place. A
-multiply-add by 2^127 brings it to `UNIT`, where sums stay until they are done, and subtracts z.
+multiply-add by 2^127 brings it to `UNIT`, where sums stay until they are done, and subtracts z. So
+it does for shorter codes of 2^-133 times 4^j, less by j places of 4: bytes have several.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ SIGNS = 0x80008000
 
 def unit(weight: Any, dtype: Any) -> float:
     """Returns what a weight of 1 is in the type that a kernel multiplies it in: `UNIT`, or 1."""
-    is_subnormal = jnp.dtype(weight) == jnp.int8 and jnp.dtype(dtype) == jnp.bfloat16
-    return UNIT if is_subnormal else 1.0
+    is_whole = jnp.dtype(weight) in (jnp.int8, jnp.uint8)
+    return UNIT if is_whole and jnp.dtype(dtype) == jnp.bfloat16 else 1.0
 
 
 def in_ones(total: Array, weight: Any, dtype: Any) -> Array:

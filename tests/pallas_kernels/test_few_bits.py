@@ -56,6 +56,7 @@ def test_the_assembly_decodes_what_a_lane_reads_to_the_registers_of_its_wgmma(dt
         high = {"$2": words[:, :, :, 2, row]} if bits == 3 else {}
         out = ptx.run(text, "$1", words[:, :, :, half, row], **high)["$0"]
         values = np.ascontiguousarray(out).view(jnp.dtype(dtype)).reshape(4, 32, -1, 2)
+        values = values.astype(float) / zero_points.unit("uint8", dtype)
         np.testing.assert_array_equal(values.astype(np.int64), registers[:, :, :, half, b, row])
 
 
@@ -68,14 +69,16 @@ def test_every_code_is_exact_whatever_lies_beside_it(dtype, bits):
         text = few_bits.assembly(bits, b, half, zero, dtype)
         more = {"$2": np.full_like(low, high)} if bits == 3 else {}
         out = ptx.run(text, "$1", low, **more)["$0"]
-        value = (out & 0xFFFF).astype(np.uint16).view(jnp.dtype(dtype)).astype(np.int64)
+        value = (out & 0xFFFF).astype(np.uint16).view(jnp.dtype(dtype)).astype(float)
+        value /= zero_points.unit("uint8", dtype)
         code = (low >> 2 * b & 3) | (4 * (high >> 2 * b + half & 1) if bits == 3 else 0)
         np.testing.assert_array_equal(value, code.astype(np.int64) - zero)
-        offset = ptx.run(
-            zero_points.assembly(0x80 | zero_points.POWERS[dtype]), "$1", 0 * low + zero
-        )
-        if j := b % few_bits.FIELDS[dtype]:
-            offset = ptx.run(few_bits.offset_assembly(j, dtype), "$1", offset["$0"])
+        text = zero_points.assembly(0x80 | zero_points.POWERS["float16"])
+        if dtype == "bfloat16":
+            text = zero_points.unit_assembly((0, 0))
+        offset = ptx.run(text, "$1", 0 * low + zero)
+        if dtype == "float16" and (j := b % few_bits.fields(bits, dtype)):
+            offset = ptx.run(few_bits.offset_assembly(j), "$1", offset["$0"])
         text = few_bits.assembly(bits, b, half, None, dtype)
         more[f"${bits}"] = offset["$0"]
         np.testing.assert_array_equal(ptx.run(text, "$1", low, **more)["$0"], out)

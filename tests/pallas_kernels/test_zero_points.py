@@ -101,7 +101,7 @@ def test_every_code_is_less_the_zero_point_of_its_row_and_group(threads, bits, d
         stored = np.asarray(of_int4(signed)).astype(np.uint8) & 15
     else:
         stored = np.asarray(interleaved_pairs(jnp.asarray(codes - 128, jnp.int8)))
-    unit = zero_points.unit(stored.dtype, dtype)
+    unit = zero_points.unit("int4" if bits == 4 else stored.dtype, dtype)
     loaded = lambda zero: (LOADS[bits](stored, dtype, zero).astype(float) / unit).astype(int)
     wanted = codes - np.repeat(zeros, C // groups, axis=0).T
     np.testing.assert_array_equal(loaded(list(zeros)), wanted)
