@@ -180,7 +180,8 @@ def from_zero(
     zeros = plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct(shape, dtype, plgpu.Layout.WGMMA))(
         values
     )()
-    return pl.run_state(products)(plgpu.WGMMAAccumulatorRef.init(zeros))
+    start: Any = plgpu.WGMMAAccumulatorRef.init(zeros)
+    return pl.run_state(products)(start)
 
 
 def put(ref: Any, value: Array) -> None:
@@ -334,7 +335,7 @@ class _Kernel:
 
     def memory(self, table: Array | None) -> dict[str, Any]:
         """Returns the types of shared memory and barriers, by their names in `_Cta`."""
-        stages, tile_m = self.tuning.stages, self.tuning.tile_m
+        stages = self.tuning.stages
         at_once = min(self.shape[1], self.tuning.stored)
         stored = (ROWS, at_once) if self.of_tokens else (at_once, ROWS)
         # JAX 0.11 swizzles only what a wgmma leaves. Other sums collide in banks, once a tile.
