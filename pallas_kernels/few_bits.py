@@ -144,7 +144,7 @@ def assembly(bits: int, b: int, half: int | None, zero: int | None, dtype: Any) 
         f"shr.b32 low, $1, {by};",
         f"lop3.b32 codes, low, {twice(field << 2 * j):#x}, {magic:#x}, {AND_OR:#x};",
     ]
-    if has_high:
+    if bits == 3 and half is not None:
         by += half - 2  # from the highest bit's place to the one above the other two
         lines += [
             f"{'shr' if by >= 0 else 'shl'}.b32 high, $2, {abs(by)};",
