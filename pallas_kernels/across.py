@@ -26,10 +26,11 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, vector
 
 from pallas_kernels import few_bits, four_bits, hopper, planes, whole_bytes, zero_points
-from pallas_kernels.interleave import interleaved, interleaved_pairs
+from pallas_kernels.interleave import interleaved, interleaved_pairs, natural_nibbles
 
 HALVES = (0x5410, 0x7632)  # prmt of two words: their lower halves, their upper halves
 ROTATED = "shf.r.wrap.b32 $0, $1, $1, $2;"  # $1 by $2 bits to the right
+SHIFTED = "shr.b32 $0, $1, $2;"
 EXPONENTS = """{
 .reg .b32 bits, least, zero;
 prmt.b32 bits, $1, 0, 0x4140;
@@ -48,10 +49,13 @@ class Order:
     Attributes:
       bits: of a code in a unit.
       sums: layout [64, M] of sums in registers: which feature and token each of them is of.
+      is_exchanged: whether lanes exchange sums first, of two codes of two neighbouring units: so a
+        register has two neighbours.
     """
 
     bits: int
     sums: Any
+    is_exchanged: bool = False
 
     @property
     def units(self) -> int:
@@ -77,28 +81,36 @@ NATURAL = Order(8, plgpu.Layout.TILED(  # warp, unit, code
 PAIRS = Order(8, plgpu.Layout.TILED(
     Tiling(((64, 8), (16, 8), (8, 8), (4, 8), (2, 2), (2, 1))), (-12,), (-6, -8, -10, -5), -2,
 ))  # fmt: skip
-# In that of 4 bits: first bit of the warp, last of the unit, last of the warp (byte of
-# a unit), the other bits of the unit, code (half of a byte).
+# In that of 4 bits: the warp, code, the first bits of the unit, its last; the last and the code are
+# exchanged.
 NIBBLES = Order(4, plgpu.Layout.TILED(
+    Tiling(((64, 8), (32, 8), (16, 8), (8, 8), (2, 2), (2, 1))), (-12, -10), (-6, -8, -5), -2,
+), is_exchanged=True)  # fmt: skip
+# If they are looked up: first bit of the warp, last of the unit, last of the warp (byte of a unit),
+# the other bits of the unit, code (half of a byte).
+BYTES = Order(4, plgpu.Layout.TILED(
     Tiling(((64, 8), (32, 8), (16, 8), (8, 8), (2, 2), (2, 1))), (-12, -8), (-6, -10, -5), -2,
 ))  # fmt: skip
 # In that of `planes`: first bit of the warp, code, last of the warp, and of the unit the second
-# bit, the first, the last. But the last is exchanged with the code, between lanes: so here, too, a
-# register has two neighbours. That a warp's codes are two apart leaves room for a third bit.
+# bit, the first, the last, which is exchanged with the code. That a warp's codes are two apart
+# leaves room for a third bit.
 PLANES = Order(2, plgpu.Layout.TILED(
     Tiling(((64, 8), (32, 8), (16, 8), (8, 8), (4, 8), (2, 2), (2, 1))),
     (-14, -10), (-6, -8, -12, -5), -2,
-))  # fmt: skip
+), is_exchanged=True)  # fmt: skip
 
 
 def order_of(weight: Any, *, natural: bool = False) -> Order:
-    """Returns how weights lie: int8 or float8_e4m3fn; int4; or uint8, of codes of 2 or 3 bits.
+    """Returns how weights lie: int8 or float8_e4m3fn; int4; uint4; or uint8.
+
+    Codes of a table are uint4, those of 2 or 3 bits uint8.
 
     Args:
       natural: whether those of 8 bits are as they were, and not interleaved.
     """
     of_bytes = NATURAL if natural else PAIRS
-    return {"int4": NIBBLES, "uint8": PLANES}.get(jnp.dtype(weight).name, of_bytes)
+    orders = {"int4": NIBBLES, "uint4": BYTES, "uint8": PLANES}
+    return orders.get(jnp.dtype(weight).name, of_bytes)
 
 
 def units(w: Array) -> Array:
@@ -190,13 +202,13 @@ def load(
     Args:
       ref: `units` [rows, columns] of all features of a tile.
       wg: whose of them are loaded, 0 or 1.
-      weight: what they are units of: int8, float8_e4m3fn, int4 or uint8.
+      weight: what they are units of, as for `order_of`.
       dtype: of the values: bfloat16 or float16.
       natural: as for `order_of`.
       bits: of codes in uint8: 2 or 3.
       zero: what unsigned codes are less, as in `weight_only.matmul`: of all; or `less_of` [64,
         rows]. Default: the middle.
-      table: of the values of int4, as `four_bits.table`; or None.
+      table: of the values of uint4, as `four_bits.table`; or None.
     """
     weight, dtype, order = jnp.dtype(weight), jnp.dtype(dtype), order_of(weight, natural=natural)
     rows = ref.shape[0]
@@ -245,11 +257,11 @@ def load(
             return lax.bitcast_convert_type(bytes, weight).astype(dtype).T
         if weight == jnp.int8:
             codes = bytes ^ jnp.uint8(128)
+        elif order is BYTES:
+            pairs = lax.bitcast_convert_type(rest[-1][interleaved(bytes), 0], dtype)
+            return pairs.reshape(rows, -1).T
         elif order is NIBBLES:
-            bytes = interleaved(bytes)
-            if table is not None:
-                pairs = lax.bitcast_convert_type(rest[-1][bytes, 0], dtype)
-                return pairs.reshape(rows, -1).T
+            bytes = natural_nibbles(bytes)
             codes = jnp.stack([bytes & 15, bytes >> 4], axis=-1).reshape(rows, -1) ^ jnp.uint8(8)
         else:
             codes = planes.codes(bytes, 2)
@@ -278,7 +290,7 @@ def in_order(sums: Array, order: Order) -> Array:
         is_odd = arith.trunci(ir.IntegerType.get_signless(1), _bits_of_thread(2, 1))  # of its unit
         for (i, token), _ in np.ndenumerate(places):
             first, second = (llvm.extractelement(row, _constant(token)) for row in rows[i])
-            if order is PLANES:
+            if order.is_exchanged:
                 other = mgpu.utils.bitcast(arith.select(is_odd, first, second), i32)
                 other = mgpu.utils.bitcast(mgpu.utils.shfl_bfly(other, 4), f32)
                 first, second = (
@@ -351,14 +363,14 @@ def _offset(weight: Any, dtype: Any) -> tuple[int, float]:
     if unit != 1:
         return 0, -unit
     power = {"bfloat16": 2**7, "float16": 2**10}[jnp.dtype(dtype).name]
-    return power, -1.0 if jnp.dtype(weight) == jnp.uint8 else 1.0
+    return power, 1.0 if jnp.dtype(weight) == jnp.int8 else -1.0
 
 
 def less_assembly(weight: Any, dtype: Any) -> str:
     """Returns PTX that makes what is subtracted of two codes, $0, of their zero points in $1."""
     if zero_points.unit(weight, dtype) != 1:
         return zero_points.unit_assembly((0, 1))
-    is_added = jnp.dtype(weight) == jnp.uint8
+    is_added = jnp.dtype(weight) != jnp.int8
     upper = zero_points.POWERS[jnp.dtype(dtype).name] | is_added << 7
     return f"prmt.b32 $0, $1, {upper:#x}, 0x4140;"
 
@@ -390,12 +402,18 @@ def _decoder(
             return [_asm(text, *rows) for text in texts]
 
         return of_e4m3
+    byte = arith.shli(_bits_of_thread(5, 1), _constant(3))
     if weight == jnp.int4:
-        byte = arith.shli(_bits_of_thread(5, 1), _constant(3))
-        if table is None:
-            places = [byte, arith.addi(byte, _constant(4))]
-            text = nibbles_assembly(dtype, zero)
-            return lambda word, *less: [_asm(text, word, place, *less) for place in places]
+        texts = [four_bits.assembly(field, dtype, zero) for field in range(four_bits.FIELDS)]
+
+        def of_int4(word, *offset):
+            own, offsets = _asm(SHIFTED, word, byte), [offset] * 2
+            if offset and dtype == jnp.float16:
+                offsets[1] = (_asm(zero_points.offset_assembly(1 / 16), *offset),)
+            return [_asm(text, own, *more) for text, more in zip(texts, offsets, strict=True)]
+
+        return of_int4
+    if weight == jnp.uint4:
         # To the place of a row's number in an address: 7 bits to the left.
         places = [arith.addi(byte, _constant(16 * row - 7)) for row in (0, 1)]
         lane = arith.shli(_bits_of_thread(0, 5), _constant(2))
@@ -423,27 +441,7 @@ def _decoder(
             return [_asm(text, own) for text in texts]
         offsets = [words[-1]] * 2
         if dtype == jnp.float16:
-            offsets[1] = _asm(few_bits.offset_assembly(2), words[-1])
+            offsets[1] = _asm(zero_points.offset_assembly(1 / 16), words[-1])
         return [_asm(text, own, offset) for text, offset in zip(texts, offsets, strict=True)]
 
     return of_planes
-
-
-def nibbles_assembly(dtype: Any, zero: int | None) -> str:
-    """Returns PTX that makes two floats, $0, of the codes of 4 bits of two rows in a word $1.
-
-    They are $2 bits and 16 bits more to the left. Converted as by `four_bits.assembly`.
-
-    Args:
-      zero: None, if $3 is a word of `less_of`.
-    """
-    name = jnp.dtype(dtype).name
-    power, suffix = zero_points.POWERS[name] << 8, few_bits.SUFFIXES[name]
-    twice = lambda half: f"{half << 16 | half:#x}"
-    return f"""{{
-.reg .b32 codes, less;
-shr.b32 codes, $1, $2;
-lop3.b32 codes, codes, 0x000F000F, {twice(power | 8)}, 0x6a;
-mov.b32 less, {"$3" if zero is None else twice(power | zero)};
-sub.{suffix} $0, codes, less;
-}}"""

@@ -17,7 +17,6 @@ from pallas_kernels import planes, zero_points
 
 AND_OR = 0xEA  # lop3: a & b | c
 ROOM = {"bfloat16": 8, "float16": 9}  # bits of a half in which codes may lie, two apart
-SUFFIXES = {"bfloat16": "bf16x2", "float16": "f16x2"}
 # Of codes that are two apart, the lower bits of $1 and the highest of $2, which are right above.
 MERGED = "lop3.b32 $0, $1, $2, 0x00330033, 0xe4;"  # a & c | b & ~c
 
@@ -96,24 +95,13 @@ def _offsets(zeros: Sequence[Any], bits: int, dtype: Any) -> list[np.ndarray]:
         return [zero_points.words(zeros, zero_points.unit_assembly((0, 0)))]
     upper = zero_points.POWERS["float16"] | 0x80
     first = zero_points.words(zeros, zero_points.assembly(upper))
-    out = [first]
+    out, i32 = [first], ir.IntegerType.get_signless(32)
     for j in range(1, fields(bits, dtype)):
         out.append(np.empty_like(first))
+        text = zero_points.offset_assembly(4.0**-j)
         for at, word in np.ndenumerate(first):
-            out[j][at] = llvm.inline_asm(
-                ir.IntegerType.get_signless(32), [word], offset_assembly(j), "=r,r"
-            )
+            out[j][at] = llvm.inline_asm(i32, [word], text, "=r,r")
     return out
-
-
-def offset_assembly(j: int) -> str:
-    """Returns PTX that makes -(2^10 * 4^-j + zero) twice, $0, of that for j = 0, $1, in float16."""
-    more = zero_points.twice(2.0**10 * (1 - 4.0**-j), jnp.float16)
-    return f"""{{
-.reg .b32 more;
-mov.b32 more, {more:#x};
-add.f16x2 $0, $1, more;
-}}"""
 
 
 def assembly(bits: int, b: int, half: int | None, zero: int | None, dtype: Any) -> str:
@@ -159,5 +147,5 @@ def assembly(bits: int, b: int, half: int | None, zero: int | None, dtype: Any) 
         lines.append(f"mov.b32 offset, {zero_points.twice(known, dtype):#x};")
     return "\n".join([
         "{", ".reg .b32 low, high, codes, scale, offset;", *lines,
-        f"fma.rn.{SUFFIXES[name]} $0, codes, scale, {offset};", "}",
+        f"fma.rn.{zero_points.SUFFIXES[name]} $0, codes, scale, {offset};", "}",
     ])  # fmt: skip

@@ -14,10 +14,11 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm
 
 from pallas_kernels import zero_points
-from pallas_kernels.interleave import bytes_of_int4
+from pallas_kernels.interleave import bytes_of_int4, interleaved, natural_nibbles
 
 BANKS = 32  # of shared memory, 4 bytes wide; lane i of a warp reads its own, the i-th
 TABLE_BYTES = 256 * BANKS * 4
+FIELDS = 2  # integers of a half of a word that `assembly` converts where they lie
 UPPER, LOWER = 0xF0F0F0F0, 0x0F0F0F0F  # halves of the bytes of a word
 SIGNS = 0x88888888  # of the codes of a word
 
@@ -41,8 +42,10 @@ def table(levels: Sequence[float], dtype: Any) -> Array:
 def load(ref: Any, dtype: Any, words: Any = None, zero: int | Sequence[Array] = 8) -> Array:
     """Returns the values of codes in shared memory, inside a kernel, in the layout of wgmma.
 
+    Integers are times `zero_points.unit`.
+
     Args:
-      ref: int4 [R, C], interleaved.
+      ref: int4 [R, C], in the order of `interleave`.
       dtype: of the values: bfloat16 or float16.
       words: None, for integers; or `table` in shared memory.
       zero: what integers are less, as q + 8 is unsigned: of all; or `zero_points.load` of each of
@@ -64,20 +67,21 @@ def load(ref: Any, dtype: Any, words: Any = None, zero: int | Sequence[Array] = 
         by_block = out.reshape(rows // 64, -1, 4, 2)  # 32 columns, 8 of them, rows i and i + 8
         thread = arith.index_cast(i32, gpu.thread_id(gpu.Dimension.x))
         lane = arith.shli(arith.andi(thread, constant(BANKS - 1)), constant(2))
-        text = zero_points.assembly(zero_points.POWERS[dtype.name])
-        less = zero_points.words(operands, text) if zeros else None
+        less = offsets(operands, dtype) if zeros else [zero] * FIELDS
         for (tile, block, row), eight in np.ndenumerate(q.registers.reshape(rows // 64, -1, 2)):
             word = mgpu.utils.bitcast(eight, i32)
-            upper = arith.shrui(word, constant(4))
-            for byte in range(4):
+            upper = arith.shrui(word, constant(8))
+            for b in range(4):
                 if words is not None:
-                    value = _looked_up(word, byte, lane, *operands)
-                elif less is None:
-                    value = _converted(word, upper, byte, dtype, zero)
+                    value = _looked_up(word, b, lane, *operands)
                 else:
-                    group = (32 * block + 8 * byte) * len(zeros) // columns
-                    value = _converted(word, upper, byte, dtype, less[tile, group, row])
-                by_block[tile, block, byte, row] = mgpu.utils.bitcast(value, pair)
+                    own, field = (word, upper)[b // FIELDS], b % FIELDS
+                    minus = less[field]
+                    if zeros:
+                        group = (32 * block + 8 * b) * len(zeros) // columns
+                        minus = minus[tile, group, row]
+                    value = _converted(own, field, dtype, minus)
+                by_block[tile, block, b, row] = mgpu.utils.bitcast(value, pair)
         return mgpu.FragmentedArray(
             _registers=by_block.reshape(out.shape), _layout=layout, _is_signed=None
         )
@@ -85,10 +89,13 @@ def load(ref: Any, dtype: Any, words: Any = None, zero: int | Sequence[Array] = 
     def reference(q, *operands):  # read by the interpreter
         bytes = bytes_of_int4(q)
         if words is not None:
+            bytes = interleaved(bytes)
             return lax.bitcast_convert_type(operands[0][bytes, 0], dtype).reshape(q.shape)
+        bytes = natural_nibbles(bytes)
         codes = jnp.stack([bytes & 15, bytes >> 4], axis=-1).reshape(q.shape) ^ jnp.uint8(8)
         less = zero if isinstance(zero, int) else zero_points.spread(operands, q.shape)
-        return (codes.astype(jnp.int32) - less).astype(dtype)
+        unit = zero_points.unit(jnp.int4, dtype)
+        return ((codes.astype(jnp.int32) - less) * unit).astype(dtype)
 
     values.reference = reference  # pyright: ignore[reportFunctionMemberAccess]
     return plgpu.inline_mgpu(
@@ -278,34 +285,56 @@ def looked_up(word: Any, lane: Any, table: Any) -> Any:
     return llvm.load(i32, place)
 
 
-def _converted(word: Any, upper: Any, byte: int, dtype: Any, zero: Any) -> Any:
-    """Returns two integers as floats, less `zero`: an int, or a word of `zero_points.words`."""
+def _converted(word: Any, field: int, dtype: Any, zero: Any) -> Any:
+    """Returns two integers as floats, less `zero`: an int, or a word of `offsets`."""
     i32 = ir.IntegerType.get_signless(32)
     known = zero if isinstance(zero, int) else None
-    operands = [word, upper] + ([zero] if known is None else [])
+    operands = [word] + ([zero] if known is None else [])
     constraints = ",".join(["=r"] + ["r"] * len(operands))
-    return llvm.inline_asm(i32, operands, assembly(byte, dtype, known), constraints)
+    return llvm.inline_asm(i32, operands, assembly(field, dtype, known), constraints)
 
 
-def assembly(byte: int, dtype: Any, zero: int | None) -> str:
-    """Returns PTX that makes two floats, $0, of the two integers in a byte of a word.
+def offsets(zeros: Sequence[Any], dtype: Any) -> list[np.ndarray]:
+    """Returns what `assembly` adds to both fields for zero points, as `zero_points.words`."""
+    if dtype == jnp.bfloat16:
+        return [zero_points.words(zeros, zero_points.unit_assembly((0, 0)))] * FIELDS
+    first = zero_points.words(zeros, zero_points.assembly(zero_points.POWERS["float16"] | 0x80))
+    second, text = np.empty_like(first), zero_points.offset_assembly(1 / 16)
+    i32 = ir.IntegerType.get_signless(32)
+    for at, word in np.ndenumerate(first):
+        second[at] = llvm.inline_asm(i32, [word], text, "=r,r")
+    return [first, second]
 
-    A code with its sign flipped, q + 8, is put below the bits of 2^7 (bfloat16) or 2^10 (float16),
-    where the last place is 1; then 2^7 + zero or 2^10 + zero is subtracted.
+
+def assembly(field: int, dtype: Any, zero: int | None) -> str:
+    """Returns PTX that makes two floats, $0, of two integers of 4 bits in the halves of a word $1.
+
+    Those of field 0 are a half's lowest bits, those of field 1 are above them: 16 times as much.
+    One instruction takes them to bfloat16 that are subnormal, or to the fraction of 2^10 (float16),
+    with their signs flipped, as q + 8. Another one subtracts the zero point as well, exactly, as in
+    `few_bits.assembly`, for field j:
+
+      (q + 8) * 16^j * 2^127 * 16^-j - zero * 2^-6, which is `zero_points.UNIT`
+      (2^10 + (q + 8) * 16^j) * 16^-j - (2^10 * 16^-j + zero)
 
     Args:
-      byte: of the word $1; $2 is the same, 4 bits to the right.
-      zero: None, if $3 has twice what is subtracted.
+      zero: None, if $2 is twice what is added.
     """
     name = jnp.dtype(dtype).name
-    power = zero_points.POWERS[name] << 8
-    twice = lambda half: f"{half << 16 | half:#x}"
-    pair = {"bfloat16": "bf16x2", "float16": "f16x2"}[name]
-    less = "$3" if zero is None else "less"
-    return f"""{{
-.reg .b32 codes, less;
-prmt.b32 codes, $1, $2, 0xF{byte + 4}F{byte};
-lop3.b32 codes, codes, 0x000F000F, {twice(power | 8)}, 0x6a;
-{"" if zero is None else f"mov.b32 less, {twice(power | zero)};"}
-sub.{pair} $0, codes, {less};
-}}"""
+    is_bfloat16 = name == "bfloat16"
+    halves = lambda bits: f"{bits << 16 | bits:#x}"
+    magic = 0 if is_bfloat16 else zero_points.POWERS[name] << 8
+    scale = 16.0**-field * (2.0**127 if is_bfloat16 else 1)
+    lines = [
+        f"lop3.b32 codes, $1, {halves(15 << 4 * field)}, {halves(magic | 8 << 4 * field)}, 0x6a;",
+        f"mov.b32 scale, {zero_points.twice(scale, dtype):#x};",
+    ]
+    offset = "$2"
+    if zero is not None:
+        offset = "offset"
+        known = -zero * zero_points.UNIT if is_bfloat16 else -(2.0**10 * 16.0**-field + zero)
+        lines.append(f"mov.b32 offset, {zero_points.twice(known, dtype):#x};")
+    return "\n".join([
+        "{", ".reg .b32 codes, scale, offset;", *lines,
+        f"fma.rn.{zero_points.SUFFIXES[name]} $0, codes, scale, {offset};", "}",
+    ])  # fmt: skip

@@ -1,10 +1,13 @@
 """The order in which Hopper's weight-only kernels read codes of 4 and 8 bits.
 
 A wgmma takes from lane t of 4 the inputs 2t and 2t + 1 of every 8, and a lane reads a word of a row
-at once: 8 codes of 4 bits, or 4 of 8. So 32 codes of 4 bits are stored, in bytes of two, as the
-transpose of 4 x 4: word t holds the t-th byte of each 8 codes. Of 16 codes of 8 bits, 8 pairs, a
-word holds a lane's pair of the first 8 and that of the second; the words are those of lanes 0, 2, 1
-and 3, as the layout of bytes has them. Nothing then moves between lanes.
+at once: 8 codes of 4 bits, or 4 of 8. Nothing moves between lanes if that word is of its inputs:
+
+  integers of 4 bits  word t of 32 codes: in half e, from its lowest bits on, those at 2t + e of
+                      each 8. So one mask takes a pair of inputs, in the halves of a register
+  codes of a table    word t of 32 codes: in each byte a pair, which is looked up by it
+  8 bits              word t of 16 codes: a pair of the first 8 and one of the others; the words are
+                      those of lanes 0, 2, 1 and 3, as the layout of bytes has them
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from jax import Array, lax
 
 
 def interleaved(codes: Array) -> Array:
-    """Returns bytes of two codes, uint8 [.., K / 2], in the order above; its own inverse.
+    """Returns bytes of two codes of a table, uint8 [.., K / 2], in their order; its own inverse.
 
     Example:
       >>> interleaved(jnp.arange(16, dtype=jnp.uint8)).tolist()
@@ -24,8 +27,36 @@ def interleaved(codes: Array) -> Array:
     return codes.reshape(*lead, n // 16, 4, 4).swapaxes(-1, -2).reshape(codes.shape)
 
 
+def interleaved_nibbles(codes: Array) -> Array:
+    """Returns bytes of two integers of 4 bits, uint8 [.., K / 2], in their order.
+
+    Example:
+      >>> nibbles = lambda b: jnp.stack([b & 15, b >> 4], axis=-1).ravel().tolist()
+      >>> nibbles(interleaved_nibbles(jnp.arange(16, dtype=jnp.uint8)))[::8]
+      [0, 1, 2, 3]
+    """
+    return _packed(jnp.moveaxis(_nibbles(codes, 4, 4, 2), -3, -1))
+
+
+def natural_nibbles(codes: Array) -> Array:
+    """Returns bytes of two codes, the inverse of `interleaved_nibbles`."""
+    return _packed(jnp.moveaxis(_nibbles(codes, 4, 2, 4), -1, -3))
+
+
+def _nibbles(bytes: Array, *shape: int) -> Array:
+    """Returns the codes of bytes [.., K / 2] as [.., K / 32, *shape]."""
+    *lead, n = bytes.shape
+    return jnp.stack([bytes & 15, bytes >> 4], axis=-1).reshape(*lead, n // 16, *shape)
+
+
+def _packed(codes: Array) -> Array:
+    """Returns codes [.., K / 32, a, b, c] in bytes of two, [.., K / 2]."""
+    codes = codes.reshape(*codes.shape[:-4], -1, 2)
+    return codes[..., 0] | codes[..., 1] << 4
+
+
 def interleaved_pairs(codes: Array) -> Array:
-    """Returns codes of 8 bits [.., K] in the order above; its own inverse.
+    """Returns codes of 8 bits [.., K] in their order; its own inverse.
 
     The three bits of a pair's place are those of its number in reverse.
 
@@ -45,40 +76,45 @@ def for_int8(x: Array) -> Array:
 
     Example:
       >>> for_int8(jnp.arange(32)).tolist()[:8]
-      [0, 8, 16, 24, 2, 10, 18, 26]
+      [0, 16, 1, 17, 2, 18, 3, 19]
     """
     *lead, K = x.shape
-    blocks = x.reshape(*lead, K // 32, 4, 4, 2)  # byte of a word, word, half
-    return jnp.moveaxis(blocks, (-1, -2, -3), (-3, -2, -1)).reshape(x.shape)
+    blocks = x.reshape(*lead, K // 32, 2, 2, 4, 2)  # first or second byte, its half, word, half
+    return jnp.moveaxis(blocks, -4, -1).reshape(x.shape)
 
 
 def for_e4m3(x: Array) -> Array:
     """Returns inputs [.., K] in the order in which e4m3 meet them, `four_bits.load_bytes`.
 
-    As above, but a word's lower bytes become those of one 16, its upper bytes those of the next.
+    As above, but a word's lower half becomes those of one 16, its upper half those of the next.
 
     Example:
       >>> for_e4m3(jnp.arange(32)).tolist()[:8]
-      [0, 1, 8, 9, 2, 3, 10, 11]
+      [0, 8, 16, 24, 2, 10, 18, 26]
     """
     *lead, K = x.shape
-    return x.reshape(*lead, K // 16, 2, 4, 2).swapaxes(-2, -3).reshape(x.shape)
+    blocks = x.reshape(*lead, K // 32, 4, 4, 2)  # code of a half, word, half
+    return jnp.moveaxis(blocks, (-1, -2, -3), (-3, -2, -1)).reshape(x.shape)
 
 
 def bytes_of_int4(w: Array) -> Array:
-    """Returns int4 [N, K] as bytes of two, uint8 [N, K / 2], in the order above."""
+    """Returns int4 [.., K] as bytes of two, uint8 [.., K / 2]."""
     codes = lax.bitcast_convert_type(w.astype(jnp.int8), jnp.uint8) & jnp.uint8(15)
-    return interleaved(codes[:, ::2] | (codes[:, 1::2] << 4))
+    return codes[..., ::2] | (codes[..., 1::2] << 4)
 
 
-def of_int4(w: Array) -> Array:
-    """Returns int4 weights [N, K] as the kernel takes them; its own inverse."""
-    return lax.bitcast_convert_type(bytes_of_int4(w), jnp.int4).reshape(w.shape)
+def of_int4(w: Array, *, looked_up: bool = False) -> Array:
+    """Returns int4 weights [N, K] as kernels take integers, or codes of a table."""
+    ordered = interleaved if looked_up else interleaved_nibbles
+    return lax.bitcast_convert_type(ordered(bytes_of_int4(w)), jnp.int4).reshape(w.shape)
 
 
-def place(byte: Array) -> Array:
-    """Returns where the given bytes of a row are, of two codes of 4 bits each."""
-    return byte // 16 * 16 + byte % 4 * 4 + byte % 16 // 4
+def place(code: Array, *, looked_up: bool) -> tuple[Array, Array]:
+    """Returns in which byte of a row the given codes of 4 bits are, and from which bit on."""
+    block, of_8, t, e = code // 32 * 16, code % 32 // 8, code % 8 // 2, code % 2
+    if looked_up:
+        return block + 4 * t + of_8, 4 * e
+    return block + 4 * t + 2 * e + of_8 // 2, of_8 % 2 * 4
 
 
 def place_in_pairs(code: Array) -> Array:

@@ -83,7 +83,10 @@ def _kernels(form: Form, capability: int | None) -> list[Contender]:
 
         def in_order(w, s, *more):
             s = s[:, ::TILE_N] if form.in_blocks else s
-            w = interleave.of_int4(w) if form.w == "int4" else _packed(form, w, s)[0]
+            if form.w == "int4":
+                w = interleave.of_int4(w, looked_up=form.has_table)
+            else:
+                w = _packed(form, w, s)[0]
             if form.bits == 8 and form.is_weight_only:
                 w = interleave.interleaved_pairs(w)
             return w, s, *more

@@ -71,7 +71,8 @@ def matmul(
     )  # fmt: skip
     groups = max(1, hopper.ROWS * G // K)  # of features of a warpgroup, each with its own scales
     zeros = None if zero is None or isinstance(zero, int) else zero
-    order = across.order_of(w.dtype, natural=natural)
+    codes = w.dtype if codebook is None else jnp.uint4
+    order = across.order_of(codes, natural=natural)
 
     def step(w_smem, dy_smem, s_smem, *rest):
         z_smem, rest = (None, rest) if zeros is None else (rest[0], rest[1:])
@@ -80,10 +81,10 @@ def matmul(
         less = zero
         if z_smem is not None:
             z = plgpu.load(z_smem.at[own], layout=across.columns(groups, dealt=True))
-            less = across.spread(across.less_of(z, w.dtype, dy.dtype), dealt=True)
+            less = across.spread(across.less_of(z, codes, dy.dtype), dealt=True)
         table = tables[0] if tables else None
         q = across.load(
-            w_smem, turn.wg, w.dtype, dy.dtype, natural=natural, bits=bits, zero=less, table=table
+            w_smem, turn.wg, codes, dy.dtype, natural=natural, bits=bits, zero=less, table=table
         )
         s = _scale(s_smem.at[own], scale.dtype, dy.dtype)
         turn.begin()
@@ -109,7 +110,7 @@ def matmul(
             *([] if zeros is None else [Operand(zeros, "n", shared_by=K // G)]),
         ],
         step,
-        lambda total, *_: zero_points.in_ones(across.in_order(total, order), w.dtype, dy.dtype),
+        lambda total, *_: zero_points.in_ones(across.in_order(total, order), codes, dy.dtype),
         table=None if codebook is None else four_bits.table(codebook, dy.dtype),
         in_tensor_core=jnp.float32,
         stored_as=order.sums,

@@ -26,7 +26,7 @@ _SCALES = ("bfloat16", "float16", "float32", "float8_e4m3fn", "uint8")
 def upcast(w_smem: Any, dtype: Any, *table: Any, zero: int | Sequence[Array] | None) -> Array:
     """Returns weights in shared memory as 16-bit floats, in the layout of wgmma, in a kernel.
 
-    int8 are times `zero_points.unit`.
+    Integers are times `zero_points.unit`.
 
     Args:
       table: of the values of int4.
@@ -182,6 +182,7 @@ def matmul(
     if natural and bits == 8:
         x = interleaved_pairs(x)
     known, zeros = (zero, None) if zero is None or isinstance(zero, int) else (None, zero)
+    codes = w.dtype if codebook is None else jnp.uint4
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     tuning = tuning or tunings.weight_only(
         M, K, N, K // G, bits, hopper.bits(out_dtype),
@@ -276,9 +277,9 @@ def matmul(
     def finish(total, features, tokens, *s):
         del tokens
         if not s:
-            return zero_points.in_ones(total, w.dtype, x.dtype)
+            return zero_points.in_ones(total, codes, x.dtype)
         s = plgpu.load(s[0].at[0, features], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-        s = zero_points.in_ones(s.astype(jnp.float32), w.dtype, x.dtype)
+        s = zero_points.in_ones(s.astype(jnp.float32), codes, x.dtype)
         return total * lax.broadcast_in_dim(s, total.shape, (0,))
 
     tile_columns = group if on_accumulator else tuning.tile_k

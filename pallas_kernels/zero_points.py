@@ -29,11 +29,16 @@ POWERS = {"bfloat16": 0x43, "float16": 0x64}  # upper bytes of 2^7 and 2^10
 UNIT = 2.0**-6  # 2^-133 times the largest power of two
 LARGEST = 0x7F007F00  # twice that power, 2^127, in bfloat16
 SIGNS = 0x80008000
+SUFFIXES = {"bfloat16": "bf16x2", "float16": "f16x2"}
 
 
 def unit(weight: Any, dtype: Any) -> float:
-    """Returns what a weight of 1 is in the type that a kernel multiplies it in: `UNIT`, or 1."""
-    is_whole = jnp.dtype(weight) in (jnp.int8, jnp.uint8)
+    """Returns what a weight of 1 is in the type that a kernel multiplies it in: `UNIT`, or 1.
+
+    Args:
+      weight: type of the codes; uint4 for those of a table.
+    """
+    is_whole = jnp.dtype(weight) in (jnp.int8, jnp.uint8, jnp.int4)
     return UNIT if is_whole and jnp.dtype(dtype) == jnp.bfloat16 else 1.0
 
 
@@ -79,6 +84,18 @@ prmt.b32 codes, $1, 0, 0x4{high}4{low};
 mov.b32 largest, {LARGEST | SIGNS:#x};
 mov.b32 none, 0;
 fma.rn.bf16x2 $0, codes, largest, none;
+}}"""
+
+
+def offset_assembly(scale: float) -> str:
+    """Returns PTX that makes twice -(2^10 * scale + z), $0, of that for a scale of 1, $1.
+
+    In float16, of codes in the fraction of 2^10 that are multiplied by `scale`.
+    """
+    return f"""{{
+.reg .b32 more;
+mov.b32 more, {twice(2.0**10 * (1 - scale), jnp.float16):#x};
+add.f16x2 $0, $1, more;
 }}"""
 
 

@@ -175,8 +175,9 @@ class Prepared(QTensor):
         if bits == 8:
             at = rows if data.dtype != jnp.uint8 else interleave.place_in_pairs(rows)
             return _flipped(_retyped(data[:, at].T, self.element), self.format.element)
-        data = _flipped(data[:, interleave.place(rows // 2)].T, self.format.element)
-        return (data >> (rows * bits % 8).astype(jnp.uint8)[:, None]) & jnp.uint8(2**bits - 1)
+        at, shift = interleave.place(rows, looked_up=self.element.kind == "table")
+        data = _flipped(data[:, at].T, self.format.element)
+        return (data >> shift.astype(jnp.uint8)[:, None]) & jnp.uint8(2**bits - 1)
 
 
 def reason_against(qt: QTensor) -> str | None:
@@ -342,7 +343,8 @@ def _prepared(qt: QTensor) -> Prepared:
     if bits < 4:
         data = planes.packed(data, bits)
     elif bits == 4:
-        data = interleave.interleaved(data)
+        is_table = qt.element.kind == "table"
+        data = (interleave.interleaved if is_table else interleave.interleaved_nibbles)(data)
     elif qt.format.activation is None:
         data = interleave.interleaved_pairs(lax.bitcast_convert_type(data, jnp.uint8))
     return Prepared(**fields_of(qt, data=data, zero=zeros_in_bytes(qt)), extra=extra)
@@ -399,7 +401,8 @@ def canonical_codes(data: Array, element: str, extra: tuple[int, int]) -> Array:
         codes = codes[..., : codes.shape[-1] - extra[0]].swapaxes(-1, -2)
         return packing.pack(codes, bits)
     if bits == 4:
-        data = interleave.interleaved(data)
+        is_table = known.kind == "table"
+        data = (interleave.interleaved if is_table else interleave.natural_nibbles)(data)
     elif data.dtype == jnp.uint8:
         data = _retyped(interleave.interleaved_pairs(data), known)
     K = columns * 8 // bits - extra[0]

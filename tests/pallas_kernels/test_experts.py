@@ -48,10 +48,7 @@ class TestExperts(Laws):
     def run(self, arrays, *, tuning, interpret, product=experts.matmul):
         if arrays["scale"].dtype.itemsize == 1:
             tuning = dataclasses.replace(tuning, scale_on="weight")
-        in_order = functools.partial(
-            one.in_order, bits=arrays.get("bits"), natural=arrays.get("natural", False)
-        )
-        arrays = arrays | {"w": jnp.stack([in_order(w) for w in arrays["w"]])}
+        arrays = arrays | {"w": jnp.stack([one.in_order(**arrays | {"w": w}) for w in arrays["w"]])}
         return product(**arrays, out_dtype=jnp.float32, tuning=tuning, interpret=interpret)
 
     def exact(self, arrays):

@@ -78,7 +78,7 @@ def test_every_code_is_exact_whatever_lies_beside_it(dtype, bits):
             text = zero_points.unit_assembly((0, 0))
         offset = ptx.run(text, "$1", 0 * low + zero)
         if dtype == "float16" and (j := b % few_bits.fields(bits, dtype)):
-            offset = ptx.run(few_bits.offset_assembly(j), "$1", offset["$0"])
+            offset = ptx.run(zero_points.offset_assembly(4.0**-j), "$1", offset["$0"])
         text = few_bits.assembly(bits, b, half, None, dtype)
         more[f"${bits}"] = offset["$0"]
         np.testing.assert_array_equal(ptx.run(text, "$1", low, **more)["$0"], out)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,42 +9,45 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import four_bits, zero_points
 from pallas_kernels.four_bits import SIGNS, UPPER
-from pallas_kernels.interleave import for_e4m3, for_int8, interleaved, of_int4, place
+from pallas_kernels.interleave import (
+    for_e4m3,
+    for_int8,
+    interleaved,
+    interleaved_nibbles,
+    natural_nibbles,
+    of_int4,
+    place,
+)
 from tests.pallas_kernels import ptx
 
 BYTES = np.arange(256, dtype=np.uint32)
 SIGNED = lambda codes: (codes.astype(np.int64) ^ 8) - 8
 
 
-@pytest.mark.parametrize("byte", range(4))
+@pytest.mark.parametrize("field", range(four_bits.FIELDS))
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_the_assembly_converts_every_byte_in_every_place(dtype, byte):
-    words = (BYTES << 8 * byte) | (np.uint32(0x5A3C96E1) & ~np.uint32(0xFF << 8 * byte))
-    out = ptx.run(four_bits.assembly(byte, dtype, 8), "$1", words, **{"$2": words >> 4})["$0"]
-    pairs = out.view(jnp.dtype(dtype)).astype(np.float64).reshape(-1, 2)
-    np.testing.assert_array_equal(pairs[:, 0], SIGNED(BYTES & 15))
-    np.testing.assert_array_equal(pairs[:, 1], SIGNED(BYTES >> 4))
-
-
-@pytest.mark.parametrize("byte", range(4))
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_the_assembly_subtracts_every_zero_point_from_every_byte(dtype, byte):
-    words = (BYTES << 8 * byte) | (np.uint32(0x5A3C96E1) & ~np.uint32(0xFF << 8 * byte))
-    words = np.repeat(words[:, None], 16, axis=1)
+def test_the_assembly_subtracts_every_zero_point_from_every_pair(dtype, field):
+    codes = np.stack([BYTES & 15, BYTES >> 4], axis=-1)
+    own = codes[:, 0] << 4 * field | codes[:, 1] << (16 + 4 * field)
+    words = np.repeat((own | ~np.uint32(0xF000F << 4 * field))[:, None], 16, axis=1)
     zero = np.arange(16, dtype=np.uint32) + 0 * words
-    unsigned = np.stack([BYTES & 15, BYTES >> 4], axis=-1)[:, None] ^ np.uint32(8)
-    wanted = unsigned.astype(np.int64) - zero[..., None]
-    pair = ptx.run(zero_points.assembly(zero_points.POWERS[dtype]), "$1", zero)["$0"]
-    more = {"$2": words >> np.uint32(4), "$3": pair}
-    out = ptx.run(four_bits.assembly(byte, dtype, None), "$1", words, **more)["$0"]
-    pairs = np.ascontiguousarray(out).view(jnp.dtype(dtype)).reshape(wanted.shape)
-    np.testing.assert_array_equal(pairs.astype(np.int64), wanted)
+    wanted = (codes[:, None] ^ np.uint32(8)).astype(np.int64) - zero[..., None]
+    if dtype == "bfloat16":
+        offset = ptx.run(zero_points.unit_assembly((0, 0)), "$1", zero)["$0"]
+    else:
+        text = zero_points.assembly(zero_points.POWERS[dtype] | 0x80)
+        offset = ptx.run(text, "$1", zero)["$0"]
+        if field:
+            offset = ptx.run(zero_points.offset_assembly(1 / 16), "$1", offset)["$0"]
+
+    def pairs(zero, words, **more):
+        out = ptx.run(four_bits.assembly(field, dtype, zero), "$1", words, **more)["$0"]
+        out = np.ascontiguousarray(out)[..., None].view(jnp.dtype(dtype)).astype(np.float64)
+        return out / zero_points.unit("int4", dtype)
+
+    np.testing.assert_array_equal(pairs(None, words, **{"$2": offset}), wanted)
     for z in range(16):  # the same, known when it is compiled
-        out = ptx.run(
-            four_bits.assembly(byte, dtype, z), "$1", words[:, z], **{"$2": words[:, z] >> 4}
-        )
-        pairs = np.ascontiguousarray(out["$0"]).view(jnp.dtype(dtype)).reshape(-1, 2)
-        np.testing.assert_array_equal(pairs.astype(np.int64), wanted[:, z])
+        np.testing.assert_array_equal(pairs(z, words[:, z]), wanted[:, z])
 
 
 def _as_e4m3(words):
@@ -111,18 +112,22 @@ def of_threads(a, layout):
     return a.transpose(*warps, *lanes, *others, *vector).reshape(4, 32, -1, a.shape[vector[0]])
 
 
-def test_every_lane_reads_the_codes_that_its_wgmma_takes():
-    """What `load` does with registers: byte b of a word becomes register [4 block + b, row]."""
+@pytest.mark.parametrize("looked_up", [False, True])
+def test_every_lane_reads_the_codes_that_its_wgmma_takes(looked_up):
+    """What `load` does with registers: byte, or half and field, b become [4 block + b, row]."""
     R, C = 64, 128
     inputs = np.arange(R * C).reshape(R, C)  # which weight a code is of
     stored = np.empty_like(inputs)
-    first = np.asarray(interleaved(jnp.arange(C // 2)))  # byte of a row that is stored there
-    for half in (0, 1):
-        stored[:, half::2] = inputs[:, 2 * first + half]
+    byte, bit = (np.asarray(a) for a in place(jnp.arange(C), looked_up=looked_up))
+    stored[:, 2 * byte + bit // 4] = inputs
     read = of_threads(stored, plgpu.Layout.WGMMA_UPCAST_4X.to_mgpu())  # [4, 32, 2 blocks, 8]
     taken = of_threads(inputs, plgpu.Layout.WGMMA.to_mgpu())  # [4, 32, registers, 2]
-    words = read.reshape(4, 32, C // 32, 2, 4, 2)  # block, row, byte, code
-    registers = taken.reshape(4, 32, C // 32, 4, 2, 2)  # block, byte, row, code
+    words = read.reshape(4, 32, C // 32, 2, 8)  # block, row, code
+    if looked_up:
+        words = words.reshape(4, 32, C // 32, 2, 4, 2)  # byte, half
+    else:
+        words = words.reshape(4, 32, C // 32, 2, 2, 4).swapaxes(-1, -2)  # field, half
+    registers = taken.reshape(4, 32, C // 32, 4, 2, 2)  # block, b, row, input
     np.testing.assert_array_equal(words.swapaxes(3, 4), registers)
 
 
@@ -149,11 +154,13 @@ def test_every_lane_makes_the_bytes_that_its_wgmma_takes(dtype):
     np.testing.assert_array_equal(made.reshape(taken.shape), taken)
 
 
-def test_orders_are_one_another_s_inverse():
-    byte = jnp.arange(64)
-    np.testing.assert_array_equal(interleaved(byte)[place(byte)], byte)
-    w = jnp.asarray(np.random.default_rng(0).integers(-8, 8, (3, 64)), jnp.int4)
-    np.testing.assert_array_equal(of_int4(of_int4(w)), w)
-    for n, k in itertools.product(range(3), (0, 1, 2, 33)):
-        at = 2 * int(place(jnp.asarray(k // 2))) + k % 2
-        assert of_int4(w)[n, at] == w[n, k]
+@pytest.mark.parametrize("looked_up", [False, True])
+def test_orders_have_inverses_and_places(looked_up):
+    codes = np.random.default_rng(0).integers(0, 16, (3, 64)).astype(np.uint8)
+    bytes = jnp.asarray(codes[:, ::2] | codes[:, 1::2] << 4)
+    to, back = (interleaved,) * 2 if looked_up else (interleaved_nibbles, natural_nibbles)
+    np.testing.assert_array_equal(back(to(bytes)), bytes)
+    byte, bit = (np.asarray(a) for a in place(jnp.arange(64), looked_up=looked_up))
+    np.testing.assert_array_equal(np.asarray(to(bytes))[:, byte] >> bit & 15, codes)
+    w = of_int4(jnp.asarray(codes, jnp.uint4), looked_up=looked_up)
+    np.testing.assert_array_equal(np.asarray(w, np.int64)[:, 2 * byte + bit // 4] & 15, codes)

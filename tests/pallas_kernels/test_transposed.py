@@ -63,7 +63,8 @@ class TestTransposed(Laws):
     def run(self, arrays, *, tuning, interpret):
         tuning = dataclasses.replace(tuning, tile_k=128, scale_on="weight")
         arrays = dict(arrays)
-        w = forward.in_order(arrays.pop("w"), arrays.get("bits"), arrays.get("natural", False))
+        w = forward.in_order(**arrays)
+        del arrays["w"]
         return transposed.matmul(
             arrays.pop("x"),
             w,
@@ -91,6 +92,6 @@ class TestTransposed(Laws):
         with pytest.raises(ValueError, match="groups of 16"):
             transposed.matmul(arrays["x"], arrays["w"], arrays["scale"])
         arrays = self.make(8, 256, 256, w="int8", group=128, bits=2)
-        codes = forward.in_order(arrays["w"], 2)
+        codes = forward.in_order(arrays["w"], bits=2)
         with pytest.raises(ValueError, match="bits=4 with uint8: it takes 2 and 3"):
             transposed.matmul(arrays["x"], jnp.tile(codes, (1, 2)), arrays["scale"], bits=4)

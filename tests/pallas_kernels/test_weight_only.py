@@ -33,12 +33,12 @@ def _scales(key, shape, dtype):
     return jax.random.uniform(key, shape, jnp.float32, 0.5, 1.5).astype(dtype)
 
 
-def in_order(w, bits=None, natural=False):
+def in_order(w, *, bits=None, natural=False, codebook=None, **_):
     """Returns w [N, K] as the kernel reads it; with `bits` it is integers of so many."""
     if bits is not None:
         return planes.packed((w + 2 ** (bits - 1)).astype(jnp.uint8), bits)
     if w.dtype == jnp.int4:
-        return of_int4(w)
+        return of_int4(w, looked_up=codebook is not None)
     return w if natural else interleaved_pairs(w)
 
 
@@ -140,7 +140,7 @@ class TestWeightOnly(Laws):
         # Exact on the weight, as it is chosen.
         if not isinstance(scale, Nested) and scale.dtype.itemsize == 1:
             tuning = dataclasses.replace(tuning, scale_on="weight")
-        w = in_order(arrays["w"], arrays.get("bits"), arrays.get("natural", False))
+        w = in_order(**arrays)
         arrays = arrays | {"w": w}
         arrays.pop("bits", None)
         return weight_only.matmul(
@@ -222,7 +222,7 @@ class TestWeightOnly(Laws):
         arrays = self.make(1, 128, 128, w="int8", group=128, bits=bits)
         tuning = dataclasses.replace(TUNINGS["decode"], sms=1)
         with interpreter.interpreting():
-            packed = in_order(arrays["w"], bits)
+            packed = in_order(arrays["w"], bits=bits)
             y = np.asarray(weight_only.matmul(
                 arrays["x"], packed, arrays["scale"], zero=1, out_dtype=jnp.float32, tuning=tuning,
                 interpret=interpreter.params(),
