@@ -67,7 +67,7 @@ def load(ref: Any, dtype: Any, words: Any = None, zero: int | Sequence[Array] = 
         by_block = out.reshape(rows // 64, -1, 4, 2)  # 32 columns, 8 of them, rows i and i + 8
         thread = arith.index_cast(i32, gpu.thread_id(gpu.Dimension.x))
         lane = arith.shli(arith.andi(thread, constant(BANKS - 1)), constant(2))
-        less = offsets(operands, dtype) if zeros else [zero] * FIELDS
+        less: list[Any] = offsets(operands, dtype) if zeros else [zero] * FIELDS
         for (tile, block, row), eight in np.ndenumerate(q.registers.reshape(rows // 64, -1, 2)):
             word = mgpu.utils.bitcast(eight, i32)
             upper = arith.shrui(word, constant(8))
