@@ -81,7 +81,7 @@ def matmul(
       w_scale: float32, bfloat16 or float16 [G, N], or [G, N / 128] of blocks of 128 x 128.
       multiples: None; or int8 [G', N] of -15 .. 16, by which int4 are multiplied, for int8
         activations. Groups have 32, 64 or multiples of 128 inputs. x_scale is [M, 1] and w_scale
-        [1, N] then.
+        [1, N] then. Sums fit into int32 for K of up to 2^17.
       out_dtype: of y: bfloat16, float16 or float32.
       tuning: default: `tuning.eight_bit`.
       interpret: `plgpu.InterpretGPUParams` to run on a CPU.
