@@ -475,5 +475,6 @@ def _are_multiples(fmt: Format) -> bool:
     inner = fmt.scale
     if fmt.element != "int4" or fmt.group_columns != 1 or not isinstance(inner, Format):
         return False
-    is_plain = inner.group_size is None and inner.group_columns == 1 and not inner.flatten
-    return is_plain and inner.element == "int8_max15"
+    is_plain = not (inner.zero_point or inner.offset is not None or inner.flatten)
+    is_of_columns = inner.group_size is None and inner.group_columns == 1
+    return is_plain and is_of_columns and inner.element == "int8_max15"

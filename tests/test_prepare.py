@@ -579,6 +579,26 @@ def test_multiples_are_cut_where_groups_are_and_what_they_multiply_is_not():
     np.testing.assert_allclose(program(*cut), wanted, atol=2.0**-20 * float(abs(wanted).max()))
 
 
+@pytest.mark.parametrize(
+    "scale",
+    [
+        qjax.Format("int8_max15", group_size=2),
+        qjax.Format("int8_max15", group_columns=None),
+        qjax.Format("int8_max15", zero_point=True),
+        qjax.Format("int8"),
+    ],
+    ids=str,
+)
+def test_other_nested_scales_of_w4a8_are_decoded_in_front_of_the_kernel(scale):
+    w = jax.random.normal(jax.random.key(0), (256, 128))
+    qt = quantize_array(w, qjax.Format("int4", 128, scale=scale, activation="int8"))
+    prepared = qjax.prepare(qt, "h100")
+    assert prepared.multiples() is None
+    x = jax.random.normal(jax.random.key(1), (3, 256), jnp.bfloat16)
+    wanted = packed_dot(x, qt, out_dtype=jnp.float32)
+    assert np.linalg.norm(_by_the_kernel(x, prepared) - wanted) <= 2e-6 * np.linalg.norm(wanted)
+
+
 def test_a_tangent_meets_multiples_as_the_scales_that_they_are():
     qt = quantize_array(
         jax.random.normal(jax.random.key(0), (256, 128)), QUANTIZED["w4a8 multiples"]
