@@ -184,6 +184,12 @@ class TestRowsOfTokens(Laws):
         tuning = dataclasses.replace(tuning, tile_m=128)
         return TestEightBit().run(arrays, tuning=tuning, interpret=interpret)
 
+    def test_features_are_stored_in_parts(self):
+        arrays = self.make(200, 512, 256, seed=3, **self.formats["fp8 1x128"])
+        error, races = self.error(arrays, Tuning(128, 1, 256, sms=2, stored=64))
+        assert error <= self.budget_of("fp8 1x128"), error
+        assert not races
+
 
 @pytest.mark.parametrize(("M", "tile_m", "x_groups"), [(3, 8, 1), (3, 8, 2), (200, 128, 2)])
 def test_a_scale_of_a_block_is_that_of_each_of_its_features(M, tile_m, x_groups):
