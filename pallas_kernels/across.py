@@ -175,7 +175,7 @@ def exponents(scale: Array) -> Array:
 
 
 def less_of(zero: Array, weight: Any, dtype: Any) -> Array:
-    """Returns what `load` subtracts of codes, or adds: floats of zero points, uint8 as `exponents`.
+    """Returns what `load` adds to codes: floats of zero points, uint8 as `exponents`.
 
     They are `_offset`: the power of two that it puts codes below is in them, and what one is.
     """
@@ -358,21 +358,16 @@ def _middle(weight: Any, bits: int | None) -> int:
 
 
 def _offset(weight: Any, dtype: Any) -> tuple[int, float]:
-    """Returns (power, factor): a code is less (zero point + power) * factor, or has it added."""
+    """Returns (power, factor): (zero point + power) * factor is added to a code."""
     unit = zero_points.unit(weight, dtype)
-    if unit != 1:
-        return 0, -unit
-    power = {"bfloat16": 2**7, "float16": 2**10}[jnp.dtype(dtype).name]
-    return power, 1.0 if jnp.dtype(weight) == jnp.int8 else -1.0
+    return (0, -unit) if unit != 1 else (2**10, -1.0)
 
 
 def less_assembly(weight: Any, dtype: Any) -> str:
-    """Returns PTX that makes what is subtracted of two codes, $0, of their zero points in $1."""
+    """Returns PTX that makes what is added to two codes, $0, of their zero points in $1."""
     if zero_points.unit(weight, dtype) != 1:
         return zero_points.unit_assembly((0, 1))
-    is_added = jnp.dtype(weight) != jnp.int8
-    upper = zero_points.POWERS[jnp.dtype(dtype).name] | is_added << 7
-    return f"prmt.b32 $0, $1, {upper:#x}, 0x4140;"
+    return f"prmt.b32 $0, $1, {zero_points.MINUS:#x}, 0x4140;"
 
 
 def _decoder(

@@ -93,8 +93,7 @@ def _offsets(zeros: Sequence[Any], bits: int, dtype: Any) -> list[np.ndarray]:
     """Returns what `assembly` adds to fields j = 0, 1, ..; of all one, if it is the same."""
     if dtype == jnp.bfloat16:
         return [zero_points.words(zeros, zero_points.unit_assembly((0, 0)))]
-    upper = zero_points.POWERS["float16"] | 0x80
-    first = zero_points.words(zeros, zero_points.assembly(upper))
+    first = zero_points.words(zeros, zero_points.assembly())
     out, i32 = [first], ir.IntegerType.get_signless(32)
     for j in range(1, fields(bits, dtype)):
         out.append(np.empty_like(first))
@@ -127,7 +126,7 @@ def assembly(bits: int, b: int, half: int | None, zero: int | None, dtype: Any) 
     by = 2 * (b - j)  # bits that the word is shifted by
     has_high = bits == 3 and half is not None
     field = 3 if has_high else 2**bits - 1
-    magic = 0 if is_bfloat16 else twice(zero_points.POWERS[name] << 8)
+    magic = 0 if is_bfloat16 else twice(zero_points.POWER << 8)
     lines = [
         f"shr.b32 low, $1, {by};",
         f"lop3.b32 codes, low, {twice(field << 2 * j):#x}, {magic:#x}, {AND_OR:#x};",

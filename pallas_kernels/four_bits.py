@@ -298,7 +298,7 @@ def offsets(zeros: Sequence[Any], dtype: Any) -> list[np.ndarray]:
     """Returns what `assembly` adds to both fields for zero points, as `zero_points.words`."""
     if dtype == jnp.bfloat16:
         return [zero_points.words(zeros, zero_points.unit_assembly((0, 0)))] * FIELDS
-    first = zero_points.words(zeros, zero_points.assembly(zero_points.POWERS["float16"] | 0x80))
+    first = zero_points.words(zeros, zero_points.assembly())
     second, text = np.empty_like(first), zero_points.offset_assembly(1 / 16)
     i32 = ir.IntegerType.get_signless(32)
     for at, word in np.ndenumerate(first):
@@ -323,7 +323,7 @@ def assembly(field: int, dtype: Any, zero: int | None) -> str:
     name = jnp.dtype(dtype).name
     is_bfloat16 = name == "bfloat16"
     halves = lambda bits: f"{bits << 16 | bits:#x}"
-    magic = 0 if is_bfloat16 else zero_points.POWERS[name] << 8
+    magic = 0 if is_bfloat16 else zero_points.POWER << 8
     scale = 16.0**-field * (2.0**127 if is_bfloat16 else 1)
     lines = [
         f"lop3.b32 codes, $1, {halves(15 << 4 * field)}, {halves(magic | 8 << 4 * field)}, 0x6a;",

@@ -1,14 +1,14 @@
 """How a kernel subtracts zero points from codes: in the floats that they become, for nothing.
 
-A code u is put below the bits of a power of two, 2^7 (bfloat16) or 2^10 (float16), whose last place
-is 1; then 2^7 or 2^10 is subtracted, and the zero point z with it, as 2^7 + z. So u - z is exact,
-and takes as many instructions as u. z, a byte for every row and group, becomes both halves of a
-register by one multiply-add.
+In float16 a code u is put below the bits of 2^10, whose last place is 1; then 2^10 is subtracted,
+and the zero point z with it, as 2^10 + z. So u - z is exact, and takes as many instructions as u.
+z, a byte for every row and group, becomes both halves of a register by one multiply-add.
 
 A byte is too long for the fraction of a bfloat16. But it is a bfloat16: u times 2^-133, subnormal,
 and the same where its highest bit is the exponent's last, as that of 1 has the same last place. A
-multiply-add by 2^127 brings it to `UNIT`, where sums stay until they are done, and subtracts z. So
-it does for shorter codes of 2^-133 times 4^j, less by j places of 4: bytes have several.
+multiply-add by 2^127 brings it to `UNIT`, where sums stay until they are done, and subtracts z.
+
+Of shorter codes a half has several where they lie, times 2^i. The multiply-add takes that away.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # of zero points in registers: two in each, of rows i and i + 8
-POWERS = {"bfloat16": 0x43, "float16": 0x64}  # upper bytes of 2^7 and 2^10
+POWER = 0x64  # upper byte of 2^10 in float16
+MINUS = 0xE4  # of -2^10
 UNIT = 2.0**-6  # 2^-133 times the largest power of two
 LARGEST = 0x7F007F00  # twice that power, 2^127, in bfloat16
 SIGNS = 0x80008000
@@ -58,7 +59,7 @@ def words(zeros: Sequence[Any], text: str) -> np.ndarray:
 
     Args:
       zeros: fragmented arrays [R], one for each group of columns.
-      text: PTX that makes a word, $0, of a zero point, $1, as `assembly`.
+      text: PTX that makes a word, $0, of a zero point, $1: `assembly`, `unit_assembly`.
     """
     i32 = ir.IntegerType.get_signless(32)
     tiles = zeros[0].registers.size // 2
@@ -70,9 +71,9 @@ def words(zeros: Sequence[Any], text: str) -> np.ndarray:
     return out
 
 
-def assembly(upper: int) -> str:
-    """Returns PTX that makes a word, $0, of twice the byte $1, below `upper`, of `POWERS`."""
-    return f"mad.lo.u32 $0, $1, 0x10001, {upper << 8 | upper << 24:#x};"
+def assembly() -> str:
+    """Returns PTX that makes twice -(2^10 + z), $0, of a byte z, $1, in float16."""
+    return f"mad.lo.u32 $0, $1, 0x10001, {MINUS << 8 | MINUS << 24:#x};"
 
 
 def unit_assembly(bytes: tuple[int, int]) -> str:

@@ -73,7 +73,7 @@ def test_every_code_is_exact_whatever_lies_beside_it(dtype, bits):
         value /= zero_points.unit("uint8", dtype)
         code = (low >> 2 * b & 3) | (4 * (high >> 2 * b + half & 1) if bits == 3 else 0)
         np.testing.assert_array_equal(value, code.astype(np.int64) - zero)
-        text = zero_points.assembly(0x80 | zero_points.POWERS["float16"])
+        text = zero_points.assembly()
         if dtype == "bfloat16":
             text = zero_points.unit_assembly((0, 0))
         offset = ptx.run(text, "$1", 0 * low + zero)
