@@ -202,6 +202,18 @@ def test_the_kernel_multiplies_the_codes_that_xla_does(name):
     assert np.linalg.norm(y - wanted) <= 2e-6 * np.linalg.norm(wanted)
 
 
+@pytest.mark.parametrize("name", ["w8a8", "w8a8 groups", "fp8", "w4a8", "w4a8 multiples"])
+def test_tangents_meet_the_same_weight_on_the_kernel(name):
+    """They are not rounded: the weight's bytes lie as for products of bytes, x is in bfloat16."""
+    qt = _quantized_weight(name)
+    x = jax.random.normal(jax.random.key(1), (3, qt.shape[0]), jnp.bfloat16)
+    prepared = qjax.prepare(qt, "h100")
+    linear = dataclasses.replace(prepared, format=prepared.format.weight_only)
+    y = np.asarray(_by_the_kernel(x, linear), np.float64)
+    wanted = np.asarray(x, np.float64) @ np.asarray(qjax.dequantize(qt), np.float64)
+    assert np.linalg.norm(y - wanted) <= 2.0**-8 * np.linalg.norm(wanted)
+
+
 def test_rows_of_a_prepared_weight_are_its_rows():
     rows = jnp.array([3, 0, 255, 18])
     names = ("int4", "zero point", "channels", "uint8", "fp8 blocks", "int3", "uint2")

@@ -74,7 +74,6 @@ def transposed(
     scale, zero = _decoded(scale, zero, format)
     data, extra = _whole_tiles(data, extra)
     N_, K_ = _sizes(data, format)
-    is_natural = data.dtype != jnp.uint8
     data, padded, b, codes = _weight(data, scale, zero, dy.dtype, format, extra)
     K, N = K_ - extra[0], dy.shape[1]
     padded_dy = jnp.pad(dy, ((0, 0), (0, N_ - N)))
@@ -84,7 +83,6 @@ def transposed(
         padded,
         **codes,
         bits=_bits_in_bytes(format),
-        natural=is_natural,
         out_dtype=_summed(b, out_dtype),
     )[:, :K]
     if b is not None:
@@ -119,15 +117,14 @@ def experts(
     scale, zero = _decoded(scale, zero, format)
     data, extra = _whole_tiles(data, extra)
     N_, K_ = _sizes(data, format)
-    is_natural = data.dtype != jnp.uint8
     data, padded, b, codes = _weight(data, scale, zero, x.dtype, format, extra)
     K, N = K_ - extra[0], N_ - extra[1]
     inner, outer = (N_, K) if transposed else (K_, N)
     unpadded = [(0, 0)] * (x.ndim - 1)
     filled = jnp.pad(x, (*unpadded, (0, inner - x.shape[-1])))
     options = {
-        **codes, "bits": _bits_in_bytes(format), "natural": is_natural,
-        "transposed": transposed, "out_dtype": _summed(b, out_dtype),
+        **codes, "bits": _bits_in_bytes(format), "transposed": transposed,
+        "out_dtype": _summed(b, out_dtype),
     }  # fmt: skip
     if group_sizes is None:
         y = kernel.batched(filled, data, padded, **options)
@@ -177,20 +174,22 @@ def _weight(
 ) -> tuple[Any, ...]:  # fmt: skip
     """Returns what the weight-only kernels take: codes and scales; and what codes stand for.
 
-    That comes last, a codebook and zero points by name. And third, offsets b [G, N] of every group,
-    which the kernels do not add, or None. All may be stacked.
+    That comes last, a codebook, zero points and the order by name. And third, offsets b [G, N] of
+    every group, which the kernels do not add, or None. All may be stacked.
     """
     scale, zero = _multiplied(scale, zero)
     element = numerics.get_element(format.element)
     levels = element.levels if element.kind == "table" else None
     N_, K_ = _sizes(data, format)
+    codes: dict[str, Any] = {
+        "codebook": levels, "zero": zero_of(format.element), "natural": data.dtype != jnp.uint8,
+    }  # fmt: skip
     data = kernel_codes(data, format.element)
     G, N = scale.shape[-2], N_ - extra[1]
     g = K_ if G == 1 else format.group_size
     assert g is not None
     unstacked = [(0, 0)] * (scale.ndim - 2)
     more = (*unstacked, (0, K_ // g - G), (0, N_ - N))
-    codes: dict[str, Any] = {"codebook": levels, "zero": zero_of(format.element)}
     if (nested := _nested(scale, zero, format)) is not None:
         outer = jnp.pad(nested.outer, ((0, K_ // g - G), (0, 0)))
         return data, Nested(jnp.pad(nested.codes, more), outer, nested.columns), None, codes
