@@ -399,15 +399,8 @@ def _decoder(
         return of_e4m3
     byte = arith.shli(_bits_of_thread(5, 1), _constant(3))
     if weight == jnp.int4:
-        texts = [four_bits.assembly(field, dtype, zero) for field in range(four_bits.FIELDS)]
-
-        def of_int4(word, *offset):
-            own, offsets = _asm(SHIFTED, word, byte), [offset] * 2
-            if offset and dtype == jnp.float16:
-                offsets[1] = (_asm(zero_points.offset_assembly(1 / 16), *offset),)
-            return [_asm(text, own, *more) for text, more in zip(texts, offsets, strict=True)]
-
-        return of_int4
+        texts = [four_bits.assembly(field, dtype, zero) for field in (0, 1)]
+        return lambda word, *less: _both(texts, _asm(SHIFTED, word, byte), less, dtype)
     if weight == jnp.uint4:
         # To the place of a row's number in an address: 7 bits to the left.
         places = [arith.addi(byte, _constant(16 * row - 7)) for row in (0, 1)]
@@ -432,11 +425,18 @@ def _decoder(
     def of_planes(*words):
         own = [_asm(ROTATED, *both) for both in zip(words, places, strict=False)]
         own = _asm(few_bits.MERGED, *own) if half is not None else own[0]
-        if zero is not None:
-            return [_asm(text, own) for text in texts]
-        offsets = [words[-1]] * 2
-        if dtype == jnp.float16:
-            offsets[1] = _asm(zero_points.offset_assembly(1 / 16), words[-1])
-        return [_asm(text, own, offset) for text, offset in zip(texts, offsets, strict=True)]
+        return _both(texts, own, words[-1:] if zero is None else (), dtype)
 
     return of_planes
+
+
+def _both(texts: Sequence[str], word: Any, less: Sequence[Any], dtype: Any) -> list[Any]:
+    """Returns floats of both fields of a word, of which the second is 4 bits above the first.
+
+    Args:
+      less: none; or a word of `less_of`, for the first field.
+    """
+    second = less
+    if less and dtype == jnp.float16:
+        second = [_asm(zero_points.offset_assembly(1 / 16), *less)]
+    return [_asm(text, word, *own) for text, own in zip(texts, (less, second), strict=True)]

@@ -48,7 +48,8 @@ def load(ref: Any, bits: int, dtype: Any, zero: int | Sequence[Array] | None = N
         # 64 rows, unit, 64 of its inputs, 8 of them, row
         pairs = out.reshape(tiles, len(words) // tiles, -1, 8, 2)
         words = words.reshape(*pairs.shape[:2], -1, 2)
-        offsets = _offsets(zeros, bits, dtype) if zeros else None
+        scales = [4.0**-j for j in range(fields(bits, dtype))]
+        offsets = zero_points.offsets(zeros, scales, dtype) if zeros else None
         for (tile, unit, which, b, row), _ in np.ndenumerate(pairs):
             own = [words[tile, unit, which, row]]
             own += [words[tile, unit, 2, row]] if bits == 3 else []
@@ -89,29 +90,12 @@ def fields(bits: int, dtype: Any) -> int:
     return (ROOM[jnp.dtype(dtype).name] - bits) // 2 + 1
 
 
-def _offsets(zeros: Sequence[Any], bits: int, dtype: Any) -> list[np.ndarray]:
-    """Returns what `assembly` adds to fields j = 0, 1, ..; of all one, if it is the same."""
-    if dtype == jnp.bfloat16:
-        return [zero_points.words(zeros, zero_points.unit_assembly((0, 0)))]
-    first = zero_points.words(zeros, zero_points.assembly())
-    out, i32 = [first], ir.IntegerType.get_signless(32)
-    for j in range(1, fields(bits, dtype)):
-        out.append(np.empty_like(first))
-        text = zero_points.offset_assembly(4.0**-j)
-        for at, word in np.ndenumerate(first):
-            out[j][at] = llvm.inline_asm(i32, [word], text, "=r,r")
-    return out
-
-
 def assembly(bits: int, b: int, half: int | None, zero: int | None, dtype: Any) -> str:
     """Returns PTX that makes two floats, $0, of the b-th pair of codes of a word.
 
     The fields of both codes are put, by one mask, into bfloat16 that are subnormal, or into the
     fraction of 2^10 (float16). The j-th of those that fit above one another is a code times 4^j, so
-    that one instruction subtracts the zero point as well, exactly:
-
-      value * 2^127 * 4^-j - zero * 2^-6, which is `zero_points.UNIT`
-      value * 4^-j - (2^10 * 4^-j + zero)
+    that one instruction subtracts the zero point as well: `zero_points.less_assembly`.
 
     Args:
       b: of the 8 pairs of a word $1 of the lower 2 bits.
@@ -119,14 +103,12 @@ def assembly(bits: int, b: int, half: int | None, zero: int | None, dtype: Any) 
         word has all bits of the codes that are two apart, 0 and 2 or 1 and 3: see `MERGED`.
       zero: None, if the last operand is twice what is added.
     """
-    name = jnp.dtype(dtype).name
-    is_bfloat16 = name == "bfloat16"
     twice = lambda field: field << 16 | field
     j = b % fields(bits, dtype)
     by = 2 * (b - j)  # bits that the word is shifted by
     has_high = bits == 3 and half is not None
     field = 3 if has_high else 2**bits - 1
-    magic = 0 if is_bfloat16 else twice(zero_points.POWER << 8)
+    magic = twice(zero_points.magic(dtype))
     lines = [
         f"shr.b32 low, $1, {by};",
         f"lop3.b32 codes, low, {twice(field << 2 * j):#x}, {magic:#x}, {AND_OR:#x};",
@@ -137,14 +119,5 @@ def assembly(bits: int, b: int, half: int | None, zero: int | None, dtype: Any) 
             f"{'shr' if by >= 0 else 'shl'}.b32 high, $2, {abs(by)};",
             f"lop3.b32 codes, high, {twice(4 << 2 * j):#x}, codes, {AND_OR:#x};",
         ]
-    scale = 4.0**-j * (2.0**127 if is_bfloat16 else 1)
-    lines.append(f"mov.b32 scale, {zero_points.twice(scale, dtype):#x};")
-    offset = f"${2 + has_high}"
-    if zero is not None:
-        offset = "offset"
-        known = -zero * zero_points.UNIT if is_bfloat16 else -(2.0**10 * 4.0**-j + zero)
-        lines.append(f"mov.b32 offset, {zero_points.twice(known, dtype):#x};")
-    return "\n".join([
-        "{", ".reg .b32 low, high, codes, scale, offset;", *lines,
-        f"fma.rn.{zero_points.SUFFIXES[name]} $0, codes, scale, {offset};", "}",
-    ])  # fmt: skip
+    lines.append(zero_points.less_assembly(4.0**-j, zero, f"${2 + has_high}", dtype))
+    return "\n".join(["{", ".reg .b32 low, high, codes;", *lines, "}"])

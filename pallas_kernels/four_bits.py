@@ -18,7 +18,7 @@ from pallas_kernels.interleave import bytes_of_int4, interleaved, natural_nibble
 
 BANKS = 32  # of shared memory, 4 bytes wide; lane i of a warp reads its own, the i-th
 TABLE_BYTES = 256 * BANKS * 4
-FIELDS = 2  # integers of a half of a word that `assembly` converts where they lie
+SCALES = (1.0, 1 / 16)  # of the fields of a half of a word that `assembly` converts
 UPPER, LOWER = 0xF0F0F0F0, 0x0F0F0F0F  # halves of the bytes of a word
 SIGNS = 0x88888888  # of the codes of a word
 
@@ -67,7 +67,10 @@ def load(ref: Any, dtype: Any, words: Any = None, zero: int | Sequence[Array] = 
         by_block = out.reshape(rows // 64, -1, 4, 2)  # 32 columns, 8 of them, rows i and i + 8
         thread = arith.index_cast(i32, gpu.thread_id(gpu.Dimension.x))
         lane = arith.shli(arith.andi(thread, constant(BANKS - 1)), constant(2))
-        less: list[Any] = offsets(operands, dtype) if zeros else [zero] * FIELDS
+        fields = len(SCALES)
+        less: list[Any] = [zero] * fields
+        if zeros:
+            less = zero_points.offsets(operands, SCALES, dtype)
         for (tile, block, row), eight in np.ndenumerate(q.registers.reshape(rows // 64, -1, 2)):
             word = mgpu.utils.bitcast(eight, i32)
             upper = arith.shrui(word, constant(8))
@@ -75,7 +78,7 @@ def load(ref: Any, dtype: Any, words: Any = None, zero: int | Sequence[Array] = 
                 if words is not None:
                     value = _looked_up(word, b, lane, *operands)
                 else:
-                    own, field = (word, upper)[b // FIELDS], b % FIELDS
+                    own, field = (word, upper)[b // fields], b % fields
                     minus = less[field]
                     if zeros:
                         group = (32 * block + 8 * b) * len(zeros) // columns
@@ -286,7 +289,7 @@ def looked_up(word: Any, lane: Any, table: Any) -> Any:
 
 
 def _converted(word: Any, field: int, dtype: Any, zero: Any) -> Any:
-    """Returns two integers as floats, less `zero`: an int, or a word of `offsets`."""
+    """Returns two integers as floats, less `zero`: an int, or a word of `zero_points.offsets`."""
     i32 = ir.IntegerType.get_signless(32)
     known = zero if isinstance(zero, int) else None
     operands = [word] + ([zero] if known is None else [])
@@ -294,47 +297,21 @@ def _converted(word: Any, field: int, dtype: Any, zero: Any) -> Any:
     return llvm.inline_asm(i32, operands, assembly(field, dtype, known), constraints)
 
 
-def offsets(zeros: Sequence[Any], dtype: Any) -> list[np.ndarray]:
-    """Returns what `assembly` adds to both fields for zero points, as `zero_points.words`."""
-    if dtype == jnp.bfloat16:
-        return [zero_points.words(zeros, zero_points.unit_assembly((0, 0)))] * FIELDS
-    first = zero_points.words(zeros, zero_points.assembly())
-    second, text = np.empty_like(first), zero_points.offset_assembly(1 / 16)
-    i32 = ir.IntegerType.get_signless(32)
-    for at, word in np.ndenumerate(first):
-        second[at] = llvm.inline_asm(i32, [word], text, "=r,r")
-    return [first, second]
-
-
 def assembly(field: int, dtype: Any, zero: int | None) -> str:
     """Returns PTX that makes two floats, $0, of two integers of 4 bits in the halves of a word $1.
 
     Those of field 0 are a half's lowest bits, those of field 1 are above them: 16 times as much.
     One instruction takes them to bfloat16 that are subnormal, or to the fraction of 2^10 (float16),
-    with their signs flipped, as q + 8. Another one subtracts the zero point as well, exactly, as in
-    `few_bits.assembly`, for field j:
-
-      (q + 8) * 16^j * 2^127 * 16^-j - zero * 2^-6, which is `zero_points.UNIT`
-      (2^10 + (q + 8) * 16^j) * 16^-j - (2^10 * 16^-j + zero)
+    with their signs flipped, as q + 8. Another one subtracts the zero point as well:
+    `zero_points.less_assembly`.
 
     Args:
       zero: None, if $2 is twice what is added.
     """
-    name = jnp.dtype(dtype).name
-    is_bfloat16 = name == "bfloat16"
     halves = lambda bits: f"{bits << 16 | bits:#x}"
-    magic = 0 if is_bfloat16 else zero_points.POWER << 8
-    scale = 16.0**-field * (2.0**127 if is_bfloat16 else 1)
-    lines = [
-        f"lop3.b32 codes, $1, {halves(15 << 4 * field)}, {halves(magic | 8 << 4 * field)}, 0x6a;",
-        f"mov.b32 scale, {zero_points.twice(scale, dtype):#x};",
-    ]
-    offset = "$2"
-    if zero is not None:
-        offset = "offset"
-        known = -zero * zero_points.UNIT if is_bfloat16 else -(2.0**10 * 16.0**-field + zero)
-        lines.append(f"mov.b32 offset, {zero_points.twice(known, dtype):#x};")
-    return "\n".join([
-        "{", ".reg .b32 codes, scale, offset;", *lines,
-        f"fma.rn.{zero_points.SUFFIXES[name]} $0, codes, scale, {offset};", "}",
-    ])  # fmt: skip
+    mask, signs = 15 << 4 * field, 8 << 4 * field
+    return f"""{{
+.reg .b32 codes;
+lop3.b32 codes, $1, {halves(mask)}, {halves(zero_points.magic(dtype) | signs)}, 0x6a;
+{zero_points.less_assembly(SCALES[field], zero, "$2", dtype)}
+}}"""

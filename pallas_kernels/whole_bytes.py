@@ -41,10 +41,8 @@ def load(ref: Any, dtype: Any, zero: int | Sequence[Array] = MIDDLE) -> Array:
         layout = plgpu.Layout.WGMMA.to_mgpu()
         out = np.empty(layout.registers_shape(q.shape), object)
         rows, columns = q.shape
-        is_bfloat16 = dtype == jnp.bfloat16
-        text = zero_points.unit_assembly((0, 0)) if is_bfloat16 else zero_points.assembly()
         by_block = out.reshape(rows // 64, -1, 2, 2)  # 16 columns, 8 of them, rows i and i + 8
-        less = zero_points.words(zeros, text) if zeros else None
+        less = zero_points.offsets(zeros, (1.0,), dtype)[0] if zeros else None
 
         def converted(word, which, *zeros):
             if weight == jnp.int8:
@@ -83,26 +81,16 @@ def load(ref: Any, dtype: Any, zero: int | Sequence[Array] = MIDDLE) -> Array:
 def assembly(bytes: tuple[int, int], dtype: Any, zero: int | None) -> str:
     """Returns PTX that makes two floats, $0, of the unsigned codes in two bytes of a word $1.
 
-    As `zero_points` says: in bfloat16 by a multiply-add, in float16 by an addition.
-
     Args:
-      zero: None, if $2 is what a zero point becomes.
+      zero: None, if $2 is twice what is added, as in `zero_points.less_assembly`.
     """
-    is_bfloat16 = jnp.dtype(dtype) == jnp.bfloat16
     low, high = bytes
-    upper = 0 if is_bfloat16 else zero_points.POWER
-    lines = [".reg .b32 codes, largest, less;", f"prmt.b32 codes, $1, {upper:#x}, 0x4{high}4{low};"]
-    less = "$2"
-    if zero is not None:
-        known = -zero * zero_points.UNIT if is_bfloat16 else -(2**10 + zero)
-        less = "less"
-        lines.append(f"mov.b32 less, {zero_points.twice(known, dtype):#x};")
-    if is_bfloat16:
-        lines.append(f"mov.b32 largest, {zero_points.LARGEST:#x};")
-        lines.append(f"fma.rn.bf16x2 $0, codes, largest, {less};")
-    else:
-        lines.append(f"add.f16x2 $0, codes, {less};")
-    return "\n".join(["{", *lines, "}"])
+    upper = zero_points.magic(dtype) >> 8
+    return f"""{{
+.reg .b32 codes;
+prmt.b32 codes, $1, {upper:#x}, 0x4{high}4{low};
+{zero_points.less_assembly(1.0, zero, "$2", dtype)}
+}}"""
 
 
 def e4m3_assembly(half: int) -> str:

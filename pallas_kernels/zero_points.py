@@ -28,9 +28,7 @@ ROWS = plgpu.Layout.WGMMA.reduce(1)  # of zero points in registers: two in each,
 POWER = 0x64  # upper byte of 2^10 in float16
 MINUS = 0xE4  # of -2^10
 UNIT = 2.0**-6  # 2^-133 times the largest power of two
-LARGEST = 0x7F007F00  # twice that power, 2^127, in bfloat16
-SIGNS = 0x80008000
-SUFFIXES = {"bfloat16": "bf16x2", "float16": "f16x2"}
+LARGEST = 2.0**127  # that power
 
 
 def unit(weight: Any, dtype: Any) -> float:
@@ -82,7 +80,7 @@ def unit_assembly(bytes: tuple[int, int]) -> str:
     return f"""{{
 .reg .b32 codes, largest, none;
 prmt.b32 codes, $1, 0, 0x4{high}4{low};
-mov.b32 largest, {LARGEST | SIGNS:#x};
+mov.b32 largest, {twice(-LARGEST, jnp.bfloat16):#x};
 mov.b32 none, 0;
 fma.rn.bf16x2 $0, codes, largest, none;
 }}"""
@@ -98,6 +96,47 @@ def offset_assembly(scale: float) -> str:
 mov.b32 more, {twice(2.0**10 * (1 - scale), jnp.float16):#x};
 add.f16x2 $0, $1, more;
 }}"""
+
+
+def offsets(zeros: Sequence[Any], scales: Sequence[float], dtype: Any) -> list[np.ndarray]:
+    """Returns what `less_assembly` adds for each scale, the first of them 1, as `words` does."""
+    if dtype == jnp.bfloat16:
+        return [words(zeros, unit_assembly((0, 0)))] * len(scales)
+    out, i32 = [words(zeros, assembly())], ir.IntegerType.get_signless(32)
+    for scale in scales[1:]:
+        text = offset_assembly(scale)
+        out.append(np.empty_like(out[0]))
+        for at, word in np.ndenumerate(out[0]):
+            out[-1][at] = llvm.inline_asm(i32, [word], text, "=r,r")
+    return out
+
+
+def magic(dtype: Any) -> int:
+    """Returns the bits of a half of a word in which codes are put to be floats."""
+    return 0 if jnp.dtype(dtype) == jnp.bfloat16 else POWER << 8
+
+
+def less_assembly(scale: float, zero: int | None, operand: str, dtype: Any) -> str:
+    """Returns lines of PTX that make two floats, $0, of a register `codes`, exactly.
+
+    It has codes u / scale in `magic`. They become u - zero, times `UNIT` in bfloat16:
+
+      u / scale * 2^-133 * 2^127 * scale - zero * 2^-6
+      (2^10 + u / scale) * scale - (2^10 * scale + zero)
+
+    Args:
+      scale: a power of two.
+      zero: None, if `operand` is twice what is added, `offsets`.
+    """
+    is_bfloat16 = jnp.dtype(dtype) == jnp.bfloat16
+    factor = twice(scale * LARGEST if is_bfloat16 else scale, dtype)
+    lines = [".reg .b32 scale, offset;", f"mov.b32 scale, {factor:#x};"]
+    if zero is not None:
+        known = -zero * UNIT if is_bfloat16 else -(2.0**10 * scale + zero)
+        lines.append(f"mov.b32 offset, {twice(known, dtype):#x};")
+        operand = "offset"
+    suffix = "bf16x2" if is_bfloat16 else "f16x2"
+    return "\n".join([*lines, f"fma.rn.{suffix} $0, codes, scale, {operand};"])
 
 
 def twice(value: float, dtype: Any) -> int:
