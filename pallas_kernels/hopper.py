@@ -329,6 +329,11 @@ class _Kernel:
         """Of a warpgroup's sums."""
         return ROWS, TILE_N if self.of_tokens else self.tuning.tile_m
 
+    @property
+    def at_once(self) -> int:
+        """How many of a warpgroup's columns of sums are stored at once."""
+        return min(self.shape[1], self.tuning.stored)
+
     def size(self, of: str) -> int:
         """Returns the features ("n") or tokens ("m") of a tile."""
         return {"n": TILE_N, "m": self.tuning.tile_m}[of]
@@ -336,8 +341,7 @@ class _Kernel:
     def memory(self, table: Array | None) -> dict[str, Any]:
         """Returns the types of shared memory and barriers, by their names in `_Cta`."""
         stages = self.tuning.stages
-        at_once = min(self.shape[1], self.tuning.stored)
-        stored = (ROWS, at_once) if self.of_tokens else (at_once, ROWS)
+        stored = (ROWS, self.at_once) if self.of_tokens else (self.at_once, ROWS)
         # JAX 0.11 swizzles only what a wgmma leaves. Other sums collide in banks, once a tile.
         is_usual = self.stored_as is plgpu.Layout.WGMMA_TRANSPOSED
         can_swizzle = is_usual or hasattr(plgpu, "store")
@@ -451,16 +455,16 @@ class _Kernel:
             features = pl.ds(n * TILE_N + wg * ROWS, ROWS)
         sums = self.finish(total, features, tokens, *cta.whole).astype(self.store_dtype)
         own = cta.out_smem.at[wg]
-        at_once = min(self.shape[1], self.tuning.stored)
-        for first in range(0, self.shape[1], at_once):
-            some = sums if at_once == self.shape[1] else sums[:, first : first + at_once]
+        for first in range(0, self.shape[1], self.at_once):
+            is_all = self.at_once == self.shape[1]
+            some = sums if is_all else sums[:, first : first + self.at_once]
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the one before
             if self.of_tokens:
                 own[...] = some
-                features = pl.ds(n * TILE_N + first, at_once)
+                features = pl.ds(n * TILE_N + first, self.at_once)
             else:
                 some = plgpu.layout_cast(some, self.stored_as)
                 put(own.T, some)
-                tokens = pl.ds(m * tile_m + first, at_once)
+                tokens = pl.ds(m * tile_m + first, self.at_once)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(own, cta.out.at[part, tokens, features])
