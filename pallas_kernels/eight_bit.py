@@ -1,4 +1,4 @@
-"""Products of 8-bit activations on Hopper: int8 with int8 or int4 weights, FP8 with FP8 or int4."""
+"""Products of 8-bit activations on Hopper: int8 with int8 or int4, FP8 with FP8, int4 or e2m1."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from pallas_kernels.hopper import Operand
 from pallas_kernels.tuning import TILE_K, TILE_N, Tuning
 
 _FP8 = ("float8_e4m3fn", "float8_e5m2")
+# What weights of 4 bits are times their multiples, by the type of those and of activations.
+_MULTIPLES = {("int8", "int8"): "int8 of int4", ("float8_e4m3fn",) * 2: "e4m3 of e2m1"}
 
 
 def supports(
-    w_dtype: Any, x_dtype: Any, K: int, N: int, group_size: int, *, multiples: bool = False
+    w_dtype: Any, x_dtype: Any, K: int, N: int, group_size: int, *, multiples: Any = None
 ) -> str | None:
     """Returns why the kernel cannot compute a product, or None if it can.
 
     Args:
       group_size: inputs with a scale of their own, or with a multiple.
-      multiples: whether there are any.
+      multiples: their type; None: there are none.
 
     Example:
       >>> supports("int8", "int8", 4096, 4096, 4096)
@@ -43,9 +45,12 @@ def supports(
         )
     if K % TILE_K or N % TILE_N:
         return f"K={K}, N={N}: both must be multiples of {TILE_K}"
-    if multiples:
-        if names != ("int4", "int8"):
-            return f"multiples with {names[0]} and {names[1]}: they make int8 of int4"
+    if multiples is not None:
+        if names[0] != "int4" or (jnp.dtype(multiples).name, names[1]) not in _MULTIPLES:
+            return (
+                f"{jnp.dtype(multiples).name} multiples with {names[0]} and {names[1]}: they make"
+                f" {' or '.join(_MULTIPLES.values())}, for activations of that type"
+            )
         if group_size not in (32, 64) and (group_size % TILE_K or not group_size):
             return f"groups of {group_size}: it takes 32, 64 and multiples of {TILE_K}"
     elif group_size not in (TILE_K, K):
@@ -70,18 +75,21 @@ def matmul(
     groups of 128 every one is summed on its own there and added in float32 registers, as the tensor
     core's own sum of FP8 products keeps fewer bits (DeepSeek-AI, 2024, section 3.3.2).
 
-    Integer multiples of a column's scale are scales of groups for which no sum leaves the tensor
-    core (Lin et al., 2024, QServe, section 4.1): an int4 times its multiple is an int8.
+    Multiples of a column's scale are scales of groups for which no sum leaves the tensor core, if
+    a weight times its multiple is of 8 bits again: an int4 times an integer (Lin et al., 2024,
+    QServe, section 4.1), or an e2m1 times some e4m3.
 
     Args:
       x: [M, K] int8, float8_e4m3fn or float8_e5m2.
-      w: [N, K] int8, int4 in the order of `interleave`, or one of the FP8 types.
+      w: [N, K] int8, int4 in the order of `interleave`, or one of the FP8 types. As int4 also codes
+        of e2m1, if multiples are e4m3: in the order of a table's.
       x_scale: float32 [M, G], with G = 1 or G = K / 128, or [M, 1]. A scale of the whole tensor is
         repeated.
       w_scale: float32, bfloat16 or float16 [G, N], or [G, N / 128] of blocks of 128 x 128.
-      multiples: None; or int8 [G', N] of -15 .. 16, by which int4 are multiplied, for int8
-        activations. Groups have 32, 64 or multiples of 128 inputs. x_scale is [M, 1] and w_scale
-        [1, N] then. Sums fit into int32 for K of up to 2^17.
+      multiples: None; or by what weights are multiplied, [G', N]: int4 by int8 of -15 .. 16, for
+        int8 activations; e2m1 by float8_e4m3fn, for those, of 2^-5 to 64 and 1, 1.25 or 1.5 times a
+        power of two. Groups have 32, 64 or multiples of 128 inputs. x_scale is [M, 1] and w_scale
+        [1, N] then. Sums of integers fit into int32 for K of up to 2^17.
       out_dtype: of y: bfloat16, float16 or float32.
       tuning: default: `tuning.eight_bit`.
       interpret: `plgpu.InterpretGPUParams` to run on a CPU.
@@ -103,7 +111,8 @@ def matmul(
             f"multiples {multiples.shape} and w_scale {w_scale.shape} must be [G', N] and [1, N]."
         )
     has_multiples = multiples is not None
-    if reason := supports(w.dtype, x.dtype, K, N, group, multiples=has_multiples):
+    of_multiples = multiples.dtype if has_multiples else None
+    if reason := supports(w.dtype, x.dtype, K, N, group, multiples=of_multiples):
         raise ValueError(f"pallas_kernels.eight_bit: {reason}.")
     out_dtype = jnp.dtype(out_dtype)
     tuning = tuning or tunings.eight_bit(
@@ -117,7 +126,7 @@ def matmul(
         if not has_multiples:  # decoded as 16 times what they are
             x_scale = x_scale.astype(jnp.float32) / 16
     elif is_packed:
-        x = interleave.for_e4m3(x)
+        x = (interleave.for_table if has_multiples else interleave.for_e4m3)(x)
     filled = jnp.pad(x_scale.astype(jnp.float32), ((0, -M % tile_m), (0, 0)))
     rows_of_x = filled.T  # [G, M], of whole tiles
     of_tokens = x_scale.shape[1] == 1
@@ -204,6 +213,7 @@ def matmul(
     operands = [Operand(w, "n", columns=TILE_K), Operand(x, "m", columns=TILE_K)]
     if multiples is not None:
         steps = max(1, group // tuning.tile_k)
+        multiples = lax.bitcast_convert_type(multiples, jnp.int8)
         operands.append(Operand(multiples, "n", is_row=True, rows=per_step, steps_per_row=steps))
     width = TILE_N  # scales of a tile
     if in_blocks:

@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm
 
-from pallas_kernels import zero_points
+from pallas_kernels import e2m1, zero_points
 from pallas_kernels.interleave import bytes_of_int4, interleaved, natural_nibbles
 
 BANKS = 32  # of shared memory, 4 bytes wide; lane i of a warp reads its own, the i-th
@@ -108,21 +108,27 @@ def load(ref: Any, dtype: Any, words: Any = None, zero: int | Sequence[Array] = 
 
 
 def load_bytes(ref: Any, dtype: Any, multiples: Sequence[Array] = ()) -> Array:
-    """Returns the integers of codes in shared memory, of 8 bits, inside a kernel.
+    """Returns the values of codes in shared memory, of 8 bits, inside a kernel.
 
-    In the layout of wgmma for bytes. As int8 they are in the order of inputs of
+    In the layout of wgmma for bytes. Integers as int8 are in the order of inputs of
     `interleave.for_int8`, and 16 times as large unless there are multiples; as e4m3, which has them
-    all, in that of `interleave.for_e4m3`.
+    all, in that of `interleave.for_e4m3`. Codes of e2m1 times multiples are e4m3 in the order of
+    `interleave.for_table`.
 
     Args:
-      ref: int4 [R, C], interleaved.
+      ref: int4 [R, C], interleaved: integers; or codes of a table, of e2m1, if there are multiples
+        and values are e4m3.
       dtype: of the values: int8 or float8_e4m3fn.
-      multiples: what int8 are multiplied by, `zero_points.load` of -15 .. 16 for each of the groups
-        that lie side by side in C.
+      multiples: what they are multiplied by, `zero_points.load` of -15 .. 16, or of the bits of
+        e4m3 as in `e2m1`, for each of the groups that lie side by side in C.
     """
     dtype = jnp.dtype(dtype)
     is_int = dtype == jnp.int8
     q = plgpu.load(ref, layout=plgpu.Layout.WGMMA_UPCAST_4X)
+    if multiples:
+        texts, decode = (PRODUCT, _multiplied) if is_int else (e2m1.PRODUCTS, e2m1.times)
+    else:
+        texts, decode = (), _sixteenfold if is_int else _looked_up_e4m3
 
     def values(_, q, *multiples):
         i32 = ir.IntegerType.get_signless(32)
@@ -131,18 +137,11 @@ def load_bytes(ref: Any, dtype: Any, multiples: Sequence[Array] = ()) -> Array:
         out = np.empty(layout.registers_shape(q.shape), object)
         rows, columns = q.shape
         by_block = out.reshape(rows // 64, -1, 2, 2)  # 32 columns, 16 of them, rows i and i + 8
-        factors, middles = (
-            zero_points.words(multiples, text) if multiples else None
-            for text in (FACTOR, MIDDLE_OF_BYTES)
-        )
+        operands = [zero_points.words(multiples, text) for text in texts]
         for (tile, block, row), eight in np.ndenumerate(q.registers.reshape(rows // 64, -1, 2)):
-            word = mgpu.utils.bitcast(eight, i32)
-            if factors is not None and middles is not None:
-                at = tile, 32 * block * len(multiples) // columns, row
-                halves = _multiplied(word, factors[at], middles[at])
-            else:
-                halves = _sixteenfold(word) if is_int else _looked_up_e4m3(word)
-            for half, bytes in enumerate(halves):
+            at = tile, 32 * block * len(multiples) // columns, row
+            own = (words[at] for words in operands)
+            for half, bytes in enumerate(decode(mgpu.utils.bitcast(eight, i32), *own)):
                 by_block[tile, block, half, row] = mgpu.utils.bitcast(bytes, four)
         return mgpu.FragmentedArray(
             _registers=by_block.reshape(out.shape),
@@ -151,9 +150,16 @@ def load_bytes(ref: Any, dtype: Any, multiples: Sequence[Array] = ()) -> Array:
         )
 
     def reference(q, *multiples):  # read by the interpreter
-        q = q.astype(jnp.int8) * (16 if is_int and not multiples else 1)
         if multiples:
-            q *= jnp.repeat(jnp.stack(multiples, axis=1), q.shape[1] // len(multiples), axis=1)
+            wide = jnp.repeat(jnp.stack(multiples, axis=1), q.shape[1] // len(multiples), axis=1)
+        if multiples and not is_int:
+            bytes = bytes_of_int4(q)
+            codes = jnp.stack([bytes & 15, bytes >> 4], axis=-1)
+            codes = codes.reshape(q.shape[0], -1, 4, 2, 4).swapaxes(2, 3)  # word, half of it, code
+            return e2m1.reference(codes.reshape(q.shape), wide)
+        q = q.astype(jnp.int8)
+        if is_int:
+            q *= wide if multiples else 16
         words = q.reshape(q.shape[0], -1, 4, 4, 2)  # word, byte, half
         if is_int:
             return jnp.moveaxis(words, -1, 2).reshape(q.shape)
@@ -167,14 +173,15 @@ def load_bytes(ref: Any, dtype: Any, multiples: Sequence[Array] = ()) -> Array:
     )(values)(q, *multiples)
 
 
-# PTX that makes of a byte s, $1, what `times_assembly` multiplies by, and what it adds: 128 - 8 s
-# in each of four bytes.
+# PTX that makes of a byte s, $1, what `times_assembly` multiplies by, $0, and what it adds: in each of
+# four bytes 128 - 8 s.
 FACTOR = "cvt.s32.s8 $0, $1;"
 MIDDLE_OF_BYTES = """{
 .reg .b32 factor;
 cvt.s32.s8 factor, $1;
 mad.lo.u32 $0, factor, 0xF7F7F7F8, 0x80808080;
 }"""
+PRODUCT = (FACTOR, MIDDLE_OF_BYTES)
 
 
 def _multiplied(word: Any, factor: Any, middle: Any) -> tuple[Any, Any]:

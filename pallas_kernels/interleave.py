@@ -97,6 +97,19 @@ def for_e4m3(x: Array) -> Array:
     return jnp.moveaxis(blocks, (-1, -2, -3), (-3, -2, -1)).reshape(x.shape)
 
 
+def for_table(x: Array) -> Array:
+    """Returns inputs [.., K] in the order in which codes of a table meet them as bytes.
+
+    As above, but a word's bytes are pairs of inputs.
+
+    Example:
+      >>> for_table(jnp.arange(16)).tolist()
+      [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
+    """
+    *lead, K = x.shape
+    return x.reshape(*lead, K // 16, 2, 4, 2).swapaxes(-2, -3).reshape(x.shape)
+
+
 def bytes_of_int4(w: Array) -> Array:
     """Returns int4 [.., K] as bytes of two, uint8 [.., K / 2]."""
     codes = lax.bitcast_convert_type(w.astype(jnp.int8), jnp.uint8) & jnp.uint8(15)

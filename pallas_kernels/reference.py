@@ -89,13 +89,14 @@ def eight_bit(
 
     Args:
       x: [M, K] int8 or FP8.
-      w: [N, K] int8 or FP8.
+      w: [N, K] int8 or FP8, or the values of others.
       x_scale: [M, G], or [M, 1] for all groups.
       w_scale: [G, N].
       multiples: None; or [G', N], by which weights are multiplied first.
     """
     if multiples is not None:
-        w = w.astype(jnp.float32) * jnp.repeat(multiples, x.shape[1] // len(multiples), axis=0).T
+        wide = jnp.repeat(multiples.astype(jnp.float32), x.shape[1] // len(multiples), axis=0)
+        w = w.astype(jnp.float32) * wide.T
     g = x.shape[1] // w_scale.shape[0]
     wide = jnp.repeat(w_scale.astype(jnp.float32), g, axis=0)  # [K, N]
     g = x.shape[1] // x_scale.shape[1]

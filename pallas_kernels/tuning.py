@@ -83,7 +83,7 @@ MULTIPLES = {
     math.inf: Tuning(128, 3, 256, in_turn=True),
 }
 # By the bits of a weight, where sums stay in the tensor core: a second accumulator would not fit.
-# With twice the tokens a CTA reads a quarter or a sixth fewer bytes for the same products (a tile of
+# With twice the tokens a CTA reads a quarter or a sixth fewer bytes for as many products (a tile of
 # 128 asks the L2 cache for 64 or 48 a clock) and decodes half as often. No GPU has timed it yet.
 EIGHT_BIT_WIDE = {8: Tuning(256, 4), 4: Tuning(256, 4, in_turn=True)}
 

@@ -54,7 +54,7 @@ class Element:
 
     Integer types hold `qmin .. qmax` and store the code `q - qmin`, except at 8 bits, where the
     native signed (or unsigned) integer is stored. Table types hold 16 or 256 arbitrary levels.
-    Float types store the native 8-bit float.
+    Float types store the native 8-bit float; one that has `_sorted` holds no other values.
 
     Attributes:
       name: as written in a `Format`.
@@ -107,6 +107,17 @@ def _int(name: str, bits: int, qmin: int, qmax: int) -> Element:
     return Element(name, "int", bits, qmin, qmax, dtype=dtype)
 
 
+def _e4m3_for_e2m1() -> Element:
+    """Returns those e4m3 whose product with any e2m1 is an e4m3, but for the very small.
+
+    An e2m1 is 1 or 1.5 times a power of two, and an e4m3 has four significant bits: enough for 1.5
+    times 1, 1.25 or 1.5, and for no other. Every product with one of these is a normal e4m3.
+    """
+    levels = (*(2.0**e * m for e in range(-5, 6) for m in (1.0, 1.25, 1.5)), 64.0)
+    as_table = _table("e4m3_for_e2m1", levels, ties="lower", bits=8)
+    return dataclasses.replace(as_table, kind="float", levels=(), dtype="float8_e4m3fn")
+
+
 def _signed(magnitudes: tuple[float, ...]) -> tuple[float, ...]:
     return magnitudes + tuple(-m for m in magnitudes)
 
@@ -124,6 +135,7 @@ ELEMENTS: dict[str, Element] = {
         _table("iq4_nl", _IQ4_NL, ties="lower"),
         _table("dynamic8", _dynamic(), ties="lower", bits=8),
         Element("e4m3", "float", 8, -448.0, 448.0, dtype="float8_e4m3fn"),
+        _e4m3_for_e2m1(),
         Element("e5m2", "float", 8, -57344.0, 57344.0, dtype="float8_e5m2"),
     )
 }
@@ -157,11 +169,13 @@ def encode(x: Float[Array, "*shape"], element: Element) -> Array:
         if element.is_packed:
             return (q - element.qmin).astype(jnp.uint8)
         return q.astype(element.dtype)
-    if element.kind == "float":
+    if element.kind == "float" and not element._sorted:
         # Clamp first: what a cast does beyond the largest finite value differs between libraries.
         return jnp.clip(x, element.qmin, element.qmax).astype(element.dtype)
     if len(element._boundaries) > 15:
         rank = jnp.searchsorted(jnp.asarray(element._boundaries, x.dtype), x)
+        if element.kind == "float":
+            return jnp.asarray(element._sorted, x.dtype)[rank].astype(element.dtype)
         return jnp.asarray(element._codes, jnp.uint8)[rank]
     # A sum of comparisons fuses into one elementwise loop; a sort or a gather does not.
     rank = sum((x > b).astype(jnp.uint8) for b in element._boundaries)
@@ -256,7 +270,7 @@ def half_step(element_name: str) -> float:
     element = get_element(element_name)
     if element.kind == "int":
         return 0.5
-    if element.kind == "table":
+    if element._sorted:
         return max(np.diff(element._sorted)) / 2
     mantissa = 3 if element.name == "e4m3" else 2
     return 2.0 ** (math.floor(math.log2(element.qmax)) - mantissa - 1)

@@ -31,8 +31,10 @@ _FLIPPED = {
     "e4m3": 0,
     **dict.fromkeys(("nf4", "fp4", "e2m1", "iq4_nl"), 0),  # looked up
 }
-# Elements and quantized activations that are multiplied as they are.
+# Elements and quantized activations that are multiplied as they are; and by the same the scales of
+# groups with which weights of 4 bits make what activations are, `Prepared.multiples`.
 _PRODUCTS = (("int8", "int8"), ("int4", "int8"), ("int4", "e4m3"), ("e4m3", "e4m3"))
+_MULTIPLES = {("int4", "int8"): "int8_max15", ("e2m1", "e4m3"): "e4m3_for_e2m1"}
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -127,7 +129,7 @@ class Prepared(QTensor):
         return self.scale.data, pairs.reshape(*factor.shape[:-1], -1)
 
     def multiples(self) -> tuple[Array, Float[Array, "*b 1 N"]] | None:
-        """Returns int8 [*b, G, N] that the kernel multiplies codes by, and scales of columns.
+        """Returns int8 or e4m3 [*b, G, N] that the kernel multiplies codes by, and scales of columns.
 
         None is for scales that are no such multiples.
         """
@@ -198,10 +200,14 @@ def reason_against(qt: QTensor) -> str | None:
     if C not in (1, N) and fmt.group_columns != TILE_N:
         return f"{fmt.group_columns} columns share a scale: kernels take 1, {TILE_N} or all"
     if fmt.activation is not None:
-        if (fmt.element, fmt.activation) not in _PRODUCTS:
-            pairs = ", ".join(" x ".join(pair) for pair in _PRODUCTS)
-            return f"{fmt.element} codes x {fmt.activation} activations: kernels multiply {pairs}"
-        if _decoded_by_kernels(fmt) == "multiples":
+        pair, are_multiples = (fmt.element, fmt.activation), _decoded_by_kernels(fmt) == "multiples"
+        if pair not in _PRODUCTS and not are_multiples:
+            known = ", ".join(" x ".join(pair) for pair in _PRODUCTS)
+            with_scales = [f"{' x '.join(pair)} with {s} scales" for pair, s in _MULTIPLES.items()]
+            return f"{' codes x '.join(pair)} activations: kernels multiply {known}" + "".join(
+                f", {text}" for text in with_scales
+            )
+        if are_multiples:
             if G > 1 and g is not None and g not in (32, 64) and g % TILE_K:
                 return f"groups of {g}: kernels multiply 32, 64 and multiples of {TILE_K}"
         elif G > 1 and g != TILE_K:
@@ -223,8 +229,9 @@ def prepare(qparams: Any, device: Any = None) -> Any:
       the levels of a table to that type.
 
       int8 and int4 weights with int8 activations, and e4m3 and int4 with e4m3, per channel, per
-      tensor or in groups of 128; int4 with int8 also in groups of 32, 64 and multiples of 128 if
-      scales are int8_max15. Their products run on `pallas_kernels.eight_bit`.
+      tensor or in groups of 128. Per channel or in groups of 32, 64 and multiples of 128 also int4
+      with int8 if scales are int8_max15, and e2m1 with e4m3 if they are e4m3_for_e2m1. Their
+      products run on `pallas_kernels.eight_bit`.
 
     On one of capability 8.x (A100, RTX 3090, RTX 4090) they are int4, uint4, int8 and uint8
     weights, nf4 and other tables of 16 levels, in groups of 32, 64 or multiples of 128 or per
@@ -453,10 +460,10 @@ def _decoded_by_kernels(fmt: Format) -> str | None:
 
     "stored", "nested" and "multiples" ones: see the methods of `Prepared` with these names.
     """
-    if fmt.activation == "int8":
+    if fmt.activation is not None:
         is_alone = fmt.activation_scale != "group" and fmt.outliers is None
         return "multiples" if is_alone and _are_multiples(fmt) else None
-    if fmt.activation is not None or fmt.offset is not None:
+    if fmt.offset is not None:
         return None
     if fmt.scale in ("e8m0", "e4m3", Format("e4m3", group_columns=None)):
         return "stored"
@@ -471,10 +478,10 @@ def _decoded_by_kernels(fmt: Format) -> str | None:
 
 
 def _are_multiples(fmt: Format) -> bool:
-    """Returns whether an int4 times the integer that is its scale is an int8."""
-    inner = fmt.scale
-    if fmt.element != "int4" or fmt.group_columns != 1 or not isinstance(inner, Format):
+    """Returns whether a weight times its scale, but for that of its column, is as activations are."""
+    inner, known = fmt.scale, _MULTIPLES.get((fmt.element, fmt.activation or ""))
+    if fmt.group_columns != 1 or not isinstance(inner, Format):
         return False
     is_plain = not (inner.zero_point or inner.offset is not None or inner.flatten)
     is_of_columns = inner.group_size is None and inner.group_columns == 1
-    return is_plain and is_of_columns and inner.element == "int8_max15"
+    return is_plain and is_of_columns and inner.element == known

@@ -29,7 +29,19 @@ def codes_of(element):
     if element.kind == "table":
         return np.arange(2**element.bits).astype(np.uint8)
     codes = np.arange(256, dtype=np.uint8).view(jnp.dtype(element.dtype))
-    return codes[np.isfinite(codes.astype(np.float32))]
+    values = codes.astype(np.float32)
+    if element.name == "e4m3_for_e2m1":
+        return codes[fits_e2m1(values)]
+    return codes[np.isfinite(values)]
+
+
+def fits_e2m1(values):
+    """Returns which positive e4m3, times any e2m1, are normal e4m3 or 0."""
+    with np.errstate(invalid="ignore"):
+        products = values[:, None] * levels_of(ELEMENTS["e2m1"])
+        stored = products.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+        is_normal = (products == 0) | (np.abs(products) >= 2.0**-6)
+        return (values > 0) & ((products == stored) & is_normal).all(axis=1)
 
 
 def levels_of(element):
@@ -54,7 +66,8 @@ def test_the_range_is_that_of_the_levels(name):
     levels = levels_of(element)
     assert (levels.min(), levels.max()) == (element.qmin, element.qmax)
     assert len(levels) <= 2**element.bits
-    assert name == "iq4_nl" or 0 in levels  # ggml's has 1 instead
+    # ggml's has 1 instead; and scales are not 0.
+    assert name in ("iq4_nl", "e4m3_for_e2m1") or 0 in levels
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -78,6 +78,17 @@ QUANTIZED = {
         activation_scale="tensor",
     ),
     "w4a8 fp8": qjax.Format("int4", group_size=128, scale="bfloat16", activation="e4m3"),
+    "fp4 x fp8": qjax.Format(
+        "e2m1", group_size=128, scale=qjax.Format("e4m3_for_e2m1"), activation="e4m3"
+    ),
+    "fp4 x fp8, groups of 32": qjax.Format(
+        "e2m1",
+        group_size=32,
+        scale=qjax.Format("e4m3_for_e2m1", scale="bfloat16"),
+        remainder="ragged",
+        activation="e4m3",
+        activation_scale="tensor",
+    ),
     "w4a8 fp8 channels": qjax.Format("int4", activation="e4m3"),
     "w8a8 groups": qjax.Format("int8", group_size=128, activation="int8"),
     "fp8": qjax.Format("e4m3", activation="e4m3"),
@@ -634,7 +645,9 @@ def test_scales_of_a_weight_that_cannot_be_split_are_whole():
     assert "all-gather" not in (program.as_text() or "")
 
 
-@pytest.mark.parametrize("name", ["int4", "nvfp4, one scale", "w8a8", "w4a8 multiples"])
+@pytest.mark.parametrize(
+    "name", ["int4", "nvfp4, one scale", "w8a8", "w4a8 multiples", "fp4 x fp8"]
+)
 def test_derivatives_of_float32_results_run_on_the_kernel(name):
     """As of logits, or of a weight with a factor of its own."""
     fmt = FORMATS[name] if name in FORMATS else QUANTIZED[name]

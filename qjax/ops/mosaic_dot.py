@@ -221,9 +221,9 @@ def _nested(scale: Array, zero: Array | None, format: Format) -> Nested | None:
 
 def _multiplied(scale: Array, zero: Array | None) -> tuple[Array, Array | None]:
     """Returns multiples, times what they are multiples of, as floats, all others as they are."""
-    if scale.dtype != jnp.int8:
+    # Beside other e4m3 there may be zero points, which are bytes.
+    if zero is None or zero.dtype == jnp.uint8 or scale.dtype not in (jnp.int8, jnp.float8_e4m3fn):
         return scale, zero
-    assert zero is not None
     return scale.astype(jnp.float32) * zero, None
 
 

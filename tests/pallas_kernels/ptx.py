@@ -104,6 +104,7 @@ _OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
     "cvt.f32.f16": _from_f16,
     "cvt.s32.s8": lambda a: a.astype(np.int8).astype(np.int32).view(np.uint32),
     "max.u16x2": _max_halves,
+    "min.u32": np.minimum,
     "shf.r.wrap.b32": _rotated,
     "shfl.sync.idx.b32": lambda a, first, clamp, mask: _lane_of_segment(a, first, clamp),
     "cvt.rn.f16x2.e4m3x2": _from_e4m3,

@@ -14,6 +14,10 @@ from pallas_kernels import eight_bit, interpreter, reference
 from pallas_kernels.interleave import of_int4
 from pallas_kernels.testing import Laws
 from pallas_kernels.tuning import Tuning
+from qjax.numerics import ELEMENTS, encode
+
+LEVELS = jnp.array(ELEMENTS["e2m1"].levels)
+SCALES = jnp.array(ELEMENTS["e4m3_for_e2m1"]._sorted)
 
 
 class TestEightBit(Laws):
@@ -41,6 +45,8 @@ class TestEightBit(Laws):
         "int4, multiples": {"w": "int4", "x": "int8", "multiples_of": 128},
         "int4, multiples of 32": {"w": "int4", "x": "int8", "multiples_of": 32},
         "int4, multiples of 256": {"w": "int4", "x": "int8", "multiples_of": 256},
+        "e2m1, multiples": {"w": "e2m1", "x": "float8_e4m3fn", "multiples_of": 128},
+        "e2m1, multiples of 32": {"w": "e2m1", "x": "float8_e4m3fn", "multiples_of": 32},
         "int8 groups, tokens": {"w": "int8", "group": 128, "of_tokens": True},
         "fp8 gradients": {"w": "float8_e4m3fn", "x": "float8_e5m2"},
     }
@@ -48,6 +54,7 @@ class TestEightBit(Laws):
         (None, Tuning(8, 2, sms=1)),
         ("int4 x fp8 groups", Tuning(8, 2, sms=1)),  # loads blocks, scales among them
         ("int4, multiples", Tuning(8, 2, sms=1)),
+        ("e2m1, multiples", Tuning(8, 2, sms=1)),
     )
 
     def make(
@@ -69,6 +76,8 @@ class TestEightBit(Laws):
         keys = jax.random.split(jax.random.key(seed), 5)
 
         def values(key, shape, dtype):
+            if dtype == "e2m1":
+                return jax.random.choice(key, LEVELS, shape)
             if dtype.startswith("int"):
                 most = 2 ** (int(dtype[3:]) - 1)
                 return jax.random.randint(key, shape, -most, most).astype(dtype)
@@ -76,8 +85,13 @@ class TestEightBit(Laws):
 
         multiples = {}
         if multiples_of is not None:
-            of_groups = jax.random.randint(keys[4], (max(1, K // multiples_of), N), -15, 17)
-            multiples["multiples"] = of_groups.astype("int8")
+            shape = (max(1, K // multiples_of), N)
+            if w == "e2m1":  # not so different that sums are of one group
+                few = SCALES[(SCALES >= 0.5) & (SCALES <= 4)]
+                of_groups = jax.random.choice(keys[4], few, shape).astype("float8_e4m3fn")
+            else:
+                of_groups = jax.random.randint(keys[4], shape, -15, 17).astype("int8")
+            multiples["multiples"] = of_groups
         return {
             "x": values(keys[0], (M, K), x or w),
             "w": values(keys[1], (N, K), w),
@@ -89,8 +103,12 @@ class TestEightBit(Laws):
         }
 
     def run(self, arrays, *, tuning, interpret):
-        if arrays["w"].dtype == jnp.int4:
-            arrays = arrays | {"w": of_int4(arrays["w"])}
+        w = arrays["w"]
+        if w.dtype == jnp.int4:
+            arrays = arrays | {"w": of_int4(w)}
+        elif w.dtype == jnp.float32:
+            codes = encode(w, ELEMENTS["e2m1"]).astype(jnp.int4)
+            arrays = arrays | {"w": of_int4(codes, looked_up=True)}
         return eight_bit.matmul(**arrays, out_dtype=jnp.float32, tuning=tuning, interpret=interpret)
 
     def exact(self, arrays):
@@ -103,10 +121,15 @@ class TestEightBit(Laws):
 
     def budget_of(self, name):
         # Hopper's own sums of FP8 products keep fewer bits than float32: 2.1e-4 was seen.
-        return 2.0**-12 if interpreter.on_gpu() and "fp8" in name else self.budget
+        return (
+            2.0**-12
+            if interpreter.on_gpu() and any(kind in name for kind in ("fp8", "e2m1"))
+            else self.budget
+        )
 
     def test_the_reference_agrees_with_float64(self):
-        for format in ({"w": "float8_e4m3fn", "group": 32}, self.formats["int4, multiples of 32"]):
+        multiples = [f for f in self.formats.values() if f.get("multiples_of") == 32]
+        for format in ({"w": "float8_e4m3fn", "group": 32}, *multiples):
             arrays = self.make(3, 64, 5, **format)
             wanted = self.exact(arrays)
             np.testing.assert_allclose(reference.eight_bit(**arrays), wanted, rtol=1e-4)
@@ -119,6 +142,7 @@ class TestEightBit(Laws):
             ("int4 x fp8 groups", 128),
             ("int8 groups, tokens", 8),
             ("int4, multiples of 32", 8),
+            ("e2m1, multiples of 32", 8),
         ],
     )
     def test_long_steps_have_several_groups(self, name, tile_m):
@@ -142,7 +166,7 @@ class TestEightBit(Laws):
 
     def test_refuses_multiples_of_what_is_no_int8_then(self):
         arrays = self.make(8, 512, 256, **self.formats["int4, multiples"])
-        with pytest.raises(ValueError, match="they make int8 of int4"):
+        with pytest.raises(ValueError, match="they make int8 of int4 or e4m3 of e2m1"):
             eight_bit.matmul(**arrays | {"w": arrays["w"].astype("int8")})
         with pytest.raises(ValueError, match="groups of 16: it takes 32, 64 and multiples of 128"):
             eight_bit.matmul(**arrays | {"multiples": jnp.ones((32, 256), "int8")})

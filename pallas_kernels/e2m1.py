@@ -1,0 +1,67 @@
+"""How a kernel makes e4m3 of codes of e2m1 and of a scale of their group: their exact products.
+
+With that no sum leaves the tensor core for its group's sake, as with integers of 4 bits and their
+integer scales (`four_bits.times_assembly`). All eight products with a scale are two words, of which
+`prmt` reads a byte by the lower three bits of each code; the fourth is the sign.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
+
+LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by code; those of code + 8 are negative
+# PTX that makes of the bits s of a scale, $1, the four bytes of its products with the first levels,
+# $0, and those with the others. It is 1, 1.25 or 1.5 times a power of two, from 2^-5 to 64: fractions
+# of 0, 2 and 4 eighths. Twice as much is 8 more. One and a half times is 4 more, or where there is a
+# fraction 5 more: so bytes are 0, s - 8, s, s + 4 or 5; and s + 8 and so on.
+PRODUCTS = tuple(
+    f"""{{
+.reg .b32 more;
+and.b32 more, $1, 7;
+min.u32 more, more, 1;
+mad.lo.u32 more, more, {of_fraction:#x}, {constant:#x};
+mad.lo.u32 $0, $1, {of_scale:#x}, more;
+}}"""
+    for of_scale, of_fraction, constant in (
+        (0x01010100, 0x01000000, 0x04000000 - 0x0800),
+        (0x01010101, 0x01000100, 0x14100C08),
+    )
+)
+# PTX that makes four e4m3, $0, of the codes in the lower and in the upper half of a word $1, by both
+# words of products, $2 and $3. Signs are spread by a `prmt` that repeats the highest bits of bytes:
+# of a byte's lower code, in $1 times 16, and of its upper one in turn.
+HALVES = tuple(
+    f"""{{
+.reg .b32 codes, signs;
+and.b32 codes, $1, 0x77777777;
+{f"shr.b32 codes, codes, {shift};" if shift else ""}
+prmt.b32 codes, $2, $3, codes;
+shl.b32 signs, $1, 4;
+prmt.b32 signs, signs, $1, {order:#x};
+lop3.b32 $0, codes, signs, 0x80808080, 0xf8;
+}}"""
+    for shift, order in ((0, 0xD9C8), (16, 0xFBEA))
+)
+
+
+def times(word: Any, *products: Any) -> tuple[Any, Any]:
+    """Returns e4m3 of the codes in the lower half of a word, and in the upper, times their scale.
+
+    Args:
+      products: two words, of `PRODUCTS`.
+    """
+    i32 = ir.IntegerType.get_signless(32)
+    first, second = (llvm.inline_asm(i32, [word, *products], t, "=r,r,r,r") for t in HALVES)
+    return first, second
+
+
+def reference(codes: Array, scales: Array) -> Array:
+    """Returns e4m3 of codes, uint8 [R, C], times the bits of their scales, int8 [R, C]."""
+    levels = jnp.asarray(LEVELS + tuple(-v for v in LEVELS))[codes]
+    scales = lax.bitcast_convert_type(scales, jnp.float8_e4m3fn)
+    return (levels * scales.astype(jnp.float32)).astype(jnp.float8_e4m3fn)

@@ -1,0 +1,59 @@
+"""Codes of e2m1 times their scales are the exact products, down to lanes, registers and PTX."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import e2m1
+from pallas_kernels.interleave import for_table, of_int4
+from qjax.numerics import ELEMENTS
+from tests.pallas_kernels import ptx
+from tests.pallas_kernels.test_four_bits import of_threads
+
+LEVELS = np.array(ELEMENTS["e2m1"].levels)
+SCALES = np.array(ELEMENTS["e4m3_for_e2m1"]._sorted, ml_dtypes.float8_e4m3fn)
+
+
+def made(words, scales):
+    """What the PTX makes of words of 8 codes and bits of scales: [.., half, code]."""
+    bits = scales.view(np.uint8).astype(np.uint32) + 0 * words
+    first, second = (ptx.run(text, "$1", bits)["$0"] for text in e2m1.PRODUCTS)
+    halves = [
+        ptx.run(text, "$1", words, **{"$2": first, "$3": second})["$0"] for text in e2m1.HALVES
+    ]
+    return np.stack(halves, axis=-1)[..., None].view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+
+
+def test_every_code_in_every_place_times_every_scale_is_exact():
+    codes = np.random.default_rng(0).permuted(np.tile(np.arange(16), (8, 16)), axis=1).T
+    words = np.sum(codes << np.arange(0, 32, 4), axis=-1).astype(np.uint32)
+    products = made(words + 0 * SCALES.view(np.uint8)[:, None], SCALES[:, None])
+    wanted = LEVELS[codes] * SCALES.astype(np.float64)[:, None, None]
+    np.testing.assert_array_equal(products.reshape(wanted.shape), wanted)
+
+
+def test_the_levels_are_those_of_the_element():
+    assert ELEMENTS["e2m1"].levels[:8] == e2m1.LEVELS
+    codes, bits = jnp.arange(16, dtype=jnp.uint8), SCALES.view(np.int8)[:, None] + 0 * jnp.int8(0)
+    products = e2m1.reference(codes, jnp.broadcast_to(jnp.asarray(bits), (len(SCALES), 16)))
+    np.testing.assert_array_equal(
+        np.asarray(products, np.float64), LEVELS * SCALES.astype(np.float64)[:, None]
+    )
+
+
+def test_every_lane_makes_the_bytes_that_its_wgmma_takes():
+    R, C = 64, 128
+    codes = np.random.default_rng(0).integers(0, 16, (R, C))
+    stored = of_int4(jnp.asarray(codes, jnp.uint4).astype(jnp.int4), looked_up=True)
+    stored = np.asarray(stored).astype(np.uint32) & 15
+    read = of_threads(stored, plgpu.Layout.WGMMA_UPCAST_4X.to_mgpu())
+    read = read.reshape(4, 32, C // 32, 2, 8)  # block, row, code
+    words = np.sum(read << (4 * np.arange(8, dtype=np.uint32)), axis=-1, dtype=np.uint32)
+    wanted = np.asarray(for_table(jnp.asarray(LEVELS[codes])))
+    taken = of_threads(wanted, plgpu.Layout.WGMMA_8BIT.to_mgpu())
+    one = np.array(1, ml_dtypes.float8_e4m3fn)
+    halves = made(words, one).swapaxes(3, 4)  # thread, block, half, row, byte
+    np.testing.assert_array_equal(halves.reshape(taken.shape), taken)
