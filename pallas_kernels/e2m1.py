@@ -15,10 +15,10 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
 LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by code; those of code + 8 are negative
-# PTX that makes of the bits s of a scale, $1, the four bytes of its products with the first levels,
-# $0, and those with the others. It is 1, 1.25 or 1.5 times a power of two, from 2^-5 to 64: fractions
-# of 0, 2 and 4 eighths. Twice as much is 8 more. One and a half times is 4 more, or where there is a
-# fraction 5 more: so bytes are 0, s - 8, s, s + 4 or 5; and s + 8 and so on.
+# PTX that makes of the bits s of a scale, $1, four bytes, $0: its products with the first levels,
+# and with the others. It is 1, 1.25 or 1.5 times a power of two from 2^-5 to 64: its fraction is 0,
+# 2 or 4 eighths. Twice as much is 8 more. One and a half times is 4 more, or with a fraction 5. So
+# bytes are 0, s - 8, s, s + 4 or 5; and s + 8, and so on.
 PRODUCTS = tuple(
     f"""{{
 .reg .b32 more;
@@ -32,7 +32,7 @@ mad.lo.u32 $0, $1, {of_scale:#x}, more;
         (0x01010101, 0x01000100, 0x14100C08),
     )
 )
-# PTX that makes four e4m3, $0, of the codes in the lower and in the upper half of a word $1, by both
+# PTX that makes four e4m3, $0, of the codes in the lower half of a word $1, or in the upper, by two
 # words of products, $2 and $3. Signs are spread by a `prmt` that repeats the highest bits of bytes:
 # of a byte's lower code, in $1 times 16, and of its upper one in turn.
 HALVES = tuple(

@@ -173,8 +173,8 @@ def load_bytes(ref: Any, dtype: Any, multiples: Sequence[Array] = ()) -> Array:
     )(values)(q, *multiples)
 
 
-# PTX that makes of a byte s, $1, what `times_assembly` multiplies by, $0, and what it adds: in each of
-# four bytes 128 - 8 s.
+# PTX that makes of a byte s, $1, what `times_assembly` multiplies by, $0, and what it adds, in each
+# of four bytes: 128 - 8 s.
 FACTOR = "cvt.s32.s8 $0, $1;"
 MIDDLE_OF_BYTES = """{
 .reg .b32 factor;

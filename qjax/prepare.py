@@ -129,7 +129,7 @@ class Prepared(QTensor):
         return self.scale.data, pairs.reshape(*factor.shape[:-1], -1)
 
     def multiples(self) -> tuple[Array, Float[Array, "*b 1 N"]] | None:
-        """Returns int8 or e4m3 [*b, G, N] that the kernel multiplies codes by, and scales of columns.
+        """Returns int8 or e4m3 [*b, G, N] that kernels multiply codes by, and scales of columns.
 
         None is for scales that are no such multiples.
         """
@@ -478,7 +478,7 @@ def _decoded_by_kernels(fmt: Format) -> str | None:
 
 
 def _are_multiples(fmt: Format) -> bool:
-    """Returns whether a weight times its scale, but for that of its column, is as activations are."""
+    """Returns whether codes times their scales, but for those of columns, are as activations."""
     inner, known = fmt.scale, _MULTIPLES.get((fmt.element, fmt.activation or ""))
     if fmt.group_columns != 1 or not isinstance(inner, Format):
         return False
