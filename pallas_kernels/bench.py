@@ -48,7 +48,7 @@ class Form:
       w, x: types; "int2" and "int3" are codes of so many bits in the order of `planes`.
       group: inputs with one scale; None: all.
       scale: type of the scales; "nested": uint8 with a factor and an offset for 256 features;
-        "multiples": int8 of float32 scales of the features.
+        "multiples": of float32 scales of the features, of the type of activations.
       has_table: whether codes are looked up.
       in_blocks: whether 128 features share a scale, and a token has one for every group; else for
         all of them.
@@ -88,7 +88,7 @@ class Form:
         G = self.groups(K)
         if self.scale == "multiples":
             of_features = jax.ShapeDtypeStruct((1, N), jnp.float32)
-            return [of_features, jax.ShapeDtypeStruct((G, N), jnp.int8)]
+            return [of_features, jax.ShapeDtypeStruct((G, N), jnp.dtype(self.x))]
         if self.scale != "nested":
             N = N // TILE_N if self.in_blocks else N
             zeros = [jax.ShapeDtypeStruct((G, N), jnp.uint8)] * self.zero_points
@@ -111,7 +111,8 @@ FORMS = (
     Form("W8A16 FP8", "float8_e4m3fn", "bfloat16", 128),
     Form("W4A8 g128", "int4", "int8", 128, "multiples"),
     Form("W4A8 g128, float scales", "int4", "int8", 128),
-    Form("W4A8 FP8 g128", "int4", "float8_e4m3fn", 128),
+    Form("FP4 x FP8 g64", "int4", "float8_e4m3fn", 64, "multiples", has_table=True),
+    Form("W4A8 FP8 g128, float scales", "int4", "float8_e4m3fn", 128),
     Form("W8A8", "int8", "int8", None, "float32"),
     Form("FP8", "float8_e4m3fn", "float8_e4m3fn", None, "float32"),
     Form("FP8 1x128", "float8_e4m3fn", "float8_e4m3fn", 128, "float32", in_blocks=True),

@@ -2,7 +2,8 @@
 
 With that no sum leaves the tensor core for its group's sake, as with integers of 4 bits and their
 integer scales (`four_bits.times_assembly`). All eight products with a scale are two words, of which
-`prmt` reads a byte by the lower three bits of each code; the fourth is the sign.
+`prmt` reads a byte by the lower three bits of each code. The fourth is the sign, which has a place
+of its own: `interleave.signs_apart`.
 """
 
 from __future__ import annotations
@@ -32,25 +33,28 @@ mad.lo.u32 $0, $1, {of_scale:#x}, more;
         (0x01010101, 0x01000100, 0x14100C08),
     )
 )
-# PTX that makes four e4m3, $0, of the codes in the lower half of a word $1, or in the upper, by two
-# words of products, $2 and $3. Signs are spread by a `prmt` that repeats the highest bits of bytes:
-# of a byte's lower code, in $1 times 16, and of its upper one in turn.
-HALVES = tuple(
-    f"""{{
+# PTX that makes four e4m3, $0, of the first codes of a word $1 and of the others, by both words of
+# products, $2 and $3. The signs lie apart, as bytes have them, those of the others four bits below.
+HALVES = (
+    """{
+.reg .b32 codes;
+and.b32 codes, $1, 0x77777777;
+prmt.b32 codes, $2, $3, codes;
+lop3.b32 $0, codes, $1, 0x80808080, 0xf8;
+}""",
+    """{
 .reg .b32 codes, signs;
 and.b32 codes, $1, 0x77777777;
-{f"shr.b32 codes, codes, {shift};" if shift else ""}
+shr.b32 codes, codes, 16;
 prmt.b32 codes, $2, $3, codes;
 shl.b32 signs, $1, 4;
-prmt.b32 signs, signs, $1, {order:#x};
 lop3.b32 $0, codes, signs, 0x80808080, 0xf8;
-}}"""
-    for shift, order in ((0, 0xD9C8), (16, 0xFBEA))
+}""",
 )
 
 
 def times(word: Any, *products: Any) -> tuple[Any, Any]:
-    """Returns e4m3 of the codes in the lower half of a word, and in the upper, times their scale.
+    """Returns e4m3 of the first four codes of a word, and of the others, times their scale.
 
     Args:
       products: two words, of `PRODUCTS`.

@@ -82,7 +82,7 @@ def matmul(
     Args:
       x: [M, K] int8, float8_e4m3fn or float8_e5m2.
       w: [N, K] int8, int4 in the order of `interleave`, or one of the FP8 types. As int4 also codes
-        of e2m1, if multiples are e4m3: in the order of a table's.
+        of e2m1, if multiples are e4m3: in the order of a table's, with their signs apart.
       x_scale: float32 [M, G], with G = 1 or G = K / 128, or [M, 1]. A scale of the whole tensor is
         repeated.
       w_scale: float32, bfloat16 or float16 [G, N], or [G, N / 128] of blocks of 128 x 128.

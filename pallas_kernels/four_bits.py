@@ -14,7 +14,12 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm
 
 from pallas_kernels import e2m1, zero_points
-from pallas_kernels.interleave import bytes_of_int4, interleaved, natural_nibbles
+from pallas_kernels.interleave import (
+    bytes_of_int4,
+    interleaved,
+    natural_nibbles,
+    signs_together,
+)
 
 BANKS = 32  # of shared memory, 4 bytes wide; lane i of a warp reads its own, the i-th
 TABLE_BYTES = 256 * BANKS * 4
@@ -116,8 +121,8 @@ def load_bytes(ref: Any, dtype: Any, multiples: Sequence[Array] = ()) -> Array:
     `interleave.for_table`.
 
     Args:
-      ref: int4 [R, C], interleaved: integers; or codes of a table, of e2m1, if there are multiples
-        and values are e4m3.
+      ref: int4 [R, C], interleaved: integers; or if values are e4m3 and there are multiples, codes
+        of a table, e2m1, with their signs apart.
       dtype: of the values: int8 or float8_e4m3fn.
       multiples: what they are multiplied by, `zero_points.load` of -15 .. 16, or of the bits of
         e4m3 as in `e2m1`, for each of the groups that lie side by side in C.
@@ -150,16 +155,14 @@ def load_bytes(ref: Any, dtype: Any, multiples: Sequence[Array] = ()) -> Array:
         )
 
     def reference(q, *multiples):  # read by the interpreter
-        if multiples:
-            wide = jnp.repeat(jnp.stack(multiples, axis=1), q.shape[1] // len(multiples), axis=1)
+        each = q.shape[1] // max(1, len(multiples))
+        wide = jnp.repeat(jnp.stack(multiples, axis=1), each, axis=1) if multiples else jnp.int8(16)
         if multiples and not is_int:
-            bytes = bytes_of_int4(q)
+            bytes = signs_together(bytes_of_int4(q))
             codes = jnp.stack([bytes & 15, bytes >> 4], axis=-1)
             codes = codes.reshape(q.shape[0], -1, 4, 2, 4).swapaxes(2, 3)  # word, half of it, code
             return e2m1.reference(codes.reshape(q.shape), wide)
-        q = q.astype(jnp.int8)
-        if is_int:
-            q *= wide if multiples else 16
+        q = q.astype(jnp.int8) * (wide if is_int else jnp.int8(1))
         words = q.reshape(q.shape[0], -1, 4, 4, 2)  # word, byte, half
         if is_int:
             return jnp.moveaxis(words, -1, 2).reshape(q.shape)

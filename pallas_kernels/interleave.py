@@ -43,6 +43,37 @@ def natural_nibbles(codes: Array) -> Array:
     return _packed(jnp.moveaxis(_nibbles(codes, 4, 2, 4), -1, -3))
 
 
+# Of 8 codes of a word: whose sign is in the highest bit of each half of a byte. The first four have
+# theirs where bytes have it, the others four bits below.
+_SIGNS = (4, 0, 5, 1, 6, 2, 7, 3)
+
+
+def signs_apart(codes: Array) -> Array:
+    """Returns bytes of two codes of a table, `interleaved`, with the signs of each 8 in places.
+
+    The sign is the highest bit of a code. As bytes of 8 bits have it, no instruction moves it.
+
+    Example:
+      >>> codes = jnp.array([0x01, 0x23, 0x45, 0x8F], jnp.uint8)  # 1 0 3 2 5 4 F 8
+      >>> [hex(b) for b in signs_apart(codes).tolist()]
+      ['0x1', '0x23', '0x4d', '0xf']
+    """
+    return _with_signs(codes, _SIGNS)
+
+
+def signs_together(codes: Array) -> Array:
+    """Returns bytes of two codes, the inverse of `signs_apart`."""
+    return _with_signs(codes, tuple(_SIGNS.index(i) for i in range(8)))
+
+
+def _with_signs(bytes: Array, of: tuple[int, ...]) -> Array:
+    """Returns codes of which each has the sign of another one of its 8."""
+    *lead, n = bytes.shape
+    codes = jnp.stack([bytes & 15, bytes >> 4], axis=-1).reshape(*lead, n // 4, 8)
+    codes = codes & 7 | codes[..., jnp.array(of)] & 8
+    return (codes[..., ::2] | codes[..., 1::2] << 4).reshape(bytes.shape)
+
+
 def _nibbles(bytes: Array, *shape: int) -> Array:
     """Returns the codes of bytes [.., K / 2] as [.., K / 32, *shape]."""
     *lead, n = bytes.shape
@@ -116,9 +147,16 @@ def bytes_of_int4(w: Array) -> Array:
     return codes[..., ::2] | (codes[..., 1::2] << 4)
 
 
-def of_int4(w: Array, *, looked_up: bool = False) -> Array:
-    """Returns int4 weights [N, K] as kernels take integers, or codes of a table."""
+def of_int4(w: Array, *, looked_up: bool = False, apart: bool = False) -> Array:
+    """Returns int4 weights [N, K] as kernels take integers, or codes of a table.
+
+    Args:
+      looked_up: whether they are codes of a table.
+      apart: whether their signs then are, too.
+    """
     ordered = interleaved if looked_up else interleaved_nibbles
+    if apart:
+        ordered = lambda bytes: signs_apart(interleaved(bytes))
     return lax.bitcast_convert_type(ordered(bytes_of_int4(w)), jnp.int4).reshape(w.shape)
 
 
@@ -128,6 +166,12 @@ def place(code: Array, *, looked_up: bool) -> tuple[Array, Array]:
     if looked_up:
         return block + 4 * t + of_8, 4 * e
     return block + 4 * t + 2 * e + of_8 // 2, of_8 % 2 * 4
+
+
+def place_of_sign(byte: Array, bit: Array) -> tuple[Array, Array]:
+    """Returns in which byte and bit the sign is of a code with that `place`, if signs are apart."""
+    slot = jnp.array([_SIGNS.index(i) for i in range(8)])[byte % 4 * 2 + bit // 4]
+    return byte // 4 * 4 + slot // 2, slot % 2 * 4 + 3
 
 
 def place_in_pairs(code: Array) -> Array:

@@ -73,7 +73,7 @@ def contenders(form: Form, capability: int | None) -> list[Contender]:
             found.append(Contender(name, keep, _dot_then_scale))
     else:
         name = "XLA, cuBLASLt where it can" if form.x.startswith("float8") else "XLA, int8 dot"
-        found.append(Contender(name, keep, _quantized_dot))
+        found.append(Contender(name, keep, functools.partial(_quantized_dot, form)))
     return found
 
 
@@ -84,7 +84,8 @@ def _kernels(form: Form, capability: int | None) -> list[Contender]:
         def in_order(w, s, *more):
             s = s[:, ::TILE_N] if form.in_blocks else s
             if form.w == "int4":
-                w = interleave.of_int4(w, looked_up=form.has_table)
+                are_bytes = form.has_table and not form.is_weight_only
+                w = interleave.of_int4(w, looked_up=form.has_table, apart=are_bytes)
             else:
                 w = _packed(form, w, s)[0]
             if form.bits == 8 and form.is_weight_only:
@@ -171,11 +172,12 @@ def _dot_then_scale(x, x_scale, w, s):
     return jnp.sum(y * s.astype(jnp.float32)[:, None], axis=0).astype(jnp.bfloat16)
 
 
-def _quantized_dot(x, x_scale, w, s, *multiples):
+def _quantized_dot(form, x, x_scale, w, s, *multiples):
     (M, K), G = x.shape, s.shape[0]
     kind = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
-    w = w.astype(x.dtype) if w.dtype == jnp.int4 else w
-    for m in multiples:  # integers all the way: one product
+    if w.dtype == jnp.int4:
+        w = reference.values(w, _levels(form), x.dtype).astype(x.dtype)
+    for m in multiples:  # of 8 bits all the way: one product
         w *= jnp.repeat(m, K // m.shape[0], axis=0).T
     if G == 1:
         dims = (((1,), (1,)), ((), ()))
@@ -215,7 +217,8 @@ def operands(form: Form, M: int, K: int, N: int, seed: int) -> dict[str, Any]:
         scale = uniform(keys[2], (G, N // columns)).astype(form.scale)
         scale = jnp.repeat(scale, columns, axis=1)
     zero = jax.random.randint(keys[1], (G, N), 0, 2**form.bits).astype("uint8")
-    multiples = jax.random.randint(keys[1], (G, N), 8, 16).astype("int8")
+    first, last = (8, 16) if form.x == "int8" else (4, 7)  # 1, 1.25 and 1.5 in quarters
+    multiples = jax.random.randint(keys[1], (G, N), first, last).astype(form.x)
     return {
         "x": values(keys[0], (M, K), form.x),
         "w": values(keys[1], (N, K), form.w),
@@ -231,6 +234,7 @@ def operands(form: Form, M: int, K: int, N: int, seed: int) -> dict[str, Any]:
 def _exact(x, w, scale, zero, multiples, x_scale, codebook):
     if x_scale is None:
         return reference.weight_only(x, w, scale, codebook=codebook, zero=zero)
+    w = reference.values(w, codebook, jnp.float32)
     return reference.eight_bit(x, w, x_scale, scale, multiples=multiples)
 
 

@@ -82,10 +82,10 @@ MULTIPLES = {
     64: Tuning(64, 4, 256),
     math.inf: Tuning(128, 3, 256, in_turn=True),
 }
-# By the bits of a weight, where sums stay in the tensor core: a second accumulator would not fit.
-# With twice the tokens a CTA reads a quarter or a sixth fewer bytes for as many products (a tile of
-# 128 asks the L2 cache for 64 or 48 a clock) and decodes half as often. No GPU has timed it yet.
-EIGHT_BIT_WIDE = {8: Tuning(256, 4), 4: Tuning(256, 4, in_turn=True)}
+# Where a CTA has nothing else to do, it reads a quarter fewer bytes for the same products if it has
+# twice the tokens: a tile of 128 asks the L2 cache for 64 bytes a clock. No GPU has timed it yet.
+# What decodes has no registers left for so many sums: nvJitLink gives every thread 168.
+EIGHT_BIT_WIDE = Tuning(256, 4)
 
 
 def weight_only(
@@ -156,9 +156,11 @@ def eight_bit(
     has_groups = group_size not in (None, K)
     row = next(row for most, row in (MULTIPLES if multiples else EIGHT_BIT).items() if most >= M)
     rows = [row]
-    if row.tile_m == 128:
-        in_groups = has_groups and not multiples
-        rows = [EIGHT_BIT_GROUPS] if in_groups else [EIGHT_BIT_WIDE[bits], row]
+    if row.tile_m == 128 and not multiples:
+        if has_groups:
+            rows = [EIGHT_BIT_GROUPS]
+        elif bits == 8:
+            rows = [EIGHT_BIT_WIDE, row]
     group = group_size if multiples else TILE_K if has_groups else None
     fitted = [_fitted(row, M, K, N, group, bits, 8, out_bits, 0) for row in rows]
     return min(fitted, key=lambda one: one[0])[1]

@@ -13,6 +13,7 @@ from jaxtyping import Array, Int
 from pallas_kernels.triton import packing as halves
 from pallas_kernels.triton.tuning import TILE_K, TILE_N
 from qjax import numerics, packing
+from qjax.format import Format
 from qjax.prepare import Prepared, fields_of, has_floats, stored_zeros, zeros_in_bytes
 from qjax.qtensor import QTensor
 
@@ -54,7 +55,7 @@ class PreparedTriton(Prepared):
         return k_parts, math.gcd(n_parts, N // TILE_N)  # in whole tiles, too
 
     def canonical(self) -> QTensor:
-        data = canonical_codes(self.data, self.format.element, self.extra)
+        data = canonical_codes(self.data, self.format, self.extra)
         return QTensor(**fields_of(self, data=data, zero=stored_zeros(self)))
 
     def in_front(self, *, transposed: bool) -> str:
@@ -117,14 +118,14 @@ def prepared(qt: QTensor, capability: int) -> PreparedTriton:
     return PreparedTriton(**fields, extra=extra, capability=capability)
 
 
-def canonical_codes(data: Array, element: str, extra: tuple[int, int]) -> Array:
+def canonical_codes(data: Array, fmt: Format, extra: tuple[int, int]) -> Array:
     """Returns the codes [*lead, N', K' in bytes] of a prepared weight as a QTensor stores them."""
-    bits = numerics.get_element(element).bits
+    bits = numerics.get_element(fmt.element).bits
     if bits == 4:
         data = halves.unpack(data)
     *_, N, K = data.shape
     data = data[..., : N - extra[1], : K - extra[0]].swapaxes(-1, -2)
-    return packing.pack(data, bits) if bits == 4 else _flipped(data, element)
+    return packing.pack(data, bits) if bits == 4 else _flipped(data, fmt.element)
 
 
 def _flipped(data: Array, element: str) -> Array:

@@ -46,8 +46,9 @@ class Prepared(QTensor):
       data: bytes [*lead, N', K' * b / 8], K contiguous: q minus the middle of an unsigned type's
         range, in two's complement, or the code of a table; two of 4 bits in a byte, the first in
         the lower half. Or e4m3. All are in the order of `pallas_kernels.interleave` and uint8, but
-        codes of 8 bits that meet quantized activations: as they are, int8 or e4m3. Codes of 2 and 3
-        bits as stored, in the order of `pallas_kernels.planes`. N' and K' are N and K up to
+        codes of 8 bits that meet quantized activations: as they are, int8 or e4m3. The signs of
+        e2m1 that do lie apart. Codes of 2 and 3 bits as stored, in the order of
+        `pallas_kernels.planes`. N' and K' are N and K up to
         multiples of 128, and K' of the group size; the codes that were added are 0.
       zero: None; integer zero points minus the least of their type, a byte each, uint8 [*lead, G,
         C]; or the offsets.
@@ -93,7 +94,7 @@ class Prepared(QTensor):
         return 1 if extra_k else k_parts, 1 if extra_n else n_parts
 
     def canonical(self) -> QTensor:
-        data = canonical_codes(self.data, self.format.element, self.extra)
+        data = canonical_codes(self.data, self.format, self.extra)
         return QTensor(**fields_of(self, data=data, zero=stored_zeros(self)))
 
     @property
@@ -146,6 +147,8 @@ class Prepared(QTensor):
         text = self._made_of_scales(is_read, has_blocks)
         if fmt.scale == "e8m0" and decoded == "stored":
             text += ", for float16 scales decoded in front of it"
+        if has_signs_apart(fmt) and (transposed or fmt.activation is None):
+            text += ", codes put in another order in front of it"
         is_due = fmt.offset is not None
         return text + (", offsets by a product of their own" if is_due else "")
 
@@ -178,8 +181,15 @@ class Prepared(QTensor):
             at = rows if data.dtype != jnp.uint8 else interleave.place_in_pairs(rows)
             return _flipped(_retyped(data[:, at].T, self.element), self.format.element)
         at, shift = interleave.place(rows, looked_up=self.element.kind == "table")
-        data = _flipped(data[:, at].T, self.format.element)
-        return (data >> shift.astype(jnp.uint8)[:, None]) & jnp.uint8(2**bits - 1)
+        own = lambda at, bit: (
+            _flipped(data[:, at].T, self.format.element) >> bit.astype(jnp.uint8)[:, None]
+        )
+        codes = own(at, shift)
+        if not has_signs_apart(self.format):
+            return codes & jnp.uint8(15)
+        return (
+            codes & jnp.uint8(7) | (own(*interleave.place_of_sign(at, shift)) & jnp.uint8(1)) << 3
+        )
 
 
 def reason_against(qt: QTensor) -> str | None:
@@ -352,6 +362,7 @@ def _prepared(qt: QTensor) -> Prepared:
     elif bits == 4:
         is_table = qt.element.kind == "table"
         data = (interleave.interleaved if is_table else interleave.interleaved_nibbles)(data)
+        data = interleave.signs_apart(data) if has_signs_apart(qt.format) else data
     elif qt.format.activation is None:
         data = interleave.interleaved_pairs(lax.bitcast_convert_type(data, jnp.uint8))
     return Prepared(**fields_of(qt, data=data, zero=zeros_in_bytes(qt)), extra=extra)
@@ -398,9 +409,9 @@ def _retyped(data: Array, element: numerics.Element) -> Array:
     return lax.bitcast_convert_type(data, element.dtype)
 
 
-def canonical_codes(data: Array, element: str, extra: tuple[int, int]) -> Array:
+def canonical_codes(data: Array, fmt: Format, extra: tuple[int, int]) -> Array:
     """Returns the codes [*lead, N', K' in bytes] of a prepared weight as a QTensor stores them."""
-    known = numerics.get_element(element)
+    known = numerics.get_element(fmt.element)
     bits = known.bits
     *_, N, columns = data.shape
     if bits < 4:
@@ -409,12 +420,26 @@ def canonical_codes(data: Array, element: str, extra: tuple[int, int]) -> Array:
         return packing.pack(codes, bits)
     if bits == 4:
         is_table = known.kind == "table"
+        data = together(data, fmt)
         data = (interleave.interleaved if is_table else interleave.natural_nibbles)(data)
     elif data.dtype == jnp.uint8:
         data = _retyped(interleave.interleaved_pairs(data), known)
     K = columns * 8 // bits - extra[0]
     data = data[..., : N - extra[1], : packing.packed_rows(K, bits)]
-    return _flipped(data.swapaxes(-1, -2), element)
+    return _flipped(data.swapaxes(-1, -2), fmt.element)
+
+
+def has_signs_apart(fmt: Format) -> bool:
+    """Returns whether signs of codes of a table are apart, for a kernel that makes bytes of them.
+
+    With scales that are for nothing else, whatever activations are: derivatives do not round them.
+    """
+    return fmt.element == "e2m1" and _element_of_scales(fmt) == "e4m3_for_e2m1"
+
+
+def together(data: Array, fmt: Format) -> Array:
+    """Returns codes of 4 bits of a prepared weight, in the order of all others."""
+    return interleave.signs_together(data) if has_signs_apart(fmt) else data
 
 
 def kernel_codes(data: Array, element: str) -> Array:
@@ -477,11 +502,23 @@ def _decoded_by_kernels(fmt: Format) -> str | None:
     return "nested" if is_plain and is_known else None
 
 
+def are_multiples(scale: Any, fmt: Format) -> bool:
+    """Returns whether scales that a product is given are those of `Prepared.multiples`."""
+    is_of_columns = isinstance(fmt.scale, Format) and fmt.scale.group_columns == 1
+    return is_of_columns and scale.dtype in (jnp.int8, jnp.float8_e4m3fn)
+
+
 def _are_multiples(fmt: Format) -> bool:
     """Returns whether codes times their scales, but for those of columns, are as activations."""
-    inner, known = fmt.scale, _MULTIPLES.get((fmt.element, fmt.activation or ""))
+    known = _MULTIPLES.get((fmt.element, fmt.activation or ""))
+    return known is not None and _element_of_scales(fmt) == known
+
+
+def _element_of_scales(fmt: Format) -> str | None:
+    """Returns the element that scales are of, times a scale of each column; None for others."""
+    inner = fmt.scale
     if fmt.group_columns != 1 or not isinstance(inner, Format):
-        return False
+        return None
     is_plain = not (inner.zero_point or inner.offset is not None or inner.flatten)
     is_of_columns = inner.group_size is None and inner.group_columns == 1
-    return is_plain and is_of_columns and inner.element == known
+    return inner.element if is_plain and is_of_columns else None

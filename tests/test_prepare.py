@@ -585,9 +585,10 @@ def test_zero_points_are_cut_where_groups_are():
     np.testing.assert_allclose(y, wanted, rtol=0, atol=2.0**-20 * float(jnp.linalg.norm(wanted)))
 
 
-def test_multiples_are_cut_where_groups_are_and_what_they_multiply_is_not():
+@pytest.mark.parametrize("name", ["w4a8 multiples", "fp4 x fp8"])
+def test_multiples_are_cut_where_groups_are_and_what_they_multiply_is_not(name):
     w = jax.random.normal(jax.random.key(0), (512, 256))
-    qt = quantize_array(w, QUANTIZED["w4a8 multiples"])
+    qt = quantize_array(w, QUANTIZED[name])
     prepared = qjax.prepare(qt, "h100")
     mesh = jax.make_mesh((4, 2), ("k", "n"))
     placed = shardings_of(prepared, NamedSharding(mesh, PartitionSpec("k", "n")))
@@ -622,10 +623,9 @@ def test_other_nested_scales_of_w4a8_are_decoded_in_front_of_the_kernel(scale):
     assert np.linalg.norm(_by_the_kernel(x, prepared) - wanted) <= 2e-6 * np.linalg.norm(wanted)
 
 
-def test_a_tangent_meets_multiples_as_the_scales_that_they_are():
-    qt = quantize_array(
-        jax.random.normal(jax.random.key(0), (256, 128)), QUANTIZED["w4a8 multiples"]
-    )
+@pytest.mark.parametrize("name", ["w4a8 multiples", "fp4 x fp8"])
+def test_a_tangent_meets_multiples_as_the_scales_that_they_are(name):
+    qt = quantize_array(jax.random.normal(jax.random.key(0), (256, 128)), QUANTIZED[name])
     x, t = jax.random.normal(jax.random.key(1), (2, 3, 256), jnp.bfloat16)
     prepared = qjax.prepare(qt, "h100")
     run = lambda t, w: jax.jvp(lambda x: packed_dot(x, w), (x,), (t,))[1]

@@ -81,7 +81,7 @@ def _prepared(x, data, scale, zero, spec: Spec, platform: str | None):
 
     def xla(x, data, *scales):
         canonical = canonical_codes if spec.capability is None else ampere.canonical_codes
-        data = canonical(data, fmt.element, extra)
+        data = canonical(data, fmt, extra)
         plain = dataclasses.replace(spec, extra=None, capability=None)
         return _one(x, data, *scales, spec=plain, platform=platform, in_bytes=False)
 

@@ -19,7 +19,7 @@ from pallas_kernels.tuning import TILE_K, TILE_N
 from qjax import numerics
 from qjax.format import Format
 from qjax.ops import blocked
-from qjax.prepare import kernel_codes, read_zeros, short_scale, zero_of
+from qjax.prepare import are_multiples, kernel_codes, read_zeros, short_scale, together, zero_of
 
 KERNEL_ACTIVATIONS = ("bfloat16", "float16")  # types of x that the weight-only kernels take
 
@@ -177,14 +177,14 @@ def _weight(
     That comes last, a codebook, zero points and the order by name. And third, offsets b [G, N] of
     every group, which the kernels do not add, or None. All may be stacked.
     """
-    scale, zero = _multiplied(scale, zero)
+    scale, zero = _multiplied(scale, zero, format)
     element = numerics.get_element(format.element)
     levels = element.levels if element.kind == "table" else None
     N_, K_ = _sizes(data, format)
     codes: dict[str, Any] = {
         "codebook": levels, "zero": zero_of(format.element), "natural": data.dtype != jnp.uint8,
     }  # fmt: skip
-    data = kernel_codes(data, format.element)
+    data = kernel_codes(together(data, format), format.element)
     G, N = scale.shape[-2], N_ - extra[1]
     g = K_ if G == 1 else format.group_size
     assert g is not None
@@ -219,17 +219,17 @@ def _nested(scale: Array, zero: Array | None, format: Format) -> Nested | None:
     return Nested(scale, zero, format.scale.group_columns)
 
 
-def _multiplied(scale: Array, zero: Array | None) -> tuple[Array, Array | None]:
+def _multiplied(scale: Array, zero: Array | None, format: Format) -> tuple[Array, Array | None]:
     """Returns multiples, times what they are multiples of, as floats, all others as they are."""
-    # Beside other e4m3 there may be zero points, which are bytes.
-    if zero is None or zero.dtype == jnp.uint8 or scale.dtype not in (jnp.int8, jnp.float8_e4m3fn):
+    if not are_multiples(scale, format):
         return scale, zero
+    assert zero is not None
     return scale.astype(jnp.float32) * zero, None
 
 
 def _decoded(scale: Array, zero: Array | None, format: Format) -> tuple[Array, Array | None]:
     """Returns nested scales and multiples as floats, all others as they are."""
-    scale, zero = _multiplied(scale, zero)
+    scale, zero = _multiplied(scale, zero, format)
     nested = _nested(scale, zero, format)
     return (scale, zero) if nested is None else (nested.decoded(), None)
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -17,6 +16,7 @@ from pallas_kernels.tuning import TILE_K, TILE_N
 from qjax import _compat, packing
 from qjax.ops.dispatch import compute
 from qjax.ops.spec import Spec
+from qjax.prepare import are_multiples
 
 
 class Shapes(NamedTuple):
@@ -73,7 +73,7 @@ def shapes_of(spec: Spec, x: Any, data: Any, scale: Any, has_zero: bool) -> Shap
         blocks = -(-N // shared_by)
         n_parts = math.gcd(n_parts, blocks) if blocks * shared_by == N else 1
         outer = G, 2 * blocks
-    elif scale.dtype == jnp.int8:
+    elif are_multiples(scale, fmt):
         outer = 1, C
     n_tokens = len(x.shape) - n_lead - 1
     return Shapes(n_lead, n_tokens, K, N, rows, G, C, k_parts, n_parts, has_zero, columns, outer)

@@ -233,7 +233,7 @@ def _compute(x, sizes, data, scale, *zero, spec: Spec, dtype: Any, precision: An
 
 def _plain(x, sizes, data, scale, *zero, spec: Spec, dtype: Any, precision: Any):
     """The same as with a canonical weight; with Wᵀ, as the derivative of that."""
-    weight = (canonical_codes(data, spec.format.element, spec.extra or (0, 0)),)
+    weight = (canonical_codes(data, spec.format, spec.extra or (0, 0)),)
     weight += mosaic_dot.read(scale, zero[0] if zero else None, spec.format)
     plain = dataclasses.replace(spec, extra=None, transposed=False)
     options = {"dtype": jnp.dtype(dtype), "precision": precision}

@@ -8,7 +8,15 @@ import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import e2m1
-from pallas_kernels.interleave import for_table, of_int4
+from pallas_kernels.interleave import (
+    for_table,
+    interleaved,
+    of_int4,
+    place,
+    place_of_sign,
+    signs_apart,
+    signs_together,
+)
 from qjax.numerics import ELEMENTS
 from tests.pallas_kernels import ptx
 from tests.pallas_kernels.test_four_bits import of_threads
@@ -29,7 +37,8 @@ def made(words, scales):
 
 def test_every_code_in_every_place_times_every_scale_is_exact():
     codes = np.random.default_rng(0).permuted(np.tile(np.arange(16), (8, 16)), axis=1).T
-    words = np.sum(codes << np.arange(0, 32, 4), axis=-1).astype(np.uint32)
+    bytes = jnp.asarray(codes[:, ::2] | codes[:, 1::2] << 4, jnp.uint8)
+    words = np.ascontiguousarray(signs_apart(bytes)).view(np.uint32)[:, 0]
     products = made(words + 0 * SCALES.view(np.uint8)[:, None], SCALES[:, None])
     wanted = LEVELS[codes] * SCALES.astype(np.float64)[:, None, None]
     np.testing.assert_array_equal(products.reshape(wanted.shape), wanted)
@@ -47,7 +56,7 @@ def test_the_levels_are_those_of_the_element():
 def test_every_lane_makes_the_bytes_that_its_wgmma_takes():
     R, C = 64, 128
     codes = np.random.default_rng(0).integers(0, 16, (R, C))
-    stored = of_int4(jnp.asarray(codes, jnp.uint4).astype(jnp.int4), looked_up=True)
+    stored = of_int4(jnp.asarray(codes, jnp.uint4).astype(jnp.int4), looked_up=True, apart=True)
     stored = np.asarray(stored).astype(np.uint32) & 15
     read = of_threads(stored, plgpu.Layout.WGMMA_UPCAST_4X.to_mgpu())
     read = read.reshape(4, 32, C // 32, 2, 8)  # block, row, code
@@ -57,3 +66,14 @@ def test_every_lane_makes_the_bytes_that_its_wgmma_takes():
     one = np.array(1, ml_dtypes.float8_e4m3fn)
     halves = made(words, one).swapaxes(3, 4)  # thread, block, half, row, byte
     np.testing.assert_array_equal(halves.reshape(taken.shape), taken)
+
+
+def test_signs_apart_have_an_inverse_and_places():
+    codes = np.random.default_rng(0).integers(0, 16, (3, 64)).astype(np.uint8)
+    ordered = interleaved(jnp.asarray(codes[:, ::2] | codes[:, 1::2] << 4))
+    apart = np.asarray(signs_apart(ordered))
+    np.testing.assert_array_equal(signs_together(jnp.asarray(apart)), ordered)
+    byte, bit = place(jnp.arange(64), looked_up=True)
+    of_sign = [np.asarray(a) for a in place_of_sign(byte, bit)]
+    np.testing.assert_array_equal(apart[:, np.asarray(byte)] >> np.asarray(bit) & 7, codes & 7)
+    np.testing.assert_array_equal(apart[:, of_sign[0]] >> of_sign[1] & 1, codes >> 3)

@@ -109,14 +109,12 @@ EIGHT_BIT = {
     "int4 x int8 M=64": (64, "int4", "int8", K // 128, 2.3, None),
     "int4 x int8 M=1024": (1024, "int4", "int8", K // 128, 3.15, 0.78),
     "int4 x int8, channels M=16": (16, "int4", "int8", 1, 1.2, None),
-    "int4 x int8, channels M=512": (512, "int4", "int8", 1, 1.25, 0.31),
-    "int4 x int8, channels M=1024": (1024, "int4", "int8", 1, 1.35, 0.18),
+    "int4 x int8, channels M=1024": (1024, "int4", "int8", 1, 1.25, 0.31),
     "int4 x fp8 M=16": (16, "int4", "float8_e4m3fn", K // 128, 2.2, None),
     "int4 x fp8 M=64": (64, "int4", "float8_e4m3fn", K // 128, 2.6, None),
     "int4 x fp8 M=1024": (1024, "int4", "float8_e4m3fn", K // 128, 2.95, 0.73),
     "int4 x fp8, channels M=16": (16, "int4", "float8_e4m3fn", 1, 2.0, None),
-    "int4 x fp8, channels M=512": (512, "int4", "float8_e4m3fn", 1, 2.0, 0.5),
-    "int4 x fp8, channels M=1024": (1024, "int4", "float8_e4m3fn", 1, 2.2, 0.28),
+    "int4 x fp8, channels M=1024": (1024, "int4", "float8_e4m3fn", 1, 2.0, 0.5),
     "fp8 M=16": (16, "float8_e4m3fn", "float8_e4m3fn", 1, 1.1, None),
     "fp8 M=1024": (1024, "float8_e4m3fn", "float8_e4m3fn", 1, 1.1, 0.13),
     "fp8 gradients M=1024": (1024, "float8_e4m3fn", "float8_e5m2", 1, 1.1, 0.13),
@@ -129,18 +127,22 @@ EIGHT_BIT = {
 }
 
 
-# int4 times integer multiples of a column's scale. Tokens, group, the same.
+# What weights of 4 bits are times multiples of a column's scale. Tokens, type, group, the same.
 MULTIPLES = {
-    "M=1": (1, 128, 1.5, None),
-    "M=16": (16, 128, 1.5, None),
-    "M=64": (64, 128, 1.5, None),
-    "M=64 g32": (64, 32, 1.85, None),
-    "M=512": (512, 128, 1.6, 0.39),
-    "M=512 g32": (512, 32, 1.95, 0.48),
-    "M=1024": (1024, 128, 2.1, 0.26),
-    "M=1024 g64": (1024, 64, 2.2, 0.28),
-    "M=1024 g32": (1024, 32, 2.45, 0.31),
-    "M=1024 channels": (1024, K, 2.1, 0.26),
+    "M=1": (1, "int8", 128, 1.5, None),
+    "M=16": (16, "int8", 128, 1.5, None),
+    "M=64": (64, "int8", 128, 1.5, None),
+    "M=64 g32": (64, "int8", 32, 1.85, None),
+    "M=1024": (1024, "int8", 128, 1.55, 0.39),
+    "M=1024 g64": (1024, "int8", 64, 1.65, 0.42),
+    "M=1024 g32": (1024, "int8", 32, 1.9, 0.47),
+    "M=1024 channels": (1024, "int8", K, 1.55, 0.39),
+    "fp4 x fp8 M=1": (1, "float8_e4m3fn", 128, 1.6, None),
+    "fp4 x fp8 M=64": (64, "float8_e4m3fn", 128, 1.6, None),
+    "fp4 x fp8 M=64 g64": (64, "float8_e4m3fn", 64, 1.85, None),
+    "fp4 x fp8 M=1024": (1024, "float8_e4m3fn", 128, 1.7, 0.43),
+    "fp4 x fp8 M=1024 g64": (1024, "float8_e4m3fn", 64, 1.95, 0.49),
+    "fp4 x fp8 M=1024 g32": (1024, "float8_e4m3fn", 32, 2.45, 0.6),
 }
 
 
@@ -239,16 +241,16 @@ def test_eight_bit(name):
 
 @pytest.mark.parametrize("name", MULTIPLES)
 def test_multiples(name):
-    M, group, total, prefill = MULTIPLES[name]
+    M, dtype, group, total, prefill = MULTIPLES[name]
     operands = [
-        _array("int8", M, K),
+        _array(dtype, M, K),
         _array("int4", N, K),
         _array("float32", M, 1),
         _array("float32", 1, N),
-        _array("int8", K // group, N),
+        _array(dtype, K // group, N),
     ]
     program = h100.compile(lambda *a: eight_bit.matmul(*a[:4], multiples=a[4]), *operands)
-    kernel = _check(program, "IGMMA")
+    kernel = _check(program, "IGMMA" if dtype == "int8" else "QGMMA")
     t = tuning.eight_bit(M, K, N, 4, group, 16, multiples=True)
     assert kernel.per_weight(64 * t.tile_k) <= total
     if prefill:

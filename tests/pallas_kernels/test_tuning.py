@@ -56,12 +56,10 @@ def test_eight_bit_fits_any_shape(M, bits, group, out_bits):
         assert buffers + out <= SMEM_BYTES
 
 
-def test_a_tile_is_wide_where_sums_stay_in_the_tensor_core_and_the_gpu_stays_full():
+def test_a_tile_is_wide_where_nothing_is_decoded_and_the_gpu_stays_full():
     tile_m = lambda *args: tuning.eight_bit(*args).tile_m
     assert tile_m(1024, 4096, 28672) == tile_m(4096, 4096, 4096) == 256
-    assert tile_m(1024, 4096, 28672, 4) == 256
-    assert tuning.eight_bit(1024, 4096, 28672, 4, 128, multiples=True).tile_m == 256
-    assert tile_m(1024, 4096, 28672, 4, 128) == tile_m(1024, 4096, 28672, 8, 128) == 128
+    assert tile_m(1024, 4096, 28672, 4) == tile_m(1024, 4096, 28672, 8, 128) == 128
     assert tile_m(128, 4096, 28672) == tile_m(384, 4096, 28672) == 128  # no tokens more
     assert tile_m(512, 4096, 4096) == 128  # 64 tiles of 256 would leave half of it idle
 
