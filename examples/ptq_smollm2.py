@@ -75,7 +75,7 @@ def rows() -> dict[str, tuple[str, Policy]]:
         "fp8-dynamic": ("FP8, dynamic", Policy.load("fp8-dynamic")),
         "fp8-static": ("FP8, static", Policy.load("fp8-static")),
         "w4a8": ("W4A8, GPTQ + refinement", Policy.load("w4a8")),
-        "w4a8-fp8": ("FP4 x FP8, GPTQ", Policy.load("w4a8-fp8")),
+        "w4a8-fp8": ("FP4 x FP8, GPTQ + refinement", Policy.load("w4a8-fp8")),
     }
     return out
 

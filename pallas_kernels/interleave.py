@@ -1,11 +1,12 @@
-"""The order in which Hopper's weight-only kernels read codes of 4 and 8 bits.
+"""The order in which Hopper's kernels read codes of 4 bits, and those of 8 in which x has 16.
 
 A wgmma takes from lane t of 4 the inputs 2t and 2t + 1 of every 8, and a lane reads a word of a row
 at once: 8 codes of 4 bits, or 4 of 8. Nothing moves between lanes if that word is of its inputs:
 
   integers of 4 bits  word t of 32 codes: in half e, from its lowest bits on, those at 2t + e of
                       each 8. So one mask takes a pair of inputs, in the halves of a register
-  codes of a table    word t of 32 codes: in each byte a pair, which is looked up by it
+  codes of a table    word t of 32 codes: in each byte a pair, which is looked up by it; where they
+                      become bytes, with their signs apart
   8 bits              word t of 16 codes: a pair of the first 8 and one of the others; the words are
                       those of lanes 0, 2, 1 and 3, as the layout of bytes has them
 """

@@ -395,6 +395,11 @@ def test_explain_names_the_kernel_and_why_there_is_none():
     (use,) = qjax.explain(f, implementation="xla")(x, qjax.prepare(qt, "h100"))
     assert use.implementation.startswith("xla")
     back = lambda x, w: x @ w.T
+    apart = qjax.prepare(_quantized_weight("fp4 x fp8"), "h100")
+    (use,) = qjax.explain(f)(x, apart)
+    assert "in front of it" not in use.implementation
+    (use,) = qjax.explain(back)(jnp.ones((3, 128)), apart)
+    assert "scales decoded in front of it, codes put in another order" in use.implementation
     (use,) = qjax.explain(back)(jnp.ones((3, 128)), qjax.prepare(qt, "h100"))
     assert use.implementation.startswith("mosaic on CUDA")
     (use,) = qjax.explain(back)(jnp.ones((3, 128)), qjax.prepare(_weight("nvfp4"), "h100"))
