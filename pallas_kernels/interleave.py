@@ -1,4 +1,4 @@
-"""The order in which Hopper's kernels read codes of 4 bits, and those of 8 in which x has 16.
+"""The order in which Hopper's kernels read codes of 4 bits, and the weight-only ones those of 8.
 
 A wgmma takes from lane t of 4 the inputs 2t and 2t + 1 of every 8, and a lane reads a word of a row
 at once: 8 codes of 4 bits, or 4 of 8. Nothing moves between lanes if that word is of its inputs:
