@@ -386,20 +386,6 @@ def holds_sign(scale: str | Format) -> bool:
     return scale != "e8m0"
 
 
-def is_by_column(fmt: Format) -> bool:
-    """Whether columns of a weight of this format know nothing of each other, nor their scales."""
-    nested = [f for f in (fmt.scale, fmt.offset) if isinstance(f, Format)]
-    return fmt.group_columns == 1 and not fmt.flatten and all(map(is_by_column, nested))
-
-
-def is_stepped(fmt: str | Format | None) -> bool:
-    """Whether scales are levels under plain scales, each of a column of its own: k-quants."""
-    if not isinstance(fmt, Format):
-        return False
-    plain = isinstance(fmt.scale, str) and not fmt.zero_point and fmt.offset is None
-    return plain and is_by_column(fmt)
-
-
 def power_of_two_below(value: float) -> float:
     """Returns the largest power of two not above `value`: the exponent an e8m0 scale divides by."""
     return 2.0 ** math.floor(math.log2(value))

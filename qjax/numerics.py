@@ -155,17 +155,6 @@ def get_element(name: str) -> Element:
         ) from None
 
 
-def positive_levels(name: str) -> Float[np.ndarray, " n"]:
-    """Returns the values of an element type that are above 0, ascending."""
-    element = get_element(name)
-    if element.kind == "int":
-        return np.arange(max(1, element.qmin), element.qmax + 1, dtype=np.float32)
-    levels = np.asarray(element._sorted, np.float32)
-    if not element._sorted:
-        levels = np.arange(256, dtype=np.uint8).view(jnp.dtype(element.dtype)).astype(np.float32)
-    return np.sort(levels[(levels > 0) & np.isfinite(levels)])
-
-
 def encode(x: Float[Array, "*shape"], element: Element) -> Array:
     """Rounds `x`, already divided by its scale, to the nearest element; returns its code.
 

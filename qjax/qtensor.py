@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from qjax import kquants, nested_scales, numerics, packing, scales
+from qjax import kquants, numerics, packing, scales
 from qjax.format import Format
 from qjax.layout import DEFAULT, Layout, flattened
 
@@ -217,20 +217,12 @@ def is_qtensor(x: Any) -> bool:
 # ---- one canonical array ------------------------------------------------------------------------
 
 
-def store_scales(
-    values: Float[Array, "*b G C"], fmt: str | Format, step: Float[Array, "*b g C"] | None = None
-) -> Any:
+def store_scales(values: Float[Array, "*b G C"], fmt: str | Format) -> Any:
     """Stores scales in a plain type, or as a QTensor of their own.
 
     As integers of a scale those that would round to 0 are the least that is not: a group of small
     weights beside large ones keeps its levels, where 0 would take all of them.
-
-    Args:
-      step: the scales of their own, where these are chosen already (`nested_scales.search`).
     """
-    if step is not None:
-        assert isinstance(fmt, Format)
-        return quantize_array(values, fmt, scale=step)
     stored = store_offsets(values, fmt)
     if not isinstance(fmt, Format) or fmt.zero_point or fmt.offset is not None:
         return stored
@@ -321,15 +313,13 @@ def quantize_array(
             None if fmt.offset is None else _as_stored(found.offset, fmt.offset), fmt, layout,
             dtype, pad, pre_scale, act_scale,
         )  # fmt: skip
-    minimum = step = None
+    minimum = None
     scale = _fitting("scale", scale, (*lead, *fmt.groups(K, N)))
     if scale is None:
         scale, minimum = scales.choose(w, fmt, importance)
-        if nested_scales.are_searched(fmt):
-            scale, step = nested_scales.search(w, scale, fmt, importance)
     elif fmt.zero_point or fmt.offset is not None:
         raise ValueError(f"a given `scale` needs a format without zero point or offset, got {fmt}.")
-    scale_stored = store_scales(scale, fmt.scale, step)
+    scale_stored = store_scales(scale, fmt.scale)
     scale = restore_scales(scale_stored, fmt.scale)
     zero_stored = zero = None
     if fmt.zero_point and minimum is not None:

@@ -134,8 +134,8 @@ def _whole_range(scale: Array, fmt: Format) -> Array:
     return numerics.power_of_two_above(scale) if fmt.scale == "e8m0" else scale
 
 
-def row_weights(w: Array, fmt: Format, importance: Array | None) -> Array:
-    """Returns weights of rows, broadcastable to groups [*b, G, g, C, c], zero on padding."""
+def _importance(w: Array, fmt: Format, importance: Array | None) -> Array:
+    """Row weights, broadcastable to groups [*b, G, g, C, c], zero on padding."""
     K, N = w.shape[-2:]
     G, C = fmt.groups(K, N)
     g, c = fmt.group_size or K, fmt.group_columns or N
@@ -159,7 +159,7 @@ def stored(scale: Array, fmt: str | Format) -> Array:
 
 
 def _search_scale(w, fmt, element, absmax, start, importance):
-    v, h = split(w, fmt), row_weights(w, fmt, importance)
+    v, h = split(w, fmt), _importance(w, fmt, importance)
 
     def wide(x):
         return x[..., :, None, :, None]
@@ -199,7 +199,7 @@ def _search_scale(w, fmt, element, absmax, start, importance):
 
 
 def _search_range(w, fmt, element, low, high, start, importance):
-    v, h = split(w, fmt), row_weights(w, fmt, importance)
+    v, h = split(w, fmt), _importance(w, fmt, importance)
     steps = element.qmax - element.qmin
 
     def wide(x):

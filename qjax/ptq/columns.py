@@ -13,9 +13,10 @@ from jax import shard_map
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from qjax.format import Format, is_by_column
+from qjax.format import Format
 from qjax.layout import Layout
 from qjax.ptq import gptq
+from qjax.ptq.grid import is_by_column
 from qjax.qtensor import QTensor
 from qjax.sharding import shardings_of
 

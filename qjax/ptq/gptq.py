@@ -30,7 +30,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from qjax import numerics, packing, qtensor, scales
-from qjax.format import Format, is_by_column, is_stepped
+from qjax.format import Format
 from qjax.layout import Layout
 from qjax.ptq import descent, tiles
 from qjax.ptq.grid import (
@@ -39,6 +39,8 @@ from qjax.ptq.grid import (
     codes_of,
     first_grid,
     in_floats,
+    is_by_column,
+    is_stepped,
     nearest,
     probe_format,
     select,
@@ -255,7 +257,7 @@ def _solve(
         free = grid._replace(step=None, zero_step=None)
         refit_D, refit_grid, gain = refit(W, D, Hd, free, floats)
         if again:
-            refit_stored, refit_grid = store(refit_grid, fmt, W, diagonal)
+            refit_stored, refit_grid = store(refit_grid, fmt)
             refit_grid = with_steps(refit_grid, refit_stored, fmt)
             refit_D, refit_J, _ = gptq(refit_grid)
             old = (D, J, stored, grid)
@@ -277,7 +279,7 @@ def _solve(
     start = (0, D, grid, J, jnp.asarray(jnp.inf, W.dtype))
     sweeps, D, grid, J, _ = lax.while_loop(unfinished, descend, start)
     if not again:
-        stored, grid = store(grid, fmt, W, diagonal)
+        stored, grid = store(grid, fmt)
     elif stepped:
         stored = stored_again(stored, grid, fmt)
 

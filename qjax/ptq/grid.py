@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from qjax import nested_scales, numerics, qtensor, scales
-from qjax.format import Format, holds_sign, is_stepped
+from qjax import numerics, qtensor, scales
+from qjax.format import Format, holds_sign
 from qjax.ptq import tiles
 
 
@@ -24,8 +24,8 @@ class Grid(NamedTuple):
 
     Attributes:
       scale, zero: what a group's codes are multiplied by, and what is subtracted or added.
-      step, zero_step: of scales and offsets that are levels under a scale of their own, that scale:
-        a refit moves them by whole levels.
+      step, zero_step: of scales and offsets that are integers under a scale of their own, that
+        scale: a refit moves them by whole steps.
     """
 
     scale: Array
@@ -71,18 +71,8 @@ def codes_of(Q: Array, grid: Grid, fmt: Format, element: numerics.Element) -> Ar
     return numerics.encode(jnp.round(scales.safe_divide(Q, scale)) + zero, element)
 
 
-def store(
-    grid: Grid, fmt: Format, W: Float[Array, "K N"], importance: Float[Array, " K"]
-) -> tuple[Stored, Grid]:
-    """Stores a grid [G, N] for a weight; returns the leaves, and the grid that they read back as.
-
-    Args:
-      importance: of the rows, by which scales of scales are chosen.
-    """
-    if nested_scales.are_searched(fmt):
-        scale, step = nested_scales.search(W, grid.scale, fmt, importance)
-        stored = qtensor.store_scales(scale, fmt.scale, step)
-        return Stored(stored, None), Grid(qtensor.restore_scales(stored, fmt.scale), None)
+def store(grid: Grid, fmt: Format) -> tuple[Stored, Grid]:
+    """Stores a grid [G, N]; returns the leaves, and the grid that they read back as."""
     N = grid.scale.shape[1]
     columns = fmt.group_columns or N
     stored, read = store_shared(jax.tree.map(lambda a: a[:, ::columns], grid), fmt)
@@ -103,8 +93,16 @@ def store_shared(grid: Grid, fmt: Format) -> tuple[Stored, Grid]:
     return Stored(scale, codes), read._replace(zero=grid.zero)
 
 
+def is_stepped(fmt: str | Format | None) -> bool:
+    """Whether scales are integers under plain scales, each of a column of its own: k-quants."""
+    if not isinstance(fmt, Format):
+        return False
+    plain = isinstance(fmt.scale, str) and not fmt.zero_point and fmt.offset is None
+    return plain and is_by_column(fmt) and numerics.get_element(fmt.element).kind == "int"
+
+
 def with_steps(grid: Grid, stored: Stored, fmt: Format) -> Grid:
-    """Returns the grid with the scales that its scales are levels of, where they are."""
+    """Returns the grid with the scales that its scales are integers of, where they are."""
     G = grid.scale.shape[0]
 
     def step(part: Any, fmt: str | Format | None) -> Array | None:
@@ -129,7 +127,7 @@ def _as_kept(value: Array, fmt: str | Format, step: Array | None) -> Array:
 
 
 def stored_again(stored: Stored, grid: Grid, fmt: Format) -> Stored:
-    """Returns the leaves of a grid that refits moved by whole levels."""
+    """Returns the leaves of a grid that refits moved by whole steps."""
 
     def part(old: Any, value: Array | None, step: Array | None, fmt: str | Format | None) -> Any:
         if value is None or fmt is None:
@@ -148,6 +146,12 @@ def stored_again(stored: Stored, grid: Grid, fmt: Format) -> Stored:
 
 def _widen(a: Float[Array, "G C"], columns: int, N: int) -> Float[Array, "G N"]:
     return a if columns == 1 else jnp.repeat(a, columns, axis=1)[:, :N]
+
+
+def is_by_column(fmt: Format) -> bool:
+    """Whether columns of a weight of this format know nothing of each other, nor their scales."""
+    nested = [f for f in (fmt.scale, fmt.offset) if isinstance(f, Format)]
+    return fmt.group_columns == 1 and not fmt.flatten and all(map(is_by_column, nested))
 
 
 def in_floats(fmt: Format) -> Format:
@@ -173,7 +177,7 @@ def first_grid(
 ) -> tuple[Stored, Grid]:
     """Returns the grid of the format's own rule."""
     if fmt.rule == "mse" and fmt.group_columns == 1:
-        return store(_search(W, fmt, importance), fmt, W, importance)
+        return store(_search(W, fmt, importance), fmt)
     qt = qtensor.quantize_array(W, fmt, importance=importance)
     scale, zero = qtensor.read_scales(qt)
     N = W.shape[1]

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from qjax.format import Format, is_by_column
+from qjax.format import Format
 from qjax.layout import Layout
 from qjax.ptq import awq, columns, gptq, hqq, tiles
-from qjax.ptq.grid import probe_format
+from qjax.ptq.grid import is_by_column, probe_format
 from qjax.ptq.moments import Moments
 from qjax.qtensor import QTensor, dequantize_canonical, quantize_array
 from qjax.scale_range import check_range

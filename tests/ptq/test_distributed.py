@@ -14,9 +14,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import qjax
-from qjax.format import is_by_column
 from qjax.layout import Layout
-from qjax.ptq import columns, gptq, solve
+from qjax.ptq import columns, gptq, grid, solve
 from qjax.ptq.moments import Moments
 
 D, TOKENS = 32, 8
@@ -158,8 +157,8 @@ def test_nothing_of_a_weight_is_sent():
 
 def test_columns_that_share_a_scale_are_not_taken_apart():
     fmt = qjax.Format("e4m3", group_size=16, group_columns=16)
-    assert is_by_column(FORMAT)
-    assert not is_by_column(fmt)
+    assert grid.is_by_column(FORMAT)
+    assert not grid.is_by_column(fmt)
 
 
 class Stopped(Exception):

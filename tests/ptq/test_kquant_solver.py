@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax.format import is_by_column
 from qjax.interop.gguf import BY_NAME, from_qtensor
 from qjax.kquants import FORMATS
 from qjax.layout import Layout
 from qjax.ptq import gptq
+from qjax.ptq.grid import is_by_column
 from qjax.qtensor import dequantize_array, quantize_array
 from qjax.recipe import Recipe
 
