@@ -147,7 +147,7 @@ class Prepared(QTensor):
         text = self._made_of_scales(is_read, has_blocks)
         if fmt.scale == "e8m0" and decoded == "stored":
             text += ", for float16 scales decoded in front of it"
-        if has_signs_apart(fmt) and (transposed or fmt.activation is None):
+        if has_signs_apart(fmt) and (fmt.activation is None or not is_alone):
             text += ", codes put in another order in front of it"
         is_due = fmt.offset is not None
         return text + (", offsets by a product of their own" if is_due else "")

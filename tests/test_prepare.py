@@ -422,6 +422,10 @@ def test_explain_names_what_is_done_beside_the_kernel_on_every_call():
     names = ("int4", "channels", "nf4-dq", "nvfp4", "ternary", "unsigned")
     for name in (*names, "zero point", "uint3", "uint8", "int8, zero point"):
         assert how(FORMATS[name]) == read
+    apart = "codes put in another order in front of it"
+    assert apart not in how(QUANTIZED["fp4 x fp8"])
+    assert apart in how(QUANTIZED["fp4 x fp8"], (2, 256, 128))
+    assert apart in how(QUANTIZED["fp4 x fp8"].weight_only)
     flat = qjax.Format("uint8", group_size=256, flatten=True)
     assert "scales decoded in front of it" in how(qjax.Format("nf4", 64, scale=flat))
     assert "scales decoded in front of it" in how(FORMATS["nf4-dq"], (2, 256, 128))

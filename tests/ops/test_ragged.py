@@ -94,7 +94,10 @@ ROUNDED = {
     "w4a8 multiples": qjax.Format(
         "int4", group_size=128, scale=qjax.Format("int8_max15"), activation="int8"
     ),
-    "w4a8-fp8": qjax.Format("int4", group_size=128, scale="bfloat16", activation="e4m3"),
+    "int4 x fp8": qjax.Format("int4", group_size=128, scale="bfloat16", activation="e4m3"),
+    "fp4 x fp8": qjax.Format(
+        "e2m1", group_size=64, scale=qjax.Format("e4m3_for_e2m1"), activation="e4m3"
+    ),
 }
 
 
@@ -108,7 +111,7 @@ def test_rounded_activations_are_codes_to_the_kernel(name):
     _close(_by_the_kernel(lambda: _product(x, prepared, sizes)), wanted, 2e-6)
 
 
-@pytest.mark.parametrize("name", ["w8a8", "w8a8, one step", "w4a8-fp8"])
+@pytest.mark.parametrize("name", ["w8a8", "w8a8, one step", "int4 x fp8", "fp4 x fp8"])
 def test_a_batch_of_products_of_rounded_activations_is_one_kernel(name):
     w = jax.random.normal(jax.random.key(0), (2, 256, 128))
     qt, x = quantize_array(w, ROUNDED[name]), _rows(2, 3, 256)
