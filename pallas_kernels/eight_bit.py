@@ -82,7 +82,7 @@ def matmul(
     Args:
       x: [M, K] int8, float8_e4m3fn or float8_e5m2.
       w: [N, K] int8, int4 in the order of `interleave`, or one of the FP8 types. As int4 also codes
-        of e2m1, if multiples are e4m3: in the order of a table's, with their signs apart.
+        of e2m1, if multiples are e4m3: `interleave.signs_apart`.
       x_scale: float32 [M, G], with G = 1 or G = K / 128, or [M, 1]. A scale of the whole tensor is
         repeated.
       w_scale: float32, bfloat16 or float16 [G, N], or [G, N / 128] of blocks of 128 x 128.
@@ -125,8 +125,8 @@ def matmul(
         x = interleave.for_int8(x)
         if not has_multiples:  # decoded as 16 times what they are
             x_scale = x_scale.astype(jnp.float32) / 16
-    elif is_packed:
-        x = (interleave.for_table if has_multiples else interleave.for_e4m3)(x)
+    elif is_packed and not has_multiples:
+        x = interleave.for_e4m3(x)
     filled = jnp.pad(x_scale.astype(jnp.float32), ((0, -M % tile_m), (0, 0)))
     rows_of_x = filled.T  # [G, M], of whole tiles
     of_tokens = x_scale.shape[1] == 1

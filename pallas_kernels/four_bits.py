@@ -117,12 +117,11 @@ def load_bytes(ref: Any, dtype: Any, multiples: Sequence[Array] = ()) -> Array:
 
     In the layout of wgmma for bytes. Integers as int8 are in the order of inputs of
     `interleave.for_int8`, and 16 times as large unless there are multiples; as e4m3, which has them
-    all, in that of `interleave.for_e4m3`. Codes of e2m1 times multiples are e4m3 in the order of
-    `interleave.for_table`.
+    all, in that of `interleave.for_e4m3`. Codes of e2m1 times multiples are e4m3, as they were.
 
     Args:
       ref: int4 [R, C], interleaved: integers; or if values are e4m3 and there are multiples, codes
-        of a table, e2m1, with their signs apart.
+        of e2m1, `signs_apart`.
       dtype: of the values: int8 or float8_e4m3fn.
       multiples: what they are multiplied by, `zero_points.load` of -15 .. 16, or of the bits of
         e4m3 as in `e2m1`, for each of the groups that lie side by side in C.
@@ -160,7 +159,6 @@ def load_bytes(ref: Any, dtype: Any, multiples: Sequence[Array] = ()) -> Array:
         if multiples and not is_int:
             bytes = signs_together(bytes_of_int4(q))
             codes = jnp.stack([bytes & 15, bytes >> 4], axis=-1)
-            codes = codes.reshape(q.shape[0], -1, 4, 2, 4).swapaxes(2, 3)  # word, half of it, code
             return e2m1.reference(codes.reshape(q.shape), wide)
         q = q.astype(jnp.int8) * (wide if is_int else jnp.int8(1))
         words = q.reshape(q.shape[0], -1, 4, 4, 2)  # word, byte, half

@@ -5,8 +5,8 @@ at once: 8 codes of 4 bits, or 4 of 8. Nothing moves between lanes if that word 
 
   integers of 4 bits  word t of 32 codes: in half e, from its lowest bits on, those at 2t + e of
                       each 8. So one mask takes a pair of inputs, in the halves of a register
-  codes of a table    word t of 32 codes: in each byte a pair, which is looked up by it; where they
-                      become bytes, with their signs apart
+  codes of a table    word t of 32 codes: in each byte a pair, which is looked up by it; or where
+                      they are made bytes, those at 4t to 4t + 3 of each 16, with their signs apart
   8 bits              word t of 16 codes: a pair of the first 8 and one of the others; the words are
                       those of lanes 0, 2, 1 and 3, as the layout of bytes has them
 """
@@ -50,21 +50,23 @@ _SIGNS = (4, 0, 5, 1, 6, 2, 7, 3)
 
 
 def signs_apart(codes: Array) -> Array:
-    """Returns bytes of two codes of a table, `interleaved`, with the signs of each 8 in places.
+    """Returns bytes of two codes of a table in the order in which they are made bytes.
 
-    The sign is the highest bit of a code. As bytes of 8 bits have it, no instruction moves it.
+    Inputs need no other order. The highest bit of a code is its sign, which no instruction moves.
 
     Example:
-      >>> codes = jnp.array([0x01, 0x23, 0x45, 0x8F], jnp.uint8)  # 1 0 3 2 5 4 F 8
-      >>> [hex(b) for b in signs_apart(codes).tolist()]
-      ['0x1', '0x23', '0x4d', '0xf']
+      >>> codes = jnp.array([0x98, *15 * [0]], jnp.uint8)  # two with their fourth bits set
+      >>> [hex(b) for b in signs_apart(codes).tolist()[:4]]
+      ['0x90', '0x80', '0x0', '0x0']
     """
-    return _with_signs(codes, _SIGNS)
+    words = _nibbles(codes, 2, 4, 4).swapaxes(-2, -3)  # input // 16, word, input % 4
+    return _with_signs(_packed(words), _SIGNS)
 
 
 def signs_together(codes: Array) -> Array:
     """Returns bytes of two codes, the inverse of `signs_apart`."""
-    return _with_signs(codes, tuple(_SIGNS.index(i) for i in range(8)))
+    words = _with_signs(codes, tuple(_SIGNS.index(i) for i in range(8)))
+    return _packed(_nibbles(words, 4, 2, 4).swapaxes(-2, -3))
 
 
 def _with_signs(bytes: Array, of: tuple[int, ...]) -> Array:
@@ -129,19 +131,6 @@ def for_e4m3(x: Array) -> Array:
     return jnp.moveaxis(blocks, (-1, -2, -3), (-3, -2, -1)).reshape(x.shape)
 
 
-def for_table(x: Array) -> Array:
-    """Returns inputs [.., K] in the order in which codes of a table meet them as bytes.
-
-    As above, but a word's bytes are pairs of inputs.
-
-    Example:
-      >>> for_table(jnp.arange(16)).tolist()
-      [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
-    """
-    *lead, K = x.shape
-    return x.reshape(*lead, K // 16, 2, 4, 2).swapaxes(-2, -3).reshape(x.shape)
-
-
 def bytes_of_int4(w: Array) -> Array:
     """Returns int4 [.., K] as bytes of two, uint8 [.., K / 2]."""
     codes = lax.bitcast_convert_type(w.astype(jnp.int8), jnp.uint8) & jnp.uint8(15)
@@ -152,12 +141,10 @@ def of_int4(w: Array, *, looked_up: bool = False, apart: bool = False) -> Array:
     """Returns int4 weights [N, K] as kernels take integers, or codes of a table.
 
     Args:
-      looked_up: whether they are codes of a table.
-      apart: whether their signs then are, too.
+      looked_up: whether they are codes of a table, each pair of which is looked up.
+      apart: whether they are such codes that are made bytes.
     """
-    ordered = interleaved if looked_up else interleaved_nibbles
-    if apart:
-        ordered = lambda bytes: signs_apart(interleaved(bytes))
+    ordered = signs_apart if apart else interleaved if looked_up else interleaved_nibbles
     return lax.bitcast_convert_type(ordered(bytes_of_int4(w)), jnp.int4).reshape(w.shape)
 
 
@@ -169,10 +156,12 @@ def place(code: Array, *, looked_up: bool) -> tuple[Array, Array]:
     return block + 4 * t + 2 * e + of_8 // 2, of_8 % 2 * 4
 
 
-def place_of_sign(byte: Array, bit: Array) -> tuple[Array, Array]:
-    """Returns in which byte and bit the sign is of a code with that `place`, if signs are apart."""
-    slot = jnp.array([_SIGNS.index(i) for i in range(8)])[byte % 4 * 2 + bit // 4]
-    return byte // 4 * 4 + slot // 2, slot % 2 * 4 + 3
+def places_apart(code: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    """Returns byte and first bit of the given codes of a row, `signs_apart`, and of their signs."""
+    first = code // 32 * 16 + code % 16 // 4 * 4  # byte of the word
+    own = code % 32 // 16 * 4 + code % 4
+    sign = jnp.array([_SIGNS.index(i) for i in range(8)])[own]
+    return (first + own // 2, own % 2 * 4), (first + sign // 2, sign % 2 * 4 + 3)
 
 
 def place_in_pairs(code: Array) -> Array:

@@ -47,7 +47,7 @@ class Prepared(QTensor):
         range, in two's complement, or the code of a table; two of 4 bits in a byte, the first in
         the lower half. Or e4m3. All are in the order of `pallas_kernels.interleave` and uint8, but
         codes of 8 bits that meet quantized activations: as they are, int8 or e4m3. The signs of
-        e2m1 that do lie apart. Codes of 2 and 3 bits as stored, in the order of
+        e2m1 that do are apart. Codes of 2 and 3 bits as stored, in the order of
         `pallas_kernels.planes`. N' and K' are N and K up to
         multiples of 128, and K' of the group size; the codes that were added are 0.
       zero: None; integer zero points minus the least of their type, a byte each, uint8 [*lead, G,
@@ -180,16 +180,14 @@ class Prepared(QTensor):
         if bits == 8:
             at = rows if data.dtype != jnp.uint8 else interleave.place_in_pairs(rows)
             return _flipped(_retyped(data[:, at].T, self.element), self.format.element)
-        at, shift = interleave.place(rows, looked_up=self.element.kind == "table")
-        own = lambda at, bit: (
+        bits_at = lambda at, bit: (
             _flipped(data[:, at].T, self.format.element) >> bit.astype(jnp.uint8)[:, None]
         )
-        codes = own(at, shift)
-        if not has_signs_apart(self.format):
-            return codes & jnp.uint8(15)
-        return (
-            codes & jnp.uint8(7) | (own(*interleave.place_of_sign(at, shift)) & jnp.uint8(1)) << 3
-        )
+        if has_signs_apart(self.format):
+            code, sign = interleave.places_apart(rows)
+            return bits_at(*code) & jnp.uint8(7) | (bits_at(*sign) & jnp.uint8(1)) << 3
+        place = interleave.place(rows, looked_up=self.element.kind == "table")
+        return bits_at(*place) & jnp.uint8(15)
 
 
 def reason_against(qt: QTensor) -> str | None:
@@ -361,8 +359,8 @@ def _prepared(qt: QTensor) -> Prepared:
         data = planes.packed(data, bits)
     elif bits == 4:
         is_table = qt.element.kind == "table"
-        data = (interleave.interleaved if is_table else interleave.interleaved_nibbles)(data)
-        data = interleave.signs_apart(data) if has_signs_apart(qt.format) else data
+        ordered = interleave.interleaved if is_table else interleave.interleaved_nibbles
+        data = (interleave.signs_apart if has_signs_apart(qt.format) else ordered)(data)
     elif qt.format.activation is None:
         data = interleave.interleaved_pairs(lax.bitcast_convert_type(data, jnp.uint8))
     return Prepared(**fields_of(qt, data=data, zero=zeros_in_bytes(qt)), extra=extra)
@@ -420,8 +418,8 @@ def canonical_codes(data: Array, fmt: Format, extra: tuple[int, int]) -> Array:
         return packing.pack(codes, bits)
     if bits == 4:
         is_table = known.kind == "table"
-        data = together(data, fmt)
-        data = (interleave.interleaved if is_table else interleave.natural_nibbles)(data)
+        natural = interleave.interleaved if is_table else interleave.natural_nibbles
+        data = (interleave.signs_together if has_signs_apart(fmt) else natural)(data)
     elif data.dtype == jnp.uint8:
         data = _retyped(interleave.interleaved_pairs(data), known)
     K = columns * 8 // bits - extra[0]
@@ -437,9 +435,11 @@ def has_signs_apart(fmt: Format) -> bool:
     return fmt.element == "e2m1" and _element_of_scales(fmt) == "e4m3_for_e2m1"
 
 
-def together(data: Array, fmt: Format) -> Array:
-    """Returns codes of 4 bits of a prepared weight, in the order of all others."""
-    return interleave.signs_together(data) if has_signs_apart(fmt) else data
+def looked_up(data: Array, fmt: Format) -> Array:
+    """Returns codes of a prepared weight in the order that the weight-only kernels take."""
+    if not has_signs_apart(fmt):
+        return data
+    return interleave.interleaved(interleave.signs_together(data))
 
 
 def kernel_codes(data: Array, element: str) -> Array:

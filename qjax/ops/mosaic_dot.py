@@ -19,7 +19,7 @@ from pallas_kernels.tuning import TILE_K, TILE_N
 from qjax import numerics
 from qjax.format import Format
 from qjax.ops import blocked
-from qjax.prepare import are_multiples, kernel_codes, read_zeros, short_scale, together, zero_of
+from qjax.prepare import are_multiples, kernel_codes, looked_up, read_zeros, short_scale, zero_of
 
 KERNEL_ACTIVATIONS = ("bfloat16", "float16")  # types of x that the weight-only kernels take
 
@@ -184,7 +184,7 @@ def _weight(
     codes: dict[str, Any] = {
         "codebook": levels, "zero": zero_of(format.element), "natural": data.dtype != jnp.uint8,
     }  # fmt: skip
-    data = kernel_codes(together(data, format), format.element)
+    data = kernel_codes(looked_up(data, format), format.element)
     G, N = scale.shape[-2], N_ - extra[1]
     g = K_ if G == 1 else format.group_size
     assert g is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -9,11 +10,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import e2m1
 from pallas_kernels.interleave import (
-    for_table,
-    interleaved,
+    _SIGNS,
+    _with_signs,
     of_int4,
-    place,
-    place_of_sign,
+    places_apart,
     signs_apart,
     signs_together,
 )
@@ -38,7 +38,8 @@ def made(words, scales):
 def test_every_code_in_every_place_times_every_scale_is_exact():
     codes = np.random.default_rng(0).permuted(np.tile(np.arange(16), (8, 16)), axis=1).T
     bytes = jnp.asarray(codes[:, ::2] | codes[:, 1::2] << 4, jnp.uint8)
-    words = np.ascontiguousarray(signs_apart(bytes)).view(np.uint32)[:, 0]
+    bytes = _with_signs(bytes, _SIGNS)
+    words = np.ascontiguousarray(bytes).view(np.uint32)[:, 0]
     products = made(words + 0 * SCALES.view(np.uint8)[:, None], SCALES[:, None])
     wanted = LEVELS[codes] * SCALES.astype(np.float64)[:, None, None]
     np.testing.assert_array_equal(products.reshape(wanted.shape), wanted)
@@ -56,13 +57,12 @@ def test_the_levels_are_those_of_the_element():
 def test_every_lane_makes_the_bytes_that_its_wgmma_takes():
     R, C = 64, 128
     codes = np.random.default_rng(0).integers(0, 16, (R, C))
-    stored = of_int4(jnp.asarray(codes, jnp.uint4).astype(jnp.int4), looked_up=True, apart=True)
+    stored = of_int4(jnp.asarray(codes, jnp.uint4).astype(jnp.int4), apart=True)
     stored = np.asarray(stored).astype(np.uint32) & 15
     read = of_threads(stored, plgpu.Layout.WGMMA_UPCAST_4X.to_mgpu())
     read = read.reshape(4, 32, C // 32, 2, 8)  # block, row, code
     words = np.sum(read << (4 * np.arange(8, dtype=np.uint32)), axis=-1, dtype=np.uint32)
-    wanted = np.asarray(for_table(jnp.asarray(LEVELS[codes])))
-    taken = of_threads(wanted, plgpu.Layout.WGMMA_8BIT.to_mgpu())
+    taken = of_threads(LEVELS[codes], plgpu.Layout.WGMMA_8BIT.to_mgpu())
     one = np.array(1, ml_dtypes.float8_e4m3fn)
     halves = made(words, one).swapaxes(3, 4)  # thread, block, half, row, byte
     np.testing.assert_array_equal(halves.reshape(taken.shape), taken)
@@ -70,10 +70,9 @@ def test_every_lane_makes_the_bytes_that_its_wgmma_takes():
 
 def test_signs_apart_have_an_inverse_and_places():
     codes = np.random.default_rng(0).integers(0, 16, (3, 64)).astype(np.uint8)
-    ordered = interleaved(jnp.asarray(codes[:, ::2] | codes[:, 1::2] << 4))
-    apart = np.asarray(signs_apart(ordered))
-    np.testing.assert_array_equal(signs_together(jnp.asarray(apart)), ordered)
-    byte, bit = place(jnp.arange(64), looked_up=True)
-    of_sign = [np.asarray(a) for a in place_of_sign(byte, bit)]
-    np.testing.assert_array_equal(apart[:, np.asarray(byte)] >> np.asarray(bit) & 7, codes & 7)
-    np.testing.assert_array_equal(apart[:, of_sign[0]] >> of_sign[1] & 1, codes >> 3)
+    bytes = jnp.asarray(codes[:, ::2] | codes[:, 1::2] << 4)
+    apart = np.asarray(signs_apart(bytes))
+    np.testing.assert_array_equal(signs_together(jnp.asarray(apart)), bytes)
+    (byte, bit), (of_sign, last) = jax.tree.map(np.asarray, places_apart(jnp.arange(64)))
+    np.testing.assert_array_equal(apart[:, byte] >> bit & 7, codes & 7)
+    np.testing.assert_array_equal(apart[:, of_sign] >> last & 1, codes >> 3)

@@ -108,7 +108,7 @@ class TestEightBit(Laws):
             arrays = arrays | {"w": of_int4(w)}
         elif w.dtype == jnp.float32:
             codes = encode(w, ELEMENTS["e2m1"]).astype(jnp.int4)
-            arrays = arrays | {"w": of_int4(codes, looked_up=True, apart=True)}
+            arrays = arrays | {"w": of_int4(codes, apart=True)}
         return eight_bit.matmul(**arrays, out_dtype=jnp.float32, tuning=tuning, interpret=interpret)
 
     def exact(self, arrays):
