@@ -46,9 +46,8 @@ class Prepared(QTensor):
       data: bytes [*lead, N', K' * b / 8], K contiguous: q minus the middle of an unsigned type's
         range, in two's complement, or the code of a table; two of 4 bits in a byte, the first in
         the lower half. Or e4m3. All are in the order of `pallas_kernels.interleave` and uint8, but
-        codes of 8 bits that meet quantized activations: as they are, int8 or e4m3. The signs of
-        e2m1 that do are apart. Codes of 2 and 3 bits as stored, in the order of
-        `pallas_kernels.planes`. N' and K' are N and K up to
+        codes of 8 bits that meet quantized activations: as they are, int8 or e4m3. Codes of 2 and 3
+        bits as stored, in the order of `pallas_kernels.planes`. N' and K' are N and K up to
         multiples of 128, and K' of the group size; the codes that were added are 0.
       zero: None; integer zero points minus the least of their type, a byte each, uint8 [*lead, G,
         C]; or the offsets.
@@ -210,11 +209,10 @@ def reason_against(qt: QTensor) -> str | None:
     if fmt.activation is not None:
         pair, are_multiples = (fmt.element, fmt.activation), _decoded_by_kernels(fmt) == "multiples"
         if pair not in _PRODUCTS and not are_multiples:
-            known = ", ".join(" x ".join(pair) for pair in _PRODUCTS)
-            with_scales = [f"{' x '.join(pair)} with {s} scales" for pair, s in _MULTIPLES.items()]
-            return f"{' codes x '.join(pair)} activations: kernels multiply {known}" + "".join(
-                f", {text}" for text in with_scales
-            )
+            known = [" x ".join(pair) for pair in _PRODUCTS]
+            known += [f"{' x '.join(pair)} with {s} scales" for pair, s in _MULTIPLES.items()]
+            known = ", ".join(known)
+            return f"{' codes x '.join(pair)} activations: kernels multiply {known}"
         if are_multiples:
             if G > 1 and g is not None and g not in (32, 64) and g % TILE_K:
                 return f"groups of {g}: kernels multiply 32, 64 and multiples of {TILE_K}"

@@ -41,6 +41,7 @@ FORMATS = [
     Format("uint4", 8, scale=Format("uint6", 4), offset=Format("uint6", 4, rule="absmax")),
     Format("int6", 16, scale=Format("int8", 2, scale="float16")),
     Format("int4", 32, scale=Format("int8_max15"), rule="mse"),
+    Format("e2m1", 32, scale=Format("e4m3_for_e2m1"), rule="mse"),
     Format("nf4", 32),
     Format("nf4", 16, scale=Format("uint8", 1, 4)),
     Format("fp4", 64, remainder="ragged", scale="bfloat16"),
