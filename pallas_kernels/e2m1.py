@@ -15,7 +15,8 @@ from jax import Array, lax
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
-LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by code; those of code + 8 are negative
+_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+LEVELS = (*_MAGNITUDES, *(-v for v in _MAGNITUDES))  # by code
 # PTX that makes of the bits s of a scale, $1, four bytes, $0: its products with the first levels,
 # and with the others. It is 1, 1.25 or 1.5 times a power of two from 2^-5 to 64: its fraction is 0,
 # 2 or 4 eighths. Twice as much is 8 more. One and a half times is 4 more, or with a fraction 5. So
@@ -66,6 +67,6 @@ def times(word: Any, *products: Any) -> tuple[Any, Any]:
 
 def reference(codes: Array, scales: Array) -> Array:
     """Returns e4m3 of codes, uint8 [R, C], times the bits of their scales, int8 [R, C]."""
-    levels = jnp.asarray(LEVELS + tuple(-v for v in LEVELS))[codes]
+    levels = jnp.asarray(LEVELS)[codes]
     scales = lax.bitcast_convert_type(scales, jnp.float8_e4m3fn)
     return (levels * scales.astype(jnp.float32)).astype(jnp.float8_e4m3fn)

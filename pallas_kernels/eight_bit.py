@@ -111,8 +111,8 @@ def matmul(
             f"multiples {multiples.shape} and w_scale {w_scale.shape} must be [G', N] and [1, N]."
         )
     has_multiples = multiples is not None
-    of_multiples = multiples.dtype if has_multiples else None
-    if reason := supports(w.dtype, x.dtype, K, N, group, multiples=of_multiples):
+    kind = None if multiples is None else multiples.dtype
+    if reason := supports(w.dtype, x.dtype, K, N, group, multiples=kind):
         raise ValueError(f"pallas_kernels.eight_bit: {reason}.")
     out_dtype = jnp.dtype(out_dtype)
     tuning = tuning or tunings.eight_bit(

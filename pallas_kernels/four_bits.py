@@ -154,13 +154,15 @@ def load_bytes(ref: Any, dtype: Any, multiples: Sequence[Array] = ()) -> Array:
         )
 
     def reference(q, *multiples):  # read by the interpreter
-        each = q.shape[1] // max(1, len(multiples))
-        wide = jnp.repeat(jnp.stack(multiples, axis=1), each, axis=1) if multiples else jnp.int8(16)
-        if multiples and not is_int:
-            bytes = signs_together(bytes_of_int4(q))
-            codes = jnp.stack([bytes & 15, bytes >> 4], axis=-1)
-            return e2m1.reference(codes.reshape(q.shape), wide)
-        q = q.astype(jnp.int8) * (wide if is_int else jnp.int8(1))
+        factors = jnp.int8(16 if is_int else 1)
+        if multiples:
+            each = q.shape[1] // len(multiples)
+            factors = jnp.repeat(jnp.stack(multiples, axis=1), each, axis=1)
+            if not is_int:
+                bytes = signs_together(bytes_of_int4(q))
+                codes = jnp.stack([bytes & 15, bytes >> 4], axis=-1)
+                return e2m1.reference(codes.reshape(q.shape), factors)
+        q = q.astype(jnp.int8) * factors
         words = q.reshape(q.shape[0], -1, 4, 4, 2)  # word, byte, half
         if is_int:
             return jnp.moveaxis(words, -1, 2).reshape(q.shape)

@@ -59,22 +59,20 @@ def signs_apart(codes: Array) -> Array:
       >>> [hex(b) for b in signs_apart(codes).tolist()[:4]]
       ['0x90', '0x80', '0x0', '0x0']
     """
-    words = _nibbles(codes, 2, 4, 4).swapaxes(-2, -3)  # input // 16, word, input % 4
-    return _with_signs(_packed(words), _SIGNS)
+    words = _nibbles(codes, 2, 4, 4).swapaxes(-2, -3)  # word, input // 16, input % 4
+    return _packed(_with_signs(words, _SIGNS))
 
 
 def signs_together(codes: Array) -> Array:
     """Returns bytes of two codes, the inverse of `signs_apart`."""
-    words = _with_signs(codes, tuple(_SIGNS.index(i) for i in range(8)))
-    return _packed(_nibbles(words, 4, 2, 4).swapaxes(-2, -3))
+    slots = tuple(_SIGNS.index(i) for i in range(8))
+    return _packed(_with_signs(_nibbles(codes, 4, 2, 4), slots).swapaxes(-2, -3))
 
 
-def _with_signs(bytes: Array, of: tuple[int, ...]) -> Array:
-    """Returns codes of which each has the sign of another one of its 8."""
-    *lead, n = bytes.shape
-    codes = jnp.stack([bytes & 15, bytes >> 4], axis=-1).reshape(*lead, n // 4, 8)
-    codes = codes & 7 | codes[..., jnp.array(of)] & 8
-    return (codes[..., ::2] | codes[..., 1::2] << 4).reshape(bytes.shape)
+def _with_signs(words: Array, of: tuple[int, ...]) -> Array:
+    """Returns codes [.., 2, 4], of which each has the sign of another one of its 8."""
+    codes = words.reshape(*words.shape[:-2], 8)
+    return (codes & 7 | codes[..., jnp.array(of)] & 8).reshape(words.shape)
 
 
 def _nibbles(bytes: Array, *shape: int) -> Array:

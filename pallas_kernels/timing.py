@@ -31,7 +31,7 @@ import numpy as np
 from jax import Array, lax
 from jax.experimental.mosaic.gpu import profiler
 
-from pallas_kernels import interleave, planes, reference
+from pallas_kernels import e2m1, interleave, planes, reference
 from pallas_kernels.bench import FORMS, SHAPES, Form, eight_bit_product
 from pallas_kernels.nested import Nested
 from pallas_kernels.tuning import BYTES_PER_US, TILE_N
@@ -121,8 +121,7 @@ def _kernels(form: Form, capability: int | None) -> list[Contender]:
 
 def _levels(form: Form) -> tuple[float, ...] | None:
     """Returns 16 values that bfloat16 has, as those of e2m1; what they are costs nothing."""
-    positive = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-    return (*positive, *(-v for v in positive)) if form.has_table else None
+    return e2m1.LEVELS if form.has_table else None
 
 
 def _packed(form: Form, w: Array, s: Any, *more: Array) -> tuple[Array, ...]:

@@ -207,13 +207,13 @@ def reason_against(qt: QTensor) -> str | None:
     if C not in (1, N) and fmt.group_columns != TILE_N:
         return f"{fmt.group_columns} columns share a scale: kernels take 1, {TILE_N} or all"
     if fmt.activation is not None:
-        pair, are_multiples = (fmt.element, fmt.activation), _decoded_by_kernels(fmt) == "multiples"
-        if pair not in _PRODUCTS and not are_multiples:
+        pair, is_multiplied = (fmt.element, fmt.activation), _decoded_by_kernels(fmt) == "multiples"
+        if pair not in _PRODUCTS and not is_multiplied:
             known = [" x ".join(pair) for pair in _PRODUCTS]
             known += [f"{' x '.join(pair)} with {s} scales" for pair, s in _MULTIPLES.items()]
             known = ", ".join(known)
             return f"{' codes x '.join(pair)} activations: kernels multiply {known}"
-        if are_multiples:
+        if is_multiplied:
             if G > 1 and g is not None and g not in (32, 64) and g % TILE_K:
                 return f"groups of {g}: kernels multiply 32, 64 and multiples of {TILE_K}"
         elif G > 1 and g != TILE_K:
@@ -485,7 +485,9 @@ def _decoded_by_kernels(fmt: Format) -> str | None:
     """
     if fmt.activation is not None:
         is_alone = fmt.activation_scale != "group" and fmt.outliers is None
-        return "multiples" if is_alone and _are_multiples(fmt) else None
+        known = _MULTIPLES.get((fmt.element, fmt.activation))
+        is_known = known is not None and _element_of_scales(fmt) == known
+        return "multiples" if is_alone and is_known else None
     if fmt.offset is not None:
         return None
     if fmt.scale in ("e8m0", "e4m3", Format("e4m3", group_columns=None)):
@@ -504,12 +506,6 @@ def are_multiples(scale: Any, fmt: Format) -> bool:
     """Returns whether scales that a product is given are those of `Prepared.multiples`."""
     is_of_columns = isinstance(fmt.scale, Format) and fmt.scale.group_columns == 1
     return is_of_columns and scale.dtype in (jnp.int8, jnp.float8_e4m3fn)
-
-
-def _are_multiples(fmt: Format) -> bool:
-    """Returns whether codes times their scales, but for those of columns, are as activations."""
-    known = _MULTIPLES.get((fmt.element, fmt.activation or ""))
-    return known is not None and _element_of_scales(fmt) == known
 
 
 def _element_of_scales(fmt: Format) -> str | None:
