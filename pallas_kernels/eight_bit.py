@@ -58,6 +58,19 @@ def supports(
     return None
 
 
+def ordered(x: Array, w_dtype: Any, *, multiples: Any = None) -> Array:
+    """Returns codes x [.., K] in the order in which `matmul` multiplies weights of a type by them.
+
+    Args:
+      multiples: their type; None: there are none.
+    """
+    if jnp.dtype(w_dtype) != jnp.int4:
+        return x
+    if x.dtype == jnp.int8:
+        return interleave.for_int8(x)
+    return x if multiples is not None else interleave.for_e4m3(x)
+
+
 def matmul(
     x: Array,
     w: Array,
@@ -80,7 +93,8 @@ def matmul(
     QServe, section 4.1), or an e2m1 times some e4m3.
 
     Args:
-      x: [M, K] int8, float8_e4m3fn or float8_e5m2.
+      x: [M, K] int8, float8_e4m3fn or float8_e5m2, in the order of `ordered`. With int4 the fusion
+        that rounds x may as well write it so.
       w: [N, K] int8, int4 in the order of `interleave`, or one of the FP8 types. As int4 also codes
         of e2m1, if multiples are e4m3: `interleave.signs_apart`.
       x_scale: float32 [M, G], with G = 1 or G = K / 128, or [M, 1]. A scale of the whole tensor is
@@ -121,26 +135,13 @@ def matmul(
     tile_m = tuning.tile_m
     total_dtype = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
     is_packed = w.dtype == jnp.int4
-    if is_packed and x.dtype == jnp.int8:
-        x = interleave.for_int8(x)
-        if not has_multiples:  # decoded as 16 times what they are
-            x_scale = x_scale.astype(jnp.float32) / 16
-    elif is_packed and not has_multiples:
-        x = interleave.for_e4m3(x)
-    filled = jnp.pad(x_scale.astype(jnp.float32), ((0, -M % tile_m), (0, 0)))
-    rows_of_x = filled.T  # [G, M], of whole tiles
+    if is_packed and x.dtype == jnp.int8 and not has_multiples:  # decoded as 16 times what it is
+        x_scale = x_scale.astype(jnp.float32) / 16
+    rows_of_x = hopper.in_whole_tiles(x_scale, tile_m)  # [G, M]
     of_tokens = x_scale.shape[1] == 1
     shape = (hopper.ROWS, tile_m)
     per_step = max(1, tuning.tile_k // group)
     columns_of_groups = [pl.ds(g * TILE_K, TILE_K) for g in range(per_step)]
-
-    def by_row(ref):
-        s = plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-        return lax.broadcast_in_dim(s.astype(jnp.float32), shape, (0,))
-
-    def by_column(ref, factor: Any = 1.0):
-        s = plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
-        return lax.broadcast_in_dim(s * factor, shape, (1,))
 
     def weight(w_smem, multiples=()):
         return four_bits.load_bytes(w_smem, x.dtype, multiples) if is_packed else w_smem
@@ -166,10 +167,16 @@ def matmul(
 
             def scale(g=g):
                 # One for the whole tile is a factor of a token's, and not of every sum.
-                s = sw_smem[g, 0].astype(jnp.float32) if in_blocks else by_row(sw_smem.at[g, rows])
+                if in_blocks:
+                    s = sw_smem[g, 0].astype(jnp.float32)
+                else:
+                    s = hopper.by_row(sw_smem.at[g, rows], shape)
                 for ref in sx_smem:
                     own = ref.at[g, pl.ds(0, tile_m)]
-                    s = by_column(own, s) if in_blocks else s * by_column(own)
+                    if in_blocks:
+                        s = hopper.by_column(own, shape, s)
+                    else:
+                        s *= hopper.by_column(own, shape)
                 return s
 
             s = None if is_late else scale()
@@ -205,9 +212,9 @@ def matmul(
         return d.astype(jnp.float32)
 
     def scaled(total, features, tokens, sx, *sw):
-        scale = by_column(sx.at[0, tokens])
+        scale = hopper.by_column(sx.at[0, tokens], shape)
         for ref in sw:
-            scale = by_row(ref.at[0, features]) * scale
+            scale = hopper.by_row(ref.at[0, features], shape) * scale
         return total.astype(jnp.float32) * scale
 
     operands = [Operand(w, "n", columns=TILE_K), Operand(x, "m", columns=TILE_K)]
@@ -250,6 +257,6 @@ def matmul(
         interpret=interpret,
     )
     if late and not in_epilogue:
-        y = y.astype(jnp.float32) * filled[:M]
+        y = y.astype(jnp.float32) * x_scale.astype(jnp.float32)
         y = y if has_groups else y * w_scale
     return y.astype(out_dtype)

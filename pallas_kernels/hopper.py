@@ -184,6 +184,23 @@ def from_zero(
     return pl.run_state(products)(start)
 
 
+def in_whole_tiles(steps: Array, tile_m: int) -> Array:
+    """Returns steps of tokens [M, G] in rows of tokens, [G, M'], which fill the last tile."""
+    return jnp.pad(steps.astype(jnp.float32), ((0, -steps.shape[0] % tile_m), (0, 0))).T
+
+
+def by_row(ref: Any, shape: tuple[int, int]) -> Array:
+    """Returns what each row of sums is multiplied by, in float32, in a kernel."""
+    s = plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+    return lax.broadcast_in_dim(s.astype(jnp.float32), shape, (0,))
+
+
+def by_column(ref: Any, shape: tuple[int, int], factor: Any = 1.0) -> Array:
+    """Returns what each column of sums is multiplied by, float32, in a kernel."""
+    s = plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+    return lax.broadcast_in_dim(s * factor, shape, (1,))
+
+
 def put(ref: Any, value: Array) -> None:
     """Stores registers, in whatever layout they are, without a care for banks or sectors."""
     if hasattr(plgpu, "store"):

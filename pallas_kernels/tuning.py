@@ -99,6 +99,7 @@ def weight_only(
     table_bytes: int = 0,
     scale_bits: int = 16,
     zero_points: bool = False,
+    exact: bool = False,
     experts: int | None = None,
 ) -> Tuning:
     """Returns the tuning of a weight-only product of M tokens with a [K, N] weight.
@@ -109,6 +110,8 @@ def weight_only(
       scale_bits: of a scale. One of 8 times a weight of 4 goes on the weight: exact in bfloat16 for
         e2m1, one more rounding for other levels. So do those of small groups and many tokens.
       zero_points: whether there is a byte beside every scale.
+      exact: whether products are integers: then scales of groups of 128 and more go on their sums
+        for many tokens, too.
       experts: as many products side by side, of M tokens each; None: there is one weight.
 
     Example:
@@ -124,6 +127,8 @@ def weight_only(
     # On the accumulator it takes tile_m / group_size instructions a weight, for which memory gives
     # time in proportion to its bits; and a wait for every group, which costs as if of 32 tokens.
     is_dear = 4 * max(t.tile_m, 32) >= bits * group_size
+    if exact and group_size >= t.tile_m == 128:
+        return dataclasses.replace(t, scale_on="accumulator")
     on_weight = group_size == 16 or (scale_bits == 8 and bits == 4) or is_dear
     return dataclasses.replace(t, scale_on="weight") if on_weight else t
 
@@ -164,6 +169,39 @@ def eight_bit(
     group = group_size if multiples else TILE_K if has_groups else None
     fitted = [_fitted(row, M, K, N, group, bits, 8, out_bits, 0) for row in rows]
     return min(fitted, key=lambda one: one[0])[1]
+
+
+def most_in_bytes(
+    w: str, x: str, group_size: int | None, *, multiples: bool = False, of_both: bool = False
+) -> float:
+    """Returns for how many tokens codes of activations are multiplied as the bytes that they are.
+
+    With more they are multiplied in 16 bits, for which the tensor core takes twice as long. Bytes
+    are for what is issued in half of its time for them, by `bench.py`: kernels above .45 were seen
+    to be bound by what they issue. So they are not for groups whose sums leave the tensor core if
+    these are converted, too (integers), or scaled twice, or weights are decoded beside them: .7 to
+    1.1 with 128 tokens. Up to 64 tokens are bound by memory either way.
+
+    Args:
+      w, x: of weights and activations, elements as in `qjax.Format`.
+      group_size: inputs with a scale, or a multiple; None: all of K.
+      multiples: whether scales are what weights are multiplied by as bytes.
+      of_both: whether groups have a step of each token and a scale of each feature.
+
+    Example:
+      >>> most_in_bytes("int4", "int8", 128), most_in_bytes("int4", "int8", 128, multiples=True)
+      (64, inf)
+      >>> most_in_bytes("nf4", "int8", 64)
+      0
+    """
+    if multiples:
+        has_groups = group_size in (None, 32, 64) or not group_size % TILE_K
+        return math.inf if has_groups else 0
+    is_known = (w, x) in (("int8", "int8"), ("int4", "int8"), ("int4", "e4m3"), ("e4m3", "e4m3"))
+    if not is_known or group_size not in (None, TILE_K):
+        return 0
+    stays = group_size is None or (w == "e4m3" and not of_both)
+    return math.inf if stays else 64
 
 
 def _for_shape(table: dict[float, Tuning], M: int, *args: Any, **kwargs: Any) -> Tuning:

@@ -121,6 +121,7 @@ def matmul(
     codebook: Sequence[float] | None = None,
     zero: int | Array | None = None,
     natural: bool = False,
+    x_scale: Array | None = None,
     experts: Array | None = None,
     out_dtype: Any = None,
     tuning: Tuning | None = None,
@@ -128,9 +129,10 @@ def matmul(
 ) -> Array:
     """Returns y[m, n] = sum_k x[m, k] * w[n, k] * scale[k // g, n], as `reference.weight_only`.
 
-    Sums are float32. With `scale_on="accumulator"` products are exact; with "weight" every weight
-    is first rounded to x's type once more. That is taken for scales of 8 bits with weights of 4; it
-    is exact for e2m1 in bfloat16. A scale of all inputs multiplies the sums, whatever is tuned.
+    Or that times x_scale[m], if x are codes. Sums are float32. With `scale_on="accumulator"`
+    products are exact; with "weight" every weight is first rounded to x's type once more. That is
+    taken for scales of 8 bits with weights of 4; it is exact for e2m1 in bfloat16. A scale of all
+    inputs multiplies the sums, whatever is tuned.
 
     Args:
       x: [M, K] bfloat16 or float16.
@@ -146,6 +148,8 @@ def matmul(
         as they are, and of codes of 2 and 3 bits 2 and 4.
       natural: whether int8 and float8_e4m3fn lie as `eight_bit.matmul` takes them, in no other
         order. Then x is put in order in front of the kernel.
+      x_scale: None; or float32 [M, 1], steps of tokens, of which x are codes of up to 8 bits, so
+        that their products with integers are exact.
       experts: None; or of each tile of `tuning.tile_m` tokens the expert that it is multiplied by,
         as `experts.Tiles` has them. Then w is [E, N, K] and scale [E, G, N].
       out_dtype: of y, bfloat16, float16 or float32; default: x's.
@@ -189,6 +193,7 @@ def matmul(
         table_bytes=0 if codebook is None else four_bits.TABLE_BYTES,
         scale_bits=8 * stored.itemsize,
         zero_points=zeros is not None,
+        exact=x_scale is not None and codebook is None and w.dtype != jnp.float8_e4m3fn,
     )  # fmt: skip
     group = min(K // G, tuning.tile_k)  # inputs of one step with one scale
     on_sums = G == 1 and nested is None and experts is None and stored.itemsize > 1
@@ -274,13 +279,16 @@ def matmul(
         plgpu.wgmma_wait(0)  # before the stage is released
         return total
 
-    def finish(total, features, tokens, *s):
-        del tokens
-        if not s:
-            return zero_points.in_ones(total, codes, x.dtype)
-        s = plgpu.load(s[0].at[0, features], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-        s = zero_points.in_ones(s.astype(jnp.float32), codes, x.dtype)
-        return total * lax.broadcast_in_dim(s, total.shape, (0,))
+    shape = (hopper.ROWS, tuning.tile_m)
+
+    def finish(total, features, tokens, *factors):
+        sx, *s = factors if x_scale is not None else (None, *factors)
+        if s:
+            of_rows = hopper.by_row(s[0].at[0, features], shape)
+            total *= zero_points.in_ones(of_rows, codes, x.dtype)
+        else:
+            total = zero_points.in_ones(total, codes, x.dtype)
+        return total if sx is None else total * hopper.by_column(sx.at[0, tokens], shape)
 
     tile_columns = group if on_accumulator else tuning.tile_k
     w_width = None if packed is None else tuning.tile_k * packed // 8
@@ -300,11 +308,12 @@ def matmul(
         )
     if zeros is not None:
         operands.append(Operand(zeros, "n", is_row=True, rows=per_step, steps_per_row=steps))
+    whole = [] if x_scale is None else [hopper.in_whole_tiles(x_scale, tuning.tile_m)]
     return hopper.product(
         operands,
         step_on_accumulator if on_accumulator else step_in_tensor_core,
         finish,
-        whole=(scale,) if on_sums else (),
+        whole=[*whole, scale] if on_sums else whole,
         table=None if codebook is None else four_bits.table(codebook, x.dtype),
         in_tensor_core=None if on_accumulator else jnp.float32,
         experts=experts,

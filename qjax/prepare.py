@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import interleave, planes
+from pallas_kernels import interleave, planes, tuning
 from pallas_kernels.triton import versions
 from pallas_kernels.tuning import TILE_K, TILE_N
 from qjax import _compat, numerics, packing
@@ -31,9 +31,8 @@ _FLIPPED = {
     "e4m3": 0,
     **dict.fromkeys(("nf4", "fp4", "e2m1", "iq4_nl"), 0),  # looked up
 }
-# Elements and quantized activations that are multiplied as they are; and by the same the scales of
-# groups with which weights of 4 bits make what activations are, `Prepared.multiples`.
-_PRODUCTS = (("int8", "int8"), ("int4", "int8"), ("int4", "e4m3"), ("e4m3", "e4m3"))
+# Element and quantized activation -> element of scales of groups, times which weights of 4 bits are
+# what activations are, `Prepared.multiples`.
 _MULTIPLES = {("int4", "int8"): "int8_max15", ("e2m1", "e4m3"): "e4m3_for_e2m1"}
 
 
@@ -46,9 +45,10 @@ class Prepared(QTensor):
       data: bytes [*lead, N', K' * b / 8], K contiguous: q minus the middle of an unsigned type's
         range, in two's complement, or the code of a table; two of 4 bits in a byte, the first in
         the lower half. Or e4m3. All are in the order of `pallas_kernels.interleave` and uint8, but
-        codes of 8 bits that meet quantized activations: as they are, int8 or e4m3. Codes of 2 and 3
-        bits as stored, in the order of `pallas_kernels.planes`. N' and K' are N and K up to
-        multiples of 128, and K' of the group size; the codes that were added are 0.
+        what is multiplied as bytes by rounded activations: codes of 8 bits are as they are, int8 or
+        e4m3, and those of a table int8, with their signs apart. Codes of 2 and 3 bits as stored, in
+        the order of `pallas_kernels.planes`. N' and K' are N and K up to multiples of 128, and K'
+        of the group size; the codes that were added are 0.
       zero: None; integer zero points minus the least of their type, a byte each, uint8 [*lead, G,
         C]; or the offsets.
       extra: static. (K' - K, N' - N).
@@ -87,7 +87,7 @@ class Prepared(QTensor):
         k_parts = K // TILE_K if G == 1 or G * (self.format.group_size or K) == K else 1
         k_parts = k_parts if G == 1 else math.gcd(k_parts, G)
         shared_by = [self.format.group_columns or N] if C > 1 else []
-        if _decoded_by_kernels(self.format) == "nested":
+        if self._decoded == "nested":
             shared_by.append(self.scale.format.group_columns)
         n_parts = math.gcd(*(1 if N % n else N // n for n in shared_by)) if shared_by else N
         return 1 if extra_k else k_parts, 1 if extra_n else n_parts
@@ -111,7 +111,7 @@ class Prepared(QTensor):
 
         They are powers of two (uint8), or e4m3 with or without one scale of their own.
         """
-        if _decoded_by_kernels(self.format) != "stored":
+        if self._decoded != "stored":
             return None
         if isinstance(self.scale, QTensor):
             return self.scale.data, read_scales(self.scale)[0][..., 0, 0]
@@ -122,7 +122,7 @@ class Prepared(QTensor):
 
         And second, of every block of their columns the factor and offset, [*b, G, 2 * C].
         """
-        if _decoded_by_kernels(self.format) != "nested":
+        if self._decoded != "nested":
             return None
         factor, offset = read_scales(self.scale)
         pairs = jnp.stack([factor, jnp.zeros_like(factor) if offset is None else offset], axis=-1)
@@ -133,20 +133,29 @@ class Prepared(QTensor):
 
         None is for scales that are no such multiples.
         """
-        if _decoded_by_kernels(self.format) != "multiples":
+        if self._decoded != "multiples":
             return None
         return self.scale.data, read_scales(self.scale)[0]
 
+    @property
+    def most_in_bytes(self) -> float:
+        """For how many tokens rounded activations are multiplied as bytes."""
+        return most_in_bytes(self.format, self.canonical_shape[-2])
+
+    @property
+    def _decoded(self) -> str | None:
+        return _decoded_by_kernels(self.format, self.canonical_shape[-2])
+
     def in_front(self, *, transposed: bool) -> str:
         """Returns what XLA does beside the kernel on every call, for `qjax.explain`."""
-        fmt, decoded = self.format, _decoded_by_kernels(self.format)
+        fmt, decoded = self.format, self._decoded
         is_alone = not transposed and self.data.ndim == 2  # else nested scales are decoded, too
         is_read = has_floats(fmt) or decoded == "stored" or (decoded is not None and is_alone)
-        has_blocks = fmt.activation is not None and not transposed and fmt.group_columns == TILE_N
+        has_blocks = self.most_in_bytes > 0 and not transposed and fmt.group_columns == TILE_N
         text = self._made_of_scales(is_read, has_blocks)
         if fmt.scale == "e8m0" and decoded == "stored":
             text += ", for float16 scales decoded in front of it"
-        if has_signs_apart(fmt) and (fmt.activation is None or not is_alone):
+        if are_apart(self.data, fmt) and not is_alone:
             text += ", codes put in another order in front of it"
         is_due = fmt.offset is not None
         return text + (", offsets by a product of their own" if is_due else "")
@@ -179,10 +188,11 @@ class Prepared(QTensor):
         if bits == 8:
             at = rows if data.dtype != jnp.uint8 else interleave.place_in_pairs(rows)
             return _flipped(_retyped(data[:, at].T, self.element), self.format.element)
+        stored = _as_uint8(data)
         bits_at = lambda at, bit: (
-            _flipped(data[:, at].T, self.format.element) >> bit.astype(jnp.uint8)[:, None]
+            _flipped(stored[:, at].T, self.format.element) >> bit.astype(jnp.uint8)[:, None]
         )
-        if has_signs_apart(self.format):
+        if are_apart(data, self.format):
             code, sign = interleave.places_apart(rows)
             return bits_at(*code) & jnp.uint8(7) | (bits_at(*sign) & jnp.uint8(1)) << 3
         place = interleave.place(rows, looked_up=self.element.kind == "table")
@@ -206,19 +216,7 @@ def reason_against(qt: QTensor) -> str | None:
         return f"{fmt.element} codes: kernels read {', '.join(_FLIPPED)}"
     if C not in (1, N) and fmt.group_columns != TILE_N:
         return f"{fmt.group_columns} columns share a scale: kernels take 1, {TILE_N} or all"
-    if fmt.activation is not None:
-        pair, is_multiplied = (fmt.element, fmt.activation), _decoded_by_kernels(fmt) == "multiples"
-        if pair not in _PRODUCTS and not is_multiplied:
-            known = [" x ".join(pair) for pair in _PRODUCTS]
-            known += [f"{' x '.join(pair)} with {s} scales" for pair, s in _MULTIPLES.items()]
-            known = ", ".join(known)
-            return f"{' codes x '.join(pair)} activations: kernels multiply {known}"
-        if is_multiplied:
-            if G > 1 and g is not None and g not in (32, 64) and g % TILE_K:
-                return f"groups of {g}: kernels multiply 32, 64 and multiples of {TILE_K}"
-        elif G > 1 and g != TILE_K:
-            return f"groups of {g} and quantized activations: kernels take {TILE_K} or one group"
-    elif g is not None and G > 1 and g not in (16, 32, 64) and g % TILE_K:
+    if g is not None and G > 1 and g not in (16, 32, 64) and g % TILE_K:
         return f"groups of {g}: kernels read 16, 32, 64 and multiples of {TILE_K}"
     return None
 
@@ -234,10 +232,13 @@ def prepare(qparams: Any, device: Any = None) -> Any:
       them with bfloat16 or float16 activations run on `pallas_kernels.weight_only`, which rounds
       the levels of a table to that type.
 
-      int8 and int4 weights with int8 activations, and e4m3 and int4 with e4m3, per channel, per
-      tensor or in groups of 128. Per channel or in groups of 32, 64 and multiples of 128 also int4
-      with int8 if scales are int8_max15, and e2m1 with e4m3 if they are e4m3_for_e2m1. Their
-      products run on `pallas_kernels.eight_bit`.
+      the same with rounded activations. Products of bytes run on `pallas_kernels.eight_bit`: int8
+      and int4 weights with int8 activations, and e4m3 and int4 with e4m3, per channel, or in groups
+      of 128 for up to 64 tokens, e4m3 for all. Also int4 with int8 if scales are int8_max15, and
+      e2m1 with e4m3 if they are e4m3_for_e2m1, in groups. In all others codes are multiplied as
+      bfloat16, which has them exactly; what is rounded in groups, once more rounded to it. That is
+      the faster one for many tokens where bytes have much to do beside the tensor core:
+      `pallas_kernels.tuning.most_in_bytes`.
 
     On one of capability 8.x (A100, RTX 3090, RTX 4090) they are int4, uint4, int8 and uint8
     weights, nf4 and other tables of 16 levels, in groups of 32, 64 or multiples of 128 or per
@@ -355,12 +356,14 @@ def _prepared(qt: QTensor) -> Prepared:
     data = jnp.pad(data, padding)
     if bits < 4:
         data = planes.packed(data, bits)
+    elif bits == 4 and qt.element.kind == "int":
+        data = interleave.interleaved_nibbles(data)
+    elif bits == 4 and most_in_bytes(qt.format, K):
+        data = lax.bitcast_convert_type(interleave.signs_apart(data), jnp.int8)
     elif bits == 4:
-        is_table = qt.element.kind == "table"
-        ordered = interleave.interleaved if is_table else interleave.interleaved_nibbles
-        data = (interleave.signs_apart if has_signs_apart(qt.format) else ordered)(data)
-    elif qt.format.activation is None:
-        data = interleave.interleaved_pairs(lax.bitcast_convert_type(data, jnp.uint8))
+        data = interleave.interleaved(data)
+    elif not most_in_bytes(qt.format, K):
+        data = interleave.interleaved_pairs(_as_uint8(data))
     return Prepared(**fields_of(qt, data=data, zero=zeros_in_bytes(qt)), extra=extra)
 
 
@@ -400,6 +403,10 @@ def _flipped(data: Array, element: str) -> Array:
     return data ^ jnp.uint8(mask) if mask else data
 
 
+def _as_uint8(data: Array) -> Array:
+    return lax.bitcast_convert_type(data, jnp.uint8)
+
+
 def _retyped(data: Array, element: numerics.Element) -> Array:
     """Returns codes of 8 bits in the type that a QTensor has them in."""
     return lax.bitcast_convert_type(data, element.dtype)
@@ -414,10 +421,12 @@ def canonical_codes(data: Array, fmt: Format, extra: tuple[int, int]) -> Array:
         codes = planes.codes(data, bits)[..., : N - extra[1], :]
         codes = codes[..., : codes.shape[-1] - extra[0]].swapaxes(-1, -2)
         return packing.pack(codes, bits)
-    if bits == 4:
-        is_table = known.kind == "table"
-        natural = interleave.interleaved if is_table else interleave.natural_nibbles
-        data = (interleave.signs_together if has_signs_apart(fmt) else natural)(data)
+    if bits == 4 and known.kind == "int":
+        data = interleave.natural_nibbles(data)
+    elif bits == 4 and are_apart(data, fmt):
+        data = interleave.signs_together(_as_uint8(data))
+    elif bits == 4:
+        data = interleave.interleaved(data)
     elif data.dtype == jnp.uint8:
         data = _retyped(interleave.interleaved_pairs(data), known)
     K = columns * 8 // bits - extra[0]
@@ -425,19 +434,16 @@ def canonical_codes(data: Array, fmt: Format, extra: tuple[int, int]) -> Array:
     return _flipped(data.swapaxes(-1, -2), fmt.element)
 
 
-def has_signs_apart(fmt: Format) -> bool:
-    """Returns whether signs of codes of a table are apart, for a kernel that makes bytes of them.
-
-    With scales that are for nothing else, whatever activations are: derivatives do not round them.
-    """
-    return fmt.element == "e2m1" and _element_of_scales(fmt) == "e4m3_for_e2m1"
+def are_apart(data: Any, fmt: Format) -> bool:
+    """Returns whether signs of codes of 4 bits are apart, for a kernel that makes bytes of them."""
+    return numerics.get_element(fmt.element).bits == 4 and data.dtype == jnp.int8
 
 
 def looked_up(data: Array, fmt: Format) -> Array:
     """Returns codes of a prepared weight in the order that the weight-only kernels take."""
-    if not has_signs_apart(fmt):
+    if not are_apart(data, fmt):
         return data
-    return interleave.interleaved(interleave.signs_together(data))
+    return interleave.interleaved(interleave.signs_together(_as_uint8(data)))
 
 
 def kernel_codes(data: Array, element: str) -> Array:
@@ -478,16 +484,34 @@ def has_floats(fmt: Format) -> bool:
     return fmt.scale == "float32" or short_scale(fmt) is not None
 
 
-def _decoded_by_kernels(fmt: Format) -> str | None:
+def most_in_bytes(fmt: Format, K: int) -> float:
+    """Returns for how many tokens products with rounded activations are of bytes: 0 for none."""
+    if fmt.activation is None:
+        return 0
+    return tuning.most_in_bytes(
+        fmt.element,
+        fmt.activation,
+        None if fmt.group_size is None or fmt.group_size >= K else fmt.group_size,
+        multiples=_are_of_multiples(fmt),
+        of_both=fmt.activation_scale == "group" and fmt.group_columns != TILE_N,
+    )
+
+
+def _are_of_multiples(fmt: Format) -> bool:
+    """Returns whether scales times codes are what activations are, and these have steps of rows."""
+    if fmt.activation is None or fmt.activation_scale == "group" or fmt.outliers is not None:
+        return False
+    known = _MULTIPLES.get((fmt.element, fmt.activation))
+    return known is not None and _element_of_scales(fmt) == known
+
+
+def _decoded_by_kernels(fmt: Format, K: int) -> str | None:
     """Returns which scales the Hopper kernels decode; None: no others than floats.
 
     "stored", "nested" and "multiples" ones: see the methods of `Prepared` with these names.
     """
-    if fmt.activation is not None:
-        is_alone = fmt.activation_scale != "group" and fmt.outliers is None
-        known = _MULTIPLES.get((fmt.element, fmt.activation))
-        is_known = known is not None and _element_of_scales(fmt) == known
-        return "multiples" if is_alone and is_known else None
+    if most_in_bytes(fmt, K):
+        return "multiples" if _are_of_multiples(fmt) else None
     if fmt.offset is not None:
         return None
     if fmt.scale in ("e8m0", "e4m3", Format("e4m3", group_columns=None)):

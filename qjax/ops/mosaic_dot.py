@@ -19,7 +19,15 @@ from pallas_kernels.tuning import TILE_K, TILE_N
 from qjax import numerics
 from qjax.format import Format
 from qjax.ops import blocked
-from qjax.prepare import are_multiples, kernel_codes, looked_up, read_zeros, short_scale, zero_of
+from qjax.prepare import (
+    are_multiples,
+    kernel_codes,
+    looked_up,
+    most_in_bytes,
+    read_zeros,
+    short_scale,
+    zero_of,
+)
 
 KERNEL_ACTIVATIONS = ("bfloat16", "float16")  # types of x that the weight-only kernels take
 
@@ -33,8 +41,9 @@ def weight_only(
     format: Format,
     extra: tuple[int, int],
     out_dtype: Any,
+    step: Array | None = None,
 ) -> Array:
-    """Returns x @ W by the Hopper kernel, whose weight has no offsets.
+    """Returns x @ W by the Hopper kernel, whose weight has no offsets; or step * (x @ W).
 
     They are a product of their own with the sums of x over groups, xs [M, G]:
     sum_k x[m, k] * (q[k, n] * scale[g, n] + b[g, n]) = kernel + sum_g xs[m, g] * b[g, n]
@@ -45,7 +54,7 @@ def weight_only(
     (M, K), (N_, K_) = x.shape, _sizes(data, format)
     data, padded, b, codes = _weight(data, scale, zero, x.dtype, format, extra)
     x = jnp.pad(x, ((0, 0), (0, K_ - K)))
-    y = kernel.matmul(x, data, padded, **codes, out_dtype=_summed(b, out_dtype))
+    y = kernel.matmul(x, data, padded, **codes, x_scale=step, out_dtype=_summed(b, out_dtype))
     y = y[:, : N_ - extra[1]]
     if b is not None:
         sums = jnp.sum(x.reshape(M, padded.shape[0], -1).astype(jnp.float32), axis=-1)
@@ -251,15 +260,24 @@ def quantized(
     extra: tuple[int, int],
     out_dtype: Any,
 ) -> Array:
-    """Returns step * (xq @ W) by the Hopper kernel for operands of 8 bits.
+    """Returns step * (xq @ W) by a Hopper kernel: that for operands of 8 bits, or with xq in 16.
 
     Args:
-      xq: [M, K] int8 or e4m3.
+      xq: [M, K], codes of at most 8 bits, all of which bfloat16 has.
       step: [M, 1], or [M, G] of groups.
-      scale, zero: scales alone, or both of `Prepared.multiples`.
+      scale, zero: scales alone, or both of `Prepared.multiples`, or what `weight_only` takes.
     """
     from pallas_kernels import eight_bit as kernel
 
+    if not _are_bytes(xq, data, format, extra):
+        options = {"format": format, "extra": extra, "out_dtype": out_dtype}
+        if step.shape[1] == 1:
+            x = xq.astype(jnp.bfloat16)
+            return weight_only(x, data, scale, zero, step=step, **options)
+        assert format.group_size is not None
+        steps = jnp.repeat(step, format.group_size, axis=1)[:, : xq.shape[1]]
+        x = (xq.astype(jnp.float32) * steps).astype(jnp.bfloat16)
+        return weight_only(x, data, scale, zero, **options)
     data, extra = _whole_tiles(data, extra)
     data = kernel_codes(data, format.element)
     K, (N_, K_) = xq.shape[1], data.shape
@@ -275,14 +293,16 @@ def quantized(
         scale = jnp.pad(scale, ((0, 0), (0, N_ - N)))
     scale = scale.astype(short_scale(format) or "float32")
     scale = jnp.pad(scale, ((0, groups - scale.shape[0]), (0, 0)))
-    y = kernel.matmul(
-        jnp.pad(xq, ((0, 0), (0, K_ - K))),
-        data,
-        step,
-        scale,
-        **options,
-    )
-    return y[:, :N]
+    xq = jnp.pad(xq, ((0, 0), (0, K_ - K)))
+    xq = kernel.ordered(xq, data.dtype, multiples=options.get("multiples"))
+    return kernel.matmul(xq, data, step, scale, **options)[:, :N]
+
+
+def _are_bytes(xq: Array, data: Array, format: Format, extra: tuple[int, int]) -> bool:
+    """Returns whether codes are multiplied as bytes, by a weight that lies so."""
+    is_int4 = format.element == "int4"  # which lies one way for both
+    K = _sizes(data, format)[1] - extra[0]
+    return (is_int4 or data.dtype != jnp.uint8) and xq.shape[0] <= most_in_bytes(format, K)
 
 
 def rounded(x: Array, format: Format) -> tuple[Array, Array] | None:

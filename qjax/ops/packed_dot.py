@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -357,7 +358,7 @@ def describe(qt: QTensor, form: str, implementation: str | None) -> str:
         kind = "int32 accumulator" if is_int else "FP8 values"
         where = "xla"
         if isinstance(qt, Prepared) and implementation in (None, *LAYOUTS):
-            beside = _on_every_call(qt, form)
+            beside = _in_sixteen_bits(qt) + _on_every_call(qt, form)
             where = f"{implementation} (asked for){beside}"
             if implementation is None:
                 where = f"{_kernel_name(qt)} on CUDA{beside}, else xla"
@@ -383,6 +384,16 @@ def describe(qt: QTensor, form: str, implementation: str | None) -> str:
     if qt.perm is not None:
         text += ", channels reordered"
     return text
+
+
+def _in_sixteen_bits(qt: Prepared) -> str:
+    """Returns of which products the Hopper kernel multiplies rounded activations as bfloat16."""
+    if isinstance(qt, ampere.PreparedTriton) or (most := qt.most_in_bytes) == math.inf:
+        return ""
+    if qt.data.ndim > 2 and against_stack(qt.format) is None:  # all of them are
+        return ""
+    what = "steps times codes rounded to" if qt.format.activation_scale == "group" else "codes in"
+    return f", {what} bfloat16" + (f" for more than {most} tokens" if most else "")
 
 
 def _on_every_call(qt: Prepared, form: str) -> str:

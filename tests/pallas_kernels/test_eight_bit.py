@@ -109,6 +109,10 @@ class TestEightBit(Laws):
         elif w.dtype == jnp.float32:
             codes = encode(w, ELEMENTS["e2m1"]).astype(jnp.int4)
             arrays = arrays | {"w": of_int4(codes, apart=True)}
+        multiples = arrays.get("multiples")
+        arrays = arrays | {
+            "x": eight_bit.ordered(arrays["x"], arrays["w"].dtype, multiples=multiples)
+        }
         return eight_bit.matmul(**arrays, out_dtype=jnp.float32, tuning=tuning, interpret=interpret)
 
     def exact(self, arrays):
