@@ -48,11 +48,12 @@ class Form:
       w, x: types; "int2" and "int3" are codes of so many bits in the order of `planes`.
       group: inputs with one scale; None: all.
       scale: type of the scales; "nested": uint8 with a factor and an offset for 256 features;
-        "multiples": of float32 scales of the features, of the type of activations.
+        "multiples": of float32 scales of the features, in bytes.
       has_table: whether codes are looked up.
       in_blocks: whether 128 features share a scale, and a token has one for every group; else for
         all of them.
       zero_points: whether there is a byte beside every scale, which its codes are less.
+      of_codes: whether activations of 16 bits are codes, in steps of tokens.
     """
 
     name: str
@@ -63,6 +64,18 @@ class Form:
     has_table: bool = False
     in_blocks: bool = False
     zero_points: bool = False
+    of_codes: bool = False
+
+    def for_tokens(self, M: int) -> Form:
+        """Returns the form in which so many are multiplied: maybe their codes in 16 bits."""
+        if self.is_weight_only or self.in_blocks:
+            return self
+        element = lambda dtype: "e4m3" if dtype == "float8_e4m3fn" else dtype
+        w = "e2m1" if self.has_table else element(self.w)
+        are_multiples = self.scale == "multiples"
+        if tuning.most_in_bytes(w, element(self.x), self.group, multiples=are_multiples) >= M:
+            return self
+        return dataclasses.replace(self, x="bfloat16", of_codes=True)
 
     @property
     def is_weight_only(self) -> bool:
@@ -88,7 +101,8 @@ class Form:
         G = self.groups(K)
         if self.scale == "multiples":
             of_features = jax.ShapeDtypeStruct((1, N), jnp.float32)
-            return [of_features, jax.ShapeDtypeStruct((G, N), jnp.dtype(self.x))]
+            kind = jnp.uint8 if self.has_table else jnp.int8
+            return [of_features, jax.ShapeDtypeStruct((G, N), kind)]
         if self.scale != "nested":
             N = N // TILE_N if self.in_blocks else N
             zeros = [jax.ShapeDtypeStruct((G, N), jnp.uint8)] * self.zero_points
@@ -121,12 +135,13 @@ FORMS = (
 
 def tuning_of(form: Form, M: int, K: int, N: int) -> Tuning:
     """Returns the tuning that the kernel takes for a product."""
+    form = form.for_tokens(M)
     if form.is_weight_only:
         return tuning.weight_only(
             M, K, N, form.group or K, form.bits,
             table_bytes=four_bits.TABLE_BYTES if form.has_table else 0,
             scale_bits=32 if form.scale == "nested" else 8 * jnp.dtype(form.scale).itemsize,
-            zero_points=form.zero_points,
+            zero_points=form.zero_points, exact=form.of_codes,
         )  # fmt: skip
     are_multiples = form.scale == "multiples"
     return tuning.eight_bit(M, K, N, form.bits, form.group, multiples=are_multiples)
@@ -136,6 +151,7 @@ def eight_bit_product(form: Form, tile: Tuning | None = None) -> Callable[..., j
     """Returns the product of an activation, a weight, steps of tokens, and `Form.scales`."""
 
     def product(x, w, x_scale, w_scale, multiples=None):
+        x = eight_bit_kernel.ordered(x, w.dtype, multiples=multiples)
         return eight_bit_kernel.matmul(x, w, x_scale, w_scale, multiples=multiples, tuning=tile)
 
     return product
@@ -145,16 +161,19 @@ def eight_bit_product(form: Form, tile: Tuning | None = None) -> Callable[..., j
 def compiled(form: Form, tile: Tuning) -> h100.Kernel:
     """Returns the kernel as compiled, for small sizes: its loop depends on the tile alone."""
     M, K, N = tile.tile_m, 8 * tile.tile_k, TILE_N
+    form = form.for_tokens(M)
     array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
     operands = [array(form.x, M, K), form.weight(K, N)]
     if form.is_weight_only:
         levels = tuple(map(float, range(16))) if form.has_table else None
         nested = lambda s: Nested(s[0], s[1], 256) if form.scale == "nested" else s[0]
         zero = lambda s: s[1] if form.zero_points else None
+        steps = [array("float32", M, 1)] * form.of_codes
         f: Any = lambda x, w, *s: weight_only.matmul(
-            x, w, nested(s), tuning=tile, codebook=levels, zero=zero(s)
-        )
-        operands += form.scales(K, N)
+            x, w, nested(s), tuning=tile, codebook=levels, zero=zero(s),
+            x_scale=s[-1] if form.of_codes else None,
+        )  # fmt: skip
+        operands += form.scales(K, N) + steps
     else:
         f = eight_bit_product(form, tile)
         operands += [array("float32", *form.token_scale(M, K)), *form.scales(K, N)]
@@ -168,7 +187,7 @@ def predict(form: Form, M: int, K: int, N: int) -> dict[str, Any]:
     The time is the longest of: bytes over the bandwidth; instructions, and those of the integer
     pipe, and multiply-adds, over their rates, on the busiest SM.
     """
-    t = tuning_of(form, M, K, N)
+    form, t = form.for_tokens(M), tuning_of(form, M, K, N)
     kernel = compiled(form, dataclasses.replace(t, split_k=1))
     x_bytes = hopper.bits(form.x) // 8
     weights = K * N * form.bits // 8

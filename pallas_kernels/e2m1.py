@@ -2,8 +2,8 @@
 
 With that no sum leaves the tensor core for its group's sake, as with integers of 4 bits and their
 integer scales (`four_bits.times_assembly`). All eight products with a scale are two words, of which
-`prmt` reads a byte by the lower three bits of each code. The fourth is the sign, which has a place
-of its own: `interleave.signs_apart`.
+`prmt` reads a byte by the lower three bits of each code, which say where its product is. The fourth
+is the sign, which has a place of its own: `interleave.signs_apart`.
 """
 
 from __future__ import annotations
@@ -17,22 +17,17 @@ from jaxlib.mlir.dialects import llvm
 
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 LEVELS = (*_MAGNITUDES, *(-v for v in _MAGNITUDES))  # by code
-# PTX that makes of the bits s of a scale, $1, four bytes, $0: its products with the first levels,
-# and with the others. It is 1, 1.25 or 1.5 times a power of two from 2^-5 to 64: its fraction is 0,
-# 2 or 4 eighths. Twice as much is 8 more. One and a half times is 4 more, or with a fraction 5. So
-# bytes are 0, s - 8, s, s + 4 or 5; and s + 8, and so on.
-PRODUCTS = tuple(
-    f"""{{
-.reg .b32 more;
-and.b32 more, $1, 7;
-min.u32 more, more, 1;
-mad.lo.u32 more, more, {of_fraction:#x}, {constant:#x};
-mad.lo.u32 $0, $1, {of_scale:#x}, more;
-}}"""
-    for of_scale, of_fraction, constant in (
-        (0x01010100, 0x01000000, 0x04000000 - 0x0800),
-        (0x01010101, 0x01000100, 0x14100C08),
-    )
+# PTX that makes of the bits of a scale, $1, four bytes, $0: its products with .5, 1, 2 and 4; and
+# with 0, 1.5, 3 and 6. It is 1, 1.25 or 1.5 times a power of two from 2^-5 to 64, with a fraction f
+# of 0, 2 or 4 eighths. Twice as much is 8 more. One and a half times is 4 more, or 5 if f is not 0:
+# so that the lowest bit is set there, which no scale has, and 4 is what is added to all.
+PRODUCTS = (
+    """{
+.reg .b32 scale;
+and.b32 scale, $1, 0xFE;
+mad.lo.u32 $0, scale, 0x01010101, 0x1007FFF8;
+}""",
+    "mad.lo.u32 $0, $1, 0x01010100, 0x140C0400;",
 )
 # PTX that makes four e4m3, $0, of the first codes of a word $1 and of the others, by both words of
 # products, $2 and $3. The signs lie apart, as bytes have them, those of the others four bits below.
@@ -65,8 +60,18 @@ def times(word: Any, *products: Any) -> tuple[Any, Any]:
     return first, second
 
 
-def reference(codes: Array, scales: Array) -> Array:
-    """Returns e4m3 of codes, uint8 [R, C], times the bits of their scales, int8 [R, C]."""
-    levels = jnp.asarray(LEVELS)[codes]
-    scales = lax.bitcast_convert_type(scales, jnp.float8_e4m3fn)
-    return (levels * scales.astype(jnp.float32)).astype(jnp.float8_e4m3fn)
+def scales(bits: Array) -> Array:
+    """Returns the scales, float32, that bytes stand for: e4m3 if their lowest bits were 0."""
+    bits = lax.bitcast_convert_type(bits, jnp.uint8) & jnp.uint8(0xFE)
+    return lax.bitcast_convert_type(bits, jnp.float8_e4m3fn).astype(jnp.float32)
+
+
+def bits_of(scales: Array) -> Array:
+    """Returns the bytes, uint8, that stand for scales: the inverse of `scales`."""
+    bits = lax.bitcast_convert_type(scales.astype(jnp.float8_e4m3fn), jnp.uint8)
+    return bits | (bits & 7 != 0).astype(jnp.uint8)
+
+
+def reference(codes: Array, bits: Array) -> Array:
+    """Returns e4m3 of codes, uint8 [R, C], times what bytes [R, C] stand for."""
+    return (jnp.asarray(LEVELS)[codes] * scales(bits)).astype(jnp.float8_e4m3fn)

@@ -16,7 +16,7 @@ from pallas_kernels.tuning import TILE_K, TILE_N, Tuning
 
 _FP8 = ("float8_e4m3fn", "float8_e5m2")
 # What weights of 4 bits are times their multiples, by the type of those and of activations.
-_MULTIPLES = {("int8", "int8"): "int8 of int4", ("float8_e4m3fn",) * 2: "e4m3 of e2m1"}
+_MULTIPLES = {("int8", "int8"): "int8 of int4", ("uint8", "float8_e4m3fn"): "e4m3 of e2m1"}
 
 
 def supports(
@@ -96,14 +96,14 @@ def matmul(
       x: [M, K] int8, float8_e4m3fn or float8_e5m2, in the order of `ordered`. With int4 the fusion
         that rounds x may as well write it so.
       w: [N, K] int8, int4 in the order of `interleave`, or one of the FP8 types. As int4 also codes
-        of e2m1, if multiples are e4m3: `interleave.signs_apart`.
+        of e2m1, if there are multiples: `interleave.signs_apart`.
       x_scale: float32 [M, G], with G = 1 or G = K / 128, or [M, 1]. A scale of the whole tensor is
         repeated.
       w_scale: float32, bfloat16 or float16 [G, N], or [G, N / 128] of blocks of 128 x 128.
       multiples: None; or by what weights are multiplied, [G', N]: int4 by int8 of -15 .. 16, for
-        int8 activations; e2m1 by float8_e4m3fn, for those, of 2^-5 to 64 and 1, 1.25 or 1.5 times a
-        power of two. Groups have 32, 64 or multiples of 128 inputs. x_scale is [M, 1] and w_scale
-        [1, N] then. Sums of integers fit into int32 for K of up to 2^17.
+        int8 activations; e2m1 by `e2m1.scales` of uint8, for float8_e4m3fn, of 2^-5 to 64 and 1,
+        1.25 or 1.5 times a power of two. Groups have 32, 64 or multiples of 128 inputs. x_scale is
+        [M, 1] and w_scale [1, N] then. Sums of integers fit into int32 for K of up to 2^17.
       out_dtype: of y: bfloat16, float16 or float32.
       tuning: default: `tuning.eight_bit`.
       interpret: `plgpu.InterpretGPUParams` to run on a CPU.
@@ -135,8 +135,8 @@ def matmul(
     tile_m = tuning.tile_m
     total_dtype = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
     is_packed = w.dtype == jnp.int4
-    if is_packed and x.dtype == jnp.int8 and not has_multiples:  # decoded as 16 times what it is
-        x_scale = x_scale.astype(jnp.float32) / 16
+    # int4 is decoded as 16 times what it is for int8, unless it is multiplied.
+    unit = 1 / 16 if is_packed and x.dtype == jnp.int8 and not has_multiples else 1.0
     rows_of_x = hopper.in_whole_tiles(x_scale, tile_m)  # [G, M]
     of_tokens = x_scale.shape[1] == 1
     shape = (hopper.ROWS, tile_m)
@@ -212,7 +212,7 @@ def matmul(
         return d.astype(jnp.float32)
 
     def scaled(total, features, tokens, sx, *sw):
-        scale = hopper.by_column(sx.at[0, tokens], shape)
+        scale = hopper.by_column(sx.at[0, tokens], shape, unit)
         for ref in sw:
             scale = hopper.by_row(ref.at[0, features], shape) * scale
         return total.astype(jnp.float32) * scale
@@ -232,7 +232,7 @@ def matmul(
     in_steps = has_groups and not of_tokens  # are scales of x; else they are of sums over all of K
     if in_steps:
         width = max(tile_m, hopper.ALIGNMENT // 4)
-        tiles = rows_of_x.reshape(G, -1, tile_m)
+        tiles = (rows_of_x * unit).reshape(G, -1, tile_m)
         tiles = jnp.pad(tiles, ((0, 0), (0, 0), (0, width - tile_m))).reshape(G, -1)
         operands.append(Operand(tiles, "m", is_row=True, rows=per_step, width=width))
     # A thread has two rows and 32 columns. Where blocks of weights have one factor, tokens have all
@@ -257,6 +257,6 @@ def matmul(
         interpret=interpret,
     )
     if late and not in_epilogue:
-        y = y.astype(jnp.float32) * x_scale.astype(jnp.float32)
+        y = y.astype(jnp.float32) * (x_scale.astype(jnp.float32) * unit)
         y = y if has_groups else y * w_scale
     return y.astype(out_dtype)

@@ -5,8 +5,8 @@ at once: 8 codes of 4 bits, or 4 of 8. Nothing moves between lanes if that word 
 
   integers of 4 bits  word t of 32 codes: in half e, from its lowest bits on, those at 2t + e of
                       each 8. So one mask takes a pair of inputs, in the halves of a register
-  codes of a table    word t of 32 codes: in each byte a pair, which is looked up by it; or where
-                      they are made bytes, those at 4t to 4t + 3 of each 16, with their signs apart
+  codes of a table    word t of 32 codes: in each byte a pair, which is looked up by it
+  e2m1 as bytes       word t of 32 codes: those at 4t to 4t + 3 of each 16, with their signs apart
   8 bits              word t of 16 codes: a pair of the first 8 and one of the others; the words are
                       those of lanes 0, 2, 1 and 3, as the layout of bytes has them
 """
@@ -49,24 +49,36 @@ def natural_nibbles(codes: Array) -> Array:
 _SIGNS = (4, 0, 5, 1, 6, 2, 7, 3)
 
 
-def signs_apart(codes: Array) -> Array:
-    """Returns bytes of two codes of a table in the order in which they are made bytes.
+# Of a magnitude of e2m1, by code: which of the products with a scale is its, `e2m1.PRODUCTS`.
+_PLACES = (4, 0, 1, 5, 2, 6, 3, 7)
 
-    Inputs need no other order. The highest bit of a code is its sign, which no instruction moves.
+
+def signs_apart(codes: Array) -> Array:
+    """Returns bytes of two codes of e2m1 in the order in which they are made bytes.
+
+    Inputs need no other order. The lower bits of a code say where its product with a scale is. The
+    highest bit is its sign, which no instruction moves.
 
     Example:
-      >>> codes = jnp.array([0x98, *15 * [0]], jnp.uint8)  # two with their fourth bits set
+      >>> codes = jnp.array([0x98, *15 * [0]], jnp.uint8)  # 0 and .5 with their signs set
       >>> [hex(b) for b in signs_apart(codes).tolist()[:4]]
-      ['0x90', '0x80', '0x0', '0x0']
+      ['0x84', '0xc4', '0x44', '0x44']
     """
     words = _nibbles(codes, 2, 4, 4).swapaxes(-2, -3)  # word, input // 16, input % 4
+    words = jnp.array(_PLACES, jnp.uint8)[words & 7] | words & 8
     return _packed(_with_signs(words, _SIGNS))
 
 
 def signs_together(codes: Array) -> Array:
     """Returns bytes of two codes, the inverse of `signs_apart`."""
     slots = tuple(_SIGNS.index(i) for i in range(8))
-    return _packed(_with_signs(_nibbles(codes, 4, 2, 4), slots).swapaxes(-2, -3))
+    words = _with_signs(_nibbles(codes, 4, 2, 4), slots).swapaxes(-2, -3)
+    return _packed(magnitude_at(words & 7) | words & 8)
+
+
+def magnitude_at(place: Array) -> Array:
+    """Returns the lower bits of the codes of e2m1 whose products are at such places."""
+    return jnp.array([_PLACES.index(i) for i in range(8)], jnp.uint8)[place]
 
 
 def _with_signs(words: Array, of: tuple[int, ...]) -> Array:
@@ -140,7 +152,7 @@ def of_int4(w: Array, *, looked_up: bool = False, apart: bool = False) -> Array:
 
     Args:
       looked_up: whether they are codes of a table, each pair of which is looked up.
-      apart: whether they are such codes that are made bytes.
+      apart: whether they are such codes, of e2m1, that are made bytes.
     """
     ordered = signs_apart if apart else interleaved if looked_up else interleaved_nibbles
     return lax.bitcast_convert_type(ordered(bytes_of_int4(w)), jnp.int4).reshape(w.shape)
@@ -155,7 +167,10 @@ def place(code: Array, *, looked_up: bool) -> tuple[Array, Array]:
 
 
 def places_apart(code: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    """Returns byte and first bit of the given codes of a row, `signs_apart`, and of their signs."""
+    """Returns byte and first bit of the given codes' places in a row, and of their signs.
+
+    As they are `signs_apart`; `magnitude_at` gives codes.
+    """
     first = code // 32 * 16 + code % 16 // 4 * 4  # byte of the word
     own = code % 32 // 16 * 4 + code % 4
     sign = jnp.array([_SIGNS.index(i) for i in range(8)])[own]

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels import e2m1
 from pallas_kernels.nested import Nested
 
 
@@ -92,10 +93,13 @@ def eight_bit(
       w: [N, K] int8 or FP8, or the values of others.
       x_scale: [M, G], or [M, 1] for all groups.
       w_scale: [G, N].
-      multiples: None; or [G', N], by which weights are multiplied first.
+      multiples: None; or what stands for [G', N], by which weights are multiplied first: int8, or
+        uint8 of `e2m1.scales`.
     """
     if multiples is not None:
-        wide = jnp.repeat(multiples.astype(jnp.float32), x.shape[1] // len(multiples), axis=0)
+        is_int = multiples.dtype == jnp.int8
+        multiples = multiples.astype(jnp.float32) if is_int else e2m1.scales(multiples)
+        wide = jnp.repeat(multiples, x.shape[1] // len(multiples), axis=0)
         w = w.astype(jnp.float32) * wide.T
     g = x.shape[1] // w_scale.shape[0]
     wide = jnp.repeat(w_scale.astype(jnp.float32), g, axis=0)  # [K, N]

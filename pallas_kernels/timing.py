@@ -93,12 +93,19 @@ def _kernels(form: Form, capability: int | None) -> list[Contender]:
             return w, s, *more
 
         def run(x, x_scale, w, s, *more):
-            if x_scale is None:
-                z = more[0] if more else None
-                return weight_only.matmul(x, w, s, codebook=_levels(form), zero=z)
+            if x_scale is not None and form.for_tokens(x.shape[0]) is form:
+                return in_bytes(x, x_scale, w, s, *more)
+            z = more[0] if more else None
+            x = x if x_scale is None else x.astype(jnp.bfloat16)
+            return weight_only.matmul(x, w, s, codebook=_levels(form), zero=z, x_scale=x_scale)
+
+        def in_bytes(x, x_scale, w, s, *more):
             return eight_bit_product(form)(x, w, x_scale, s, *more)
 
-        return [Contender("Mosaic kernel", in_order, run)]
+        found = [Contender("Mosaic kernel", in_order, run)]
+        if form.for_tokens(max(TOKENS)) is not form:  # which is faster then, no GPU has told
+            found.append(Contender("Mosaic kernel, bytes", in_order, in_bytes))
+        return found
     in_triton = form.w == "int8" or (form.w == "int4" and form.is_weight_only)
     if capability is not None and 80 <= capability < 90 and in_triton and not form.has_table:
         from pallas_kernels.triton import eight_bit, packing, weight_only
@@ -136,7 +143,7 @@ def _dequantized(form: Form, dtype: Any, w: Array, s: Any, *more: Array) -> Arra
     middle = 2 ** (form.bits - 1)
     zero = more
     if form.scale == "multiples":
-        s, zero = s * more[0].astype(jnp.float32), ()
+        s, zero = s * _multiples(more[0]), ()
     if form.bits < 4:
         w = planes.codes(w, form.bits).astype(jnp.int8) - middle
     w, s = reference.values(w, _levels(form), dtype), reference.float_scale(s)
@@ -171,13 +178,17 @@ def _dot_then_scale(x, x_scale, w, s):
     return jnp.sum(y * s.astype(jnp.float32)[:, None], axis=0).astype(jnp.bfloat16)
 
 
+def _multiples(m: Array) -> Array:
+    return m.astype(jnp.float32) if m.dtype == jnp.int8 else e2m1.scales(m)
+
+
 def _quantized_dot(form, x, x_scale, w, s, *multiples):
     (M, K), G = x.shape, s.shape[0]
     kind = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
     if w.dtype == jnp.int4:
         w = reference.values(w, _levels(form), x.dtype).astype(x.dtype)
     for m in multiples:  # of 8 bits all the way: one product
-        w *= jnp.repeat(m, K // m.shape[0], axis=0).T
+        w *= jnp.repeat(_multiples(m).astype(w.dtype), K // m.shape[0], axis=0).T
     if G == 1:
         dims = (((1,), (1,)), ((), ()))
         y = lax.dot_general(x, w, dims, preferred_element_type=kind).astype(jnp.float32)
@@ -216,8 +227,9 @@ def operands(form: Form, M: int, K: int, N: int, seed: int) -> dict[str, Any]:
         scale = uniform(keys[2], (G, N // columns)).astype(form.scale)
         scale = jnp.repeat(scale, columns, axis=1)
     zero = jax.random.randint(keys[1], (G, N), 0, 2**form.bits).astype("uint8")
-    first, last = (8, 16) if form.x == "int8" else (4, 7)  # 1, 1.25 and 1.5 in quarters
-    multiples = jax.random.randint(keys[1], (G, N), first, last).astype(form.x)
+    multiples = jax.random.randint(keys[1], (G, N), 8, 16).astype(jnp.int8)
+    if form.has_table:
+        multiples = e2m1.bits_of(1 + jnp.abs(multiples - 12) % 3 / 4)
     return {
         "x": values(keys[0], (M, K), form.x),
         "w": values(keys[1], (N, K), form.w),

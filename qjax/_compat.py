@@ -203,6 +203,16 @@ def reshard_like(tree: Any, specs: Any, mesh: Any) -> Any:
     return jax.tree.map(move, tree, specs)
 
 
+def looked_up(table: Any, at: Any) -> Any:
+    """Returns `table[at]` for a table [n], sharded as the type of `at` says.
+
+    On meshes with explicit axes, plain indexing looks for those of `at` in the mesh of the table.
+    """
+    if explicit_mesh([at]) is None:
+        return table[at]
+    return table.at[at].get(out_sharding=_core.typeof(at).sharding)
+
+
 def spec_of(x: Any) -> tuple[Any, ...]:
     """Returns how the type of `x` says that it is sharded, an entry per axis."""
     if isinstance(x, jax.ShapeDtypeStruct):

@@ -8,8 +8,11 @@ import math
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Float
+
+from qjax import _compat
 
 # Dettmers et al., 2023 (QLoRA), appendix E: quantiles of N(0, 1), scaled to [-1, 1].
 _NF4 = (
@@ -54,7 +57,7 @@ class Element:
 
     Integer types hold `qmin .. qmax` and store the code `q - qmin`, except at 8 bits, where the
     native signed (or unsigned) integer is stored. Table types hold 16 or 256 arbitrary levels.
-    Float types store the native 8-bit float; one that has `_sorted` holds no other values.
+    Float types store the native 8-bit float.
 
     Attributes:
       name: as written in a `Format`.
@@ -112,10 +115,18 @@ def _e4m3_for_e2m1() -> Element:
 
     An e2m1 is 1 or 1.5 times a power of two, and an e4m3 has four significant bits: enough for 1.5
     times 1, 1.25 or 1.5, and for no other. Every product with one of these is a normal e4m3.
+
+    Codes are their bits, whose lowest one, which is 0, is set for 1.25 and 1.5 times a power: with
+    that the bits of 1.5 times as much are 4 more for all of them, `pallas_kernels.e2m1`.
     """
     levels = (*(2.0**e * m for e in range(-5, 6) for m in (1.0, 1.25, 1.5)), 64.0)
-    as_table = _table("e4m3_for_e2m1", levels, ties="lower", bits=8)
-    return dataclasses.replace(as_table, kind="float", levels=(), dtype="float8_e4m3fn")
+    few = _table("e4m3_for_e2m1", levels, ties="lower", bits=8)
+    bits = np.asarray(few._sorted, ml_dtypes.float8_e4m3fn).view(np.uint8)
+    codes = bits | (bits % 8 != 0)
+    by_code = (np.arange(256) & 0xFE).astype(np.uint8).view(ml_dtypes.float8_e4m3fn)
+    return dataclasses.replace(
+        few, levels=tuple(map(float, by_code)), _codes=tuple(map(int, codes))
+    )
 
 
 def _signed(magnitudes: tuple[float, ...]) -> tuple[float, ...]:
@@ -169,19 +180,28 @@ def encode(x: Float[Array, "*shape"], element: Element) -> Array:
         if element.is_packed:
             return (q - element.qmin).astype(jnp.uint8)
         return q.astype(element.dtype)
-    if element.kind == "float" and not element._sorted:
+    if element.kind == "float":
         # Clamp first: what a cast does beyond the largest finite value differs between libraries.
         return jnp.clip(x, element.qmin, element.qmax).astype(element.dtype)
     if len(element._boundaries) > 15:
-        rank = jnp.searchsorted(jnp.asarray(element._boundaries, x.dtype), x)
-        if element.kind == "float":
-            return jnp.asarray(element._sorted, x.dtype)[rank].astype(element.dtype)
-        return jnp.asarray(element._codes, jnp.uint8)[rank]
+        rank = _count_below(element._boundaries, x)
+        return _compat.looked_up(jnp.asarray(element._codes, jnp.uint8), rank)
     # A sum of comparisons fuses into one elementwise loop; a sort or a gather does not.
     rank = sum((x > b).astype(jnp.uint8) for b in element._boundaries)
     if element._codes == tuple(range(len(element._codes))):
         return rank  # pyright: ignore[reportReturnType]
-    return jnp.asarray(element._codes, jnp.uint8)[rank]
+    return _compat.looked_up(jnp.asarray(element._codes, jnp.uint8), rank)
+
+
+def _count_below(boundaries: tuple[float, ...], x: Float[Array, "*shape"]) -> Array:
+    """Returns how many of ascending boundaries each x is above; by bisection, where x lies."""
+    steps = 2 ** np.arange(len(boundaries).bit_length())[::-1]
+    padded = np.full(2 * steps[0] - 1, np.inf)
+    padded[: len(boundaries)] = boundaries
+    table, rank = jnp.asarray(padded, x.dtype), jnp.zeros_like(x, jnp.int32)
+    for step in steps.tolist():
+        rank += step * (x > _compat.looked_up(table, rank + (step - 1))).astype(jnp.int32)
+    return rank
 
 
 def round_to_level(x: Float[Array, "*shape"], element: Element) -> Float[Array, "*shape"]:
@@ -207,7 +227,7 @@ def decode(codes: Array, element: Element, dtype=jnp.float32) -> Array:
     """Returns the values of `codes`, exact in `dtype` float32. Inverse of `encode` on levels."""
     if element.kind == "table":
         # Two levels of selects would also do; a 16-entry gather is the plain definition.
-        return jnp.asarray(element.levels, dtype)[codes]
+        return _compat.looked_up(jnp.asarray(element.levels, dtype), codes)
     if element.kind == "int" and element.is_packed:
         return codes.astype(dtype) + jnp.asarray(element.qmin, dtype)
     return codes.astype(dtype)

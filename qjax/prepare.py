@@ -129,7 +129,7 @@ class Prepared(QTensor):
         return self.scale.data, pairs.reshape(*factor.shape[:-1], -1)
 
     def multiples(self) -> tuple[Array, Float[Array, "*b 1 N"]] | None:
-        """Returns int8 or e4m3 [*b, G, N] that kernels multiply codes by, and scales of columns.
+        """Returns codes [*b, G, N] of what kernels multiply codes by, and scales of columns.
 
         None is for scales that are no such multiples.
         """
@@ -194,7 +194,8 @@ class Prepared(QTensor):
         )
         if are_apart(data, self.format):
             code, sign = interleave.places_apart(rows)
-            return bits_at(*code) & jnp.uint8(7) | (bits_at(*sign) & jnp.uint8(1)) << 3
+            magnitude = interleave.magnitude_at(bits_at(*code) & jnp.uint8(7))
+            return magnitude | (bits_at(*sign) & jnp.uint8(1)) << 3
         place = interleave.place(rows, looked_up=self.element.kind == "table")
         return bits_at(*place) & jnp.uint8(15)
 
@@ -529,7 +530,7 @@ def _decoded_by_kernels(fmt: Format, K: int) -> str | None:
 def are_multiples(scale: Any, fmt: Format) -> bool:
     """Returns whether scales that a product is given are those of `Prepared.multiples`."""
     is_of_columns = isinstance(fmt.scale, Format) and fmt.scale.group_columns == 1
-    return is_of_columns and scale.dtype in (jnp.int8, jnp.float8_e4m3fn)
+    return is_of_columns and scale.dtype in (jnp.int8, jnp.uint8)
 
 
 def _element_of_scales(fmt: Format) -> str | None:

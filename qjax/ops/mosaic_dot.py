@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
+from pallas_kernels import e2m1
 from pallas_kernels.nested import Nested
 from pallas_kernels.tuning import TILE_K, TILE_N
 from qjax import numerics
@@ -233,7 +234,8 @@ def _multiplied(scale: Array, zero: Array | None, format: Format) -> tuple[Array
     if not are_multiples(scale, format):
         return scale, zero
     assert zero is not None
-    return scale.astype(jnp.float32) * zero, None
+    floats = scale.astype(jnp.float32) if scale.dtype == jnp.int8 else e2m1.scales(scale)
+    return floats * zero, None
 
 
 def _decoded(scale: Array, zero: Array | None, format: Format) -> tuple[Array, Array | None]:

@@ -56,9 +56,10 @@ class Spec:
 
     def nested_columns(self, scale: Any) -> int | None:
         """Returns how many columns share factors of nested scales, None if they are not nested."""
-        if isinstance(self.format.scale, Format) and scale.dtype == jnp.uint8:
-            return self.format.scale.group_columns
-        return None
+        inner = self.format.scale
+        if not isinstance(inner, Format) or scale.dtype != jnp.uint8 or inner.group_columns == 1:
+            return None
+        return inner.group_columns
 
     @property
     def layout(self) -> str | None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import eight_bit, interpreter, reference
+from pallas_kernels import e2m1, eight_bit, interpreter, reference
 from pallas_kernels.interleave import of_int4
 from pallas_kernels.testing import Laws
 from pallas_kernels.tuning import Tuning
@@ -88,7 +88,7 @@ class TestEightBit(Laws):
             shape = (max(1, K // multiples_of), N)
             if w == "e2m1":  # not so different that sums are of one group
                 few = SCALES[(SCALES >= 0.5) & (SCALES <= 4)]
-                of_groups = jax.random.choice(keys[4], few, shape).astype("float8_e4m3fn")
+                of_groups = e2m1.bits_of(jax.random.choice(keys[4], few, shape))
             else:
                 of_groups = jax.random.randint(keys[4], shape, -15, 17).astype("int8")
             multiples["multiples"] = of_groups
@@ -116,6 +116,9 @@ class TestEightBit(Laws):
         return eight_bit.matmul(**arrays, out_dtype=jnp.float32, tuning=tuning, interpret=interpret)
 
     def exact(self, arrays):
+        multiples = arrays.get("multiples")
+        if multiples is not None and multiples.dtype == jnp.uint8:
+            arrays = arrays | {"multiples": e2m1.scales(multiples)}
         x, w, sx, sw, *multiples = (np.asarray(a).astype(np.float64) for a in arrays.values())
         K, N = x.shape[1], w.shape[0]
         for of_groups in multiples:
