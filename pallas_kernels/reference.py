@@ -19,6 +19,7 @@ def weight_only(
     *,
     codebook: Sequence[float] | None = None,
     zero: int | Array | None = None,
+    x_scale: Array | None = None,
     out_dtype: Any = jnp.float32,
 ) -> Array:
     """Returns y[m, n] = sum_k x[m, k] * w[n, k] * scale[k // g, n], summed in float32.
@@ -31,6 +32,7 @@ def weight_only(
       codebook: None; or the values of codes 0 .. 15, the bits of int4, rounded to x's type.
       zero: None; or zero points of unsigned codes, [G, N] or one: u - zero then takes the place of
         w, of int4 u = w + 8, of int8 w + 128.
+      x_scale: None; or what rows of y are multiplied by, [M, 1].
     """
     scale = float_scale(scale)
     stored = w.dtype.name
@@ -41,7 +43,7 @@ def weight_only(
         w -= zero if isinstance(zero, int) else of_inputs(zero)
     w *= of_inputs(scale)
     y = jnp.dot(x.astype(jnp.float32), w, precision=lax.Precision.HIGHEST)
-    return y.astype(out_dtype)
+    return (y if x_scale is None else y * x_scale).astype(out_dtype)
 
 
 def values(w: Array, codebook: Sequence[float] | None, dtype: Any) -> Array:

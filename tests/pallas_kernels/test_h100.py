@@ -222,6 +222,34 @@ def test_weight_only(name):
         assert kernel.loop.total() / (64 * t.tile_k * t.tile_m / 2048) <= PREFILL[dtype]
 
 
+# Codes of activations in 16 bits, for 1024 tokens: weight, group, scale, more of it.
+CODES = {
+    "int4 g128": ("int4", 128, "bfloat16", {}),
+    "int4 g64": ("int4", 64, "bfloat16", {}),
+    "int8 g128": ("int8", 128, "float32", {"natural": True}),
+    "fp8 g128": ("float8_e4m3fn", 128, "float32", {"natural": True}),
+    "int3 g64": ("int3", 64, "bfloat16", {}),
+    "int2 g128": ("int2", 128, "bfloat16", {}),
+    "nf4 g64": ("int4", 64, "bfloat16", {"codebook": LEVELS}),
+    "mxfp4": ("int4", 32, "uint8", {"codebook": LEVELS}),
+}
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_codes_in_sixteen_bits(name):
+    """What bytes would have too much to do for; scales of groups of integers are on sums."""
+    dtype, group, scale, more = CODES[name]
+    M = 1024
+    f = lambda x, w, s, sx: weight_only.matmul(x, w, s, x_scale=sx, **more)
+    operands = [_array("bfloat16", M, K), _array(dtype, N, K), _array(scale, K // group, N)]
+    program = h100.compile(f, *operands, _array("float32", M, 1))
+    kernel = _check(program, "HGMMA")
+    t = tuning.weight_only(M, K, N, group, BITS.get(dtype, 8))
+    assert kernel.loop.total() / (64 * t.tile_k * t.tile_m / 2048) <= 0.5
+    # The codes in order, of natural bytes.
+    assert program.temporaries <= (2 * M * K if "natural" in more else 0)
+
+
 @pytest.mark.parametrize("name", EIGHT_BIT)
 def test_eight_bit(name):
     M, w, x, groups, total, prefill = EIGHT_BIT[name]

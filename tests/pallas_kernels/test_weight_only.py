@@ -104,6 +104,8 @@ class TestWeightOnly(Laws):
         "int8 in its natural order": {"w": "int8", "group": 256, "natural": True},
         "fp8 weights": {"w": "float8_e4m3fn", "group": 128},
         "fp8 weights, fp16 activations": {"w": "float8_e4m3fn", "group": 128, "x": "float16"},
+        "codes in steps of tokens": {"w": "int4", "group": 128, "steps": True},
+        "codes, channels": {"w": "int8", "group": 256, "steps": True, "natural": True},
     }
 
     mutated: ClassVar = (
@@ -114,7 +116,7 @@ class TestWeightOnly(Laws):
 
     def make(
         self, M, K, N, seed=0, *, w, group, x="bfloat16", codebook=None, scale="bfloat16",
-        bits=None, zero=None, natural=False,
+        bits=None, zero=None, natural=False, steps=False,
     ) -> dict[str, Any]:  # fmt: skip
         keys = jax.random.split(jax.random.key(seed), 3)
         low, high = (-8, 8) if w == "int4" else (-128, 128)
@@ -130,6 +132,10 @@ class TestWeightOnly(Laws):
             | ({} if bits is None else {"bits": bits})
             | ({"natural": True} if natural else {})
         )
+        if steps:
+            of_tokens, of_codes = jax.random.split(jax.random.key(seed + 2000))
+            arrays["x"] = jax.random.randint(of_codes, (M, K), -127, 128).astype(x)
+            arrays["x_scale"] = jax.random.uniform(of_tokens, (M, 1), minval=0.5, maxval=1.5)
         if zero is True:
             key, largest = jax.random.key(seed + 1000), -2 * low
             zero = jax.random.randint(key, (K // group, N), 0, largest).astype(jnp.uint8)
@@ -163,7 +169,7 @@ class TestWeightOnly(Laws):
             bits = arrays.get("bits") or (4 if arrays["w"].dtype == jnp.int4 else 8)
             zero = np.broadcast_to(np.asarray(zero, np.float64), scale.shape)
             w = w + 2 ** (bits - 1) - of_inputs(zero)
-        return x @ (w * of_inputs(scale))
+        return x @ (w * of_inputs(scale)) * np.asarray(arrays.get("x_scale", 1.0), np.float64)
 
     def test_nested_scales_are_code_times_factor_plus_offset_of_their_block(self):
         scale = _scales(jax.random.key(0), (3, 300), "nested")
@@ -173,7 +179,14 @@ class TestWeightOnly(Laws):
             np.testing.assert_allclose(scale.decoded()[g, n], wanted, rtol=1e-6)
 
     @pytest.mark.parametrize(
-        "name", ["int4 groups of 32", "powers of two", "nested scales", "zero points of channels"]
+        "name",
+        [
+            "int4 groups of 32",
+            "powers of two",
+            "nested scales",
+            "zero points of channels",
+            "codes in steps of tokens",
+        ],
     )
     def test_the_reference_agrees_with_float64(self, name):
         arrays = self.make(3, 256, 5, **self.formats[name])
@@ -191,6 +204,13 @@ class TestWeightOnly(Laws):
         tuning = dataclasses.replace(_ON_WEIGHT, tile_k=256)  # two parts of a step
         error, races = self.error(self.make(8, 512, 256, **weight), tuning)
         assert error <= 2.0**-9  # half a unit in the last of bfloat16's 8 places
+        assert not races
+
+    @pytest.mark.parametrize("name", ["codes in steps of tokens", "codes, channels"])
+    def test_many_codes_are_multiplied_exactly_as_they_are_tuned(self, name):
+        arrays = self.make(130, 256, 128, seed=5, **self.formats[name])
+        error, races = self.error(arrays, None)
+        assert error <= 2.0**-22, error  # of the steps and scales
         assert not races
 
     def test_zero_scales_and_extreme_codes_are_exact(self):
