@@ -18,9 +18,10 @@ from jaxlib.mlir.dialects import llvm
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 LEVELS = (*_MAGNITUDES, *(-v for v in _MAGNITUDES))  # by code
 # PTX that makes of the bits of a scale, $1, four bytes, $0: its products with .5, 1, 2 and 4; and
-# with 0, 1.5, 3 and 6. It is 1, 1.25 or 1.5 times a power of two from 2^-5 to 64, with a fraction f
-# of 0, 2 or 4 eighths. Twice as much is 8 more. One and a half times is 4 more, or 5 if f is not 0:
-# so that the lowest bit is set there, which no scale has, and 4 is what is added to all.
+# with 0, 1.5, 3 and 6. It is 1, 1.25 or 1.5 times a power of two from 2^-5 to 64: an e4m3 whose
+# fraction is 0, 2 or 4 eighths. In its bits, twice as much is 8 more; one and a half times is 4
+# more, or 5 if the fraction is not 0. There `bits_of` sets the lowest bit, so that it is 4 for all;
+# for the others that bit is cleared.
 PRODUCTS = (
     """{
 .reg .b32 scale;

@@ -170,6 +170,11 @@ def matmul(
             f"x {x.shape}, w {w.shape} and scale {scale.shape} must be [M, K], [N, K] and [G, N],"
             " the latter two stacked for experts."
         )
+    if x_scale is not None and (x_scale.shape != (M, 1) or experts is not None):
+        raise ValueError(
+            f"pallas_kernels.weight_only: x_scale {x_scale.shape} must be [M, 1] = {(M, 1)}, and"
+            " there must be no experts, whose rows are multiplied by theirs outside."
+        )
     if nested is not None and experts is not None:
         raise ValueError("pallas_kernels.weight_only: nested scales of experts: it takes others.")
     check_zero(zero, w, bits, scale, codebook)

@@ -237,9 +237,8 @@ def prepare(qparams: Any, device: Any = None) -> Any:
       and int4 weights with int8 activations, and e4m3 and int4 with e4m3, per channel, or in groups
       of 128 for up to 64 tokens, e4m3 for all. Also int4 with int8 if scales are int8_max15, and
       e2m1 with e4m3 if they are e4m3_for_e2m1, in groups. In all others codes are multiplied as
-      bfloat16, which has them exactly; what is rounded in groups, once more rounded to it. That is
-      the faster one for many tokens where bytes have much to do beside the tensor core:
-      `pallas_kernels.tuning.most_in_bytes`.
+      bfloat16, which has them exactly; what is rounded in groups is rounded to it once more. Why
+      more tokens are no bytes, `pallas_kernels.tuning.most_in_bytes` says.
 
     On one of capability 8.x (A100, RTX 3090, RTX 4090) they are int4, uint4, int8 and uint8
     weights, nf4 and other tables of 16 levels, in groups of 32, 64 or multiples of 128 or per

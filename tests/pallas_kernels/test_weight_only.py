@@ -301,6 +301,8 @@ class TestWeightOnly(Laws):
             weight_only.matmul(**(arrays | {"scale": arrays["scale"].astype(jnp.int32)}))
         with pytest.raises(ValueError, match="activations of float32"):
             weight_only.matmul(**(arrays | {"x": arrays["x"].astype(jnp.float32)}))
+        with pytest.raises(ValueError, match=r"x_scale \(8,\) must be \[M, 1\] = \(8, 1\)"):
+            weight_only.matmul(**(arrays | {"x_scale": jnp.ones(8)}))
         with pytest.raises(ValueError, match="codes of 4 bits"):
             weight_only.matmul(**(arrays | {"w": jnp.zeros((256, 128), jnp.uint8)}))
         zeros = jnp.zeros((2, 256), jnp.uint8)
