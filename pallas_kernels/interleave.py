@@ -49,10 +49,6 @@ def natural_nibbles(codes: Array) -> Array:
 _SIGNS = (4, 0, 5, 1, 6, 2, 7, 3)
 
 
-# Of a magnitude of e2m1, by code: which of the products with a scale is its, `e2m1.PRODUCTS`.
-_PLACES = (4, 0, 1, 5, 2, 6, 3, 7)
-
-
 def signs_apart(codes: Array) -> Array:
     """Returns bytes of two codes of e2m1 in the order in which they are made bytes.
 
@@ -65,8 +61,7 @@ def signs_apart(codes: Array) -> Array:
       ['0x84', '0xc4', '0x44', '0x44']
     """
     words = _nibbles(codes, 2, 4, 4).swapaxes(-2, -3)  # word, input // 16, input % 4
-    words = jnp.array(_PLACES, jnp.uint8)[words & 7] | words & 8
-    return _packed(_with_signs(words, _SIGNS))
+    return _packed(_with_signs(place_of_magnitude(words & 7) | words & 8, _SIGNS))
 
 
 def signs_together(codes: Array) -> Array:
@@ -76,9 +71,28 @@ def signs_together(codes: Array) -> Array:
     return _packed(magnitude_at(words & 7) | words & 8)
 
 
+def place_of_magnitude(code: Array) -> Array:
+    """Returns where the products of codes of e2m1, 0 to 7, with a scale are: `e2m1.PRODUCTS`.
+
+    They are 0, .5, 1, 1.5, .. 6: powers of two come first, and then 0 and 1.5 times these.
+
+    Example:
+      >>> place_of_magnitude(jnp.arange(8)).tolist()
+      [4, 0, 1, 5, 2, 6, 3, 7]
+    """
+    exponent = code >> 1
+    return (code & 1 ^ (exponent == 0)) << 2 | exponent
+
+
 def magnitude_at(place: Array) -> Array:
-    """Returns the lower bits of the codes of e2m1 whose products are at such places."""
-    return jnp.array([_PLACES.index(i) for i in range(8)], jnp.uint8)[place]
+    """Returns the codes of e2m1 whose products are at such places: `place_of_magnitude`'s inverse.
+
+    Example:
+      >>> magnitude_at(place_of_magnitude(jnp.arange(8))).tolist()
+      [0, 1, 2, 3, 4, 5, 6, 7]
+    """
+    exponent = place & 3
+    return exponent << 1 | (place >> 2 ^ (exponent == 0))
 
 
 def _with_signs(words: Array, of: tuple[int, ...]) -> Array:

@@ -151,7 +151,8 @@ class Prepared(QTensor):
         fmt, decoded = self.format, self._decoded
         is_alone = not transposed and self.data.ndim == 2  # else nested scales are decoded, too
         is_read = has_floats(fmt) or decoded == "stored" or (decoded is not None and is_alone)
-        has_blocks = self.most_in_bytes > 0 and not transposed and fmt.group_columns == TILE_N
+        is_in_bytes = self.most_in_bytes == math.inf and not transposed
+        has_blocks = is_in_bytes and fmt.group_columns == TILE_N
         text = self._made_of_scales(is_read, has_blocks)
         if fmt.scale == "e8m0" and decoded == "stored":
             text += ", for float16 scales decoded in front of it"
