@@ -141,7 +141,7 @@ def tuning_of(form: Form, M: int, K: int, N: int) -> Tuning:
             M, K, N, form.group or K, form.bits,
             table_bytes=four_bits.TABLE_BYTES if form.has_table else 0,
             scale_bits=32 if form.scale == "nested" else 8 * jnp.dtype(form.scale).itemsize,
-            zero_points=form.zero_points, exact=form.of_codes,
+            zero_points=form.zero_points,
         )  # fmt: skip
     are_multiples = form.scale == "multiples"
     return tuning.eight_bit(M, K, N, form.bits, form.group, multiples=are_multiples)

@@ -99,7 +99,6 @@ def weight_only(
     table_bytes: int = 0,
     scale_bits: int = 16,
     zero_points: bool = False,
-    exact: bool = False,
     experts: int | None = None,
 ) -> Tuning:
     """Returns the tuning of a weight-only product of M tokens with a [K, N] weight.
@@ -110,8 +109,6 @@ def weight_only(
       scale_bits: of a scale. One of 8 times a weight of 4 goes on the weight: exact in bfloat16 for
         e2m1, one more rounding for other levels. So do those of small groups and many tokens.
       zero_points: whether there is a byte beside every scale.
-      exact: whether products are integers: then scales of groups of 128 and more go on their sums
-        for many tokens, too.
       experts: as many products side by side, of M tokens each; None: there is one weight.
 
     Example:
@@ -127,8 +124,6 @@ def weight_only(
     # On the accumulator it takes tile_m / group_size instructions a weight, for which memory gives
     # time in proportion to its bits; and a wait for every group, which costs as if of 32 tokens.
     is_dear = 4 * max(t.tile_m, 32) >= bits * group_size
-    if exact and group_size >= t.tile_m == 128:
-        return dataclasses.replace(t, scale_on="accumulator")
     on_weight = group_size == 16 or (scale_bits == 8 and bits == 4) or is_dear
     return dataclasses.replace(t, scale_on="weight") if on_weight else t
 

@@ -148,8 +148,7 @@ def matmul(
         as they are, and of codes of 2 and 3 bits 2 and 4.
       natural: whether int8 and float8_e4m3fn lie as `eight_bit.matmul` takes them, in no other
         order. Then x is put in order in front of the kernel.
-      x_scale: None; or float32 [M, 1], steps of tokens, of which x are codes of up to 8 bits, so
-        that their products with integers are exact.
+      x_scale: None; or float32 [M, 1], steps of tokens, of which x are codes of up to 8 bits.
       experts: None; or of each tile of `tuning.tile_m` tokens the expert that it is multiplied by,
         as `experts.Tiles` has them. Then w is [E, N, K] and scale [E, G, N].
       out_dtype: of y, bfloat16, float16 or float32; default: x's.
@@ -198,7 +197,6 @@ def matmul(
         table_bytes=0 if codebook is None else four_bits.TABLE_BYTES,
         scale_bits=8 * stored.itemsize,
         zero_points=zeros is not None,
-        exact=x_scale is not None and codebook is None and w.dtype != jnp.float8_e4m3fn,
     )  # fmt: skip
     group = min(K // G, tuning.tile_k)  # inputs of one step with one scale
     on_sums = G == 1 and nested is None and experts is None and stored.itemsize > 1

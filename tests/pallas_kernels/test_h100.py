@@ -237,7 +237,7 @@ CODES = {
 
 @pytest.mark.parametrize("name", CODES)
 def test_codes_in_sixteen_bits(name):
-    """What bytes would have too much to do for; scales of groups of integers are on sums."""
+    """What bytes would have too much to do for."""
     dtype, group, scale, more = CODES[name]
     M = 1024
     f = lambda x, w, s, sx: weight_only.matmul(x, w, s, x_scale=sx, **more)

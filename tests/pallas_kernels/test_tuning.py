@@ -37,12 +37,6 @@ def test_scales_go_where_they_cost_least_or_else_where_they_are_exact():
     assert on(4, 64, 64) == on(4, 32, 1) == on(2, 128, 64) == on(2, 32, 16) == "weight"
 
 
-def test_scales_of_integers_go_on_their_sums_for_many_tokens_where_they_are_few():
-    on = lambda group, M: tuning.weight_only(M, 4096, 4096, group, 4, exact=True).scale_on
-    assert on(128, 64) == on(128, 1024) == on(4096, 1024) == "accumulator"
-    assert on(64, 1024) == on(32, 1) == "weight"
-
-
 def test_tokens_are_tiled_by_the_first_row_that_is_large_enough():
     assert [tuning.weight_only(M, 4096, 4096).tile_m for M in (1, 8, 9, 17, 64, 65, 999)] == [
         8, 8, 16, 32, 64, 128, 128,
