@@ -58,6 +58,12 @@ def float_scale(scale: Array | Nested) -> Array:
     return jnp.exp2(scale.astype(jnp.float32) - 127) if scale.dtype == jnp.uint8 else scale
 
 
+def float_multiples(multiples: Array) -> Array:
+    """Returns what weights are multiplied by, float32, for int8 or uint8 of `e2m1.scales`."""
+    is_int = multiples.dtype == jnp.int8
+    return multiples.astype(jnp.float32) if is_int else e2m1.scales(multiples)
+
+
 def transposed(
     dy: Array,
     w: Array,
@@ -99,9 +105,7 @@ def eight_bit(
         uint8 of `e2m1.scales`.
     """
     if multiples is not None:
-        is_int = multiples.dtype == jnp.int8
-        multiples = multiples.astype(jnp.float32) if is_int else e2m1.scales(multiples)
-        wide = jnp.repeat(multiples, x.shape[1] // len(multiples), axis=0)
+        wide = jnp.repeat(float_multiples(multiples), x.shape[1] // len(multiples), axis=0)
         w = w.astype(jnp.float32) * wide.T
     g = x.shape[1] // w_scale.shape[0]
     wide = jnp.repeat(w_scale.astype(jnp.float32), g, axis=0)  # [K, N]

@@ -143,7 +143,7 @@ def _dequantized(form: Form, dtype: Any, w: Array, s: Any, *more: Array) -> Arra
     middle = 2 ** (form.bits - 1)
     zero = more
     if form.scale == "multiples":
-        s, zero = s * _multiples(more[0]), ()
+        s, zero = s * reference.float_multiples(more[0]), ()
     if form.bits < 4:
         w = planes.codes(w, form.bits).astype(jnp.int8) - middle
     w, s = reference.values(w, _levels(form), dtype), reference.float_scale(s)
@@ -178,17 +178,14 @@ def _dot_then_scale(x, x_scale, w, s):
     return jnp.sum(y * s.astype(jnp.float32)[:, None], axis=0).astype(jnp.bfloat16)
 
 
-def _multiples(m: Array) -> Array:
-    return m.astype(jnp.float32) if m.dtype == jnp.int8 else e2m1.scales(m)
-
-
 def _quantized_dot(form, x, x_scale, w, s, *multiples):
     (M, K), G = x.shape, s.shape[0]
     kind = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
     if w.dtype == jnp.int4:
         w = reference.values(w, _levels(form), x.dtype).astype(x.dtype)
     for m in multiples:  # of 8 bits all the way: one product
-        w *= jnp.repeat(_multiples(m).astype(w.dtype), K // m.shape[0], axis=0).T
+        wide = jnp.repeat(reference.float_multiples(m), K // m.shape[0], axis=0)
+        w *= wide.astype(w.dtype).T
     if G == 1:
         dims = (((1,), (1,)), ((), ()))
         y = lax.dot_general(x, w, dims, preferred_element_type=kind).astype(jnp.float32)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
-from pallas_kernels import e2m1
+from pallas_kernels import reference
 from pallas_kernels.nested import Nested
 from pallas_kernels.tuning import TILE_K, TILE_N
 from qjax import numerics
@@ -234,8 +234,7 @@ def _multiplied(scale: Array, zero: Array | None, format: Format) -> tuple[Array
     if not are_multiples(scale, format):
         return scale, zero
     assert zero is not None
-    floats = scale.astype(jnp.float32) if scale.dtype == jnp.int8 else e2m1.scales(scale)
-    return floats * zero, None
+    return reference.float_multiples(scale) * zero, None
 
 
 def _decoded(scale: Array, zero: Array | None, format: Format) -> tuple[Array, Array | None]:
