@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import eight_bit as eight_bit_kernel
 from pallas_kernels import four_bits, h100, hopper, shares, tuning, weight_only
+from pallas_kernels.blocks import Blocks
 from pallas_kernels.nested import Nested
 from pallas_kernels.tuning import SMS, TILE_N, Tuning
 
@@ -104,10 +105,10 @@ class Form:
             kind = jnp.uint8 if self.has_table else jnp.int8
             return [of_features, jax.ShapeDtypeStruct((G, N), kind)]
         if self.scale != "nested":
-            N = N // TILE_N if self.in_blocks else N
             zeros = [jax.ShapeDtypeStruct((G, N), jnp.uint8)] * self.zero_points
-            return [jax.ShapeDtypeStruct((G, N), jnp.dtype(self.scale)), *zeros]
-        pairs = jax.ShapeDtypeStruct((G, 2 * -(-N // 256)), jnp.float32)
+            shape = (N // TILE_N, G) if self.in_blocks else (G, N)
+            return [jax.ShapeDtypeStruct(shape, jnp.dtype(self.scale)), *zeros]
+        pairs = jax.ShapeDtypeStruct((-(-N // 256), 2 * G), jnp.float32)
         return [jax.ShapeDtypeStruct((G, N), jnp.uint8), pairs]
 
 
@@ -152,6 +153,7 @@ def eight_bit_product(form: Form, tile: Tuning | None = None) -> Callable[..., j
 
     def product(x, w, x_scale, w_scale, multiples=None):
         x = eight_bit_kernel.ordered(x, w.dtype, multiples=multiples)
+        w_scale = Blocks(w_scale) if form.in_blocks else w_scale
         return eight_bit_kernel.matmul(x, w, x_scale, w_scale, multiples=multiples, tuning=tile)
 
     return product

@@ -11,9 +11,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import four_bits, hopper, interleave, shares, zero_points
 from pallas_kernels import tuning as tunings
+from pallas_kernels.blocks import Blocks, first_of_step, groups_of, in_sixteen_bytes
 from pallas_kernels.hopper import Operand
 from pallas_kernels.tuning import TILE_K, TILE_N, Tuning
 
+_STEPS = 4  # of a token, in the 16 bytes that TMA loads at least
 _FP8 = ("float8_e4m3fn", "float8_e5m2")
 # What weights of 4 bits are times their multiples, by the type of those and of activations.
 _MULTIPLES = {("int8", "int8"): "int8 of int4", ("uint8", "float8_e4m3fn"): "e4m3 of e2m1"}
@@ -75,7 +77,7 @@ def matmul(
     x: Array,
     w: Array,
     x_scale: Array,
-    w_scale: Array,
+    w_scale: Array | Blocks,
     *,
     multiples: Array | None = None,
     out_dtype: Any = jnp.bfloat16,
@@ -99,7 +101,7 @@ def matmul(
         of e2m1, if there are multiples: `interleave.signs_apart`.
       x_scale: float32 [M, G], with G = 1 or G = K / 128, or [M, 1]. A scale of the whole tensor is
         repeated.
-      w_scale: float32, bfloat16 or float16 [G, N], or [G, N / 128] of blocks of 128 x 128.
+      w_scale: float32, bfloat16 or float16 [G, N], or `Blocks` of them.
       multiples: None; or by what weights are multiplied, [G', N]: int4 by int8 of -15 .. 16, for
         int8 activations; e2m1 by `e2m1.scales` of uint8, for float8_e4m3fn, of 2^-5 to 64 and 1,
         1.25 or 1.5 times a power of two. Groups have 32, 64 or multiples of 128 inputs. x_scale is
@@ -111,12 +113,14 @@ def matmul(
     Raises:
       ValueError: for shapes or types that `supports` refuses.
     """
-    (M, K), N, (G, C) = x.shape, w.shape[0], w_scale.shape
-    in_blocks, has_groups = C * TILE_N == N, G > 1
-    if w.shape[1] != K or not (in_blocks or N == C) or x_scale.shape not in ((M, G), (M, 1)):
+    of_blocks, w_scale = w_scale, w_scale.values if isinstance(w_scale, Blocks) else w_scale
+    (M, K), N, G = x.shape, w.shape[0], groups_of(of_blocks)
+    in_blocks, has_groups = isinstance(of_blocks, Blocks), G > 1
+    own = (N // TILE_N, G) if in_blocks else (G, N)
+    if w.shape[1] != K or w_scale.shape != own or x_scale.shape not in ((M, G), (M, 1)):
         raise ValueError(
-            f"x {x.shape}, w {w.shape}, x_scale {x_scale.shape} and w_scale {(G, C)} must be"
-            " [M, K], [N, K], [M, G] or [M, 1], and [G, N] or [G, N / 128]."
+            f"x {x.shape}, w {w.shape}, x_scale {x_scale.shape} and w_scale {w_scale.shape} must be"
+            " [M, K], [N, K], [M, G] or [M, 1], and [G, N] or `Blocks` of [N / 128, G]."
         )
     rows = G if multiples is None else len(multiples)
     group = K // rows if K % rows == 0 else 0
@@ -137,17 +141,17 @@ def matmul(
     is_packed = w.dtype == jnp.int4
     # int4 is decoded as 16 times what it is for int8, unless it is multiplied.
     unit = 1 / 16 if is_packed and x.dtype == jnp.int8 and not has_multiples else 1.0
-    rows_of_x = hopper.in_whole_tiles(x_scale, tile_m)  # [G, M]
     of_tokens = x_scale.shape[1] == 1
     shape = (hopper.ROWS, tile_m)
     per_step = max(1, tuning.tile_k // group)
+    shared: Any = of_blocks.shared(per_step, 1) if isinstance(of_blocks, Blocks) else None
     columns_of_groups = [pl.ds(g * TILE_K, TILE_K) for g in range(per_step)]
 
     def weight(w_smem, multiples=()):
         return four_bits.load_bytes(w_smem, x.dtype, multiples) if is_packed else w_smem
 
     def step(w_smem, x_smem, *rest):
-        *multiples, turn, rows, total = rest
+        *multiples, turn, _, rows, total = rest
         loaded = [zero_points.load(ref.at[g, rows]) for ref in multiples for g in range(per_step)]
         w = weight(w_smem.at[rows], loaded)
         turn.begin()
@@ -159,7 +163,7 @@ def matmul(
         return total
 
     def step_in_groups(w_smem, x_smem, sw_smem, *rest):
-        *sx_smem, turn, rows, total = rest
+        *sx_smem, turn, k, rows, total = rest
         # There are too many scales to hold them during the products.
         is_late = bool(sx_smem) and tile_m > 64
         for g, columns in enumerate(columns_of_groups):
@@ -168,15 +172,14 @@ def matmul(
             def scale(g=g):
                 # One for the whole tile is a factor of a token's, and not of every sum.
                 if in_blocks:
-                    s = sw_smem[g, 0].astype(jnp.float32)
+                    (s,) = shared.read(sw_smem, k, g)
                 else:
                     s = hopper.by_row(sw_smem.at[g, rows], shape)
                 for ref in sx_smem:
-                    own = ref.at[g, pl.ds(0, tile_m)]
-                    if in_blocks:
-                        s = hopper.by_column(own, shape, s)
-                    else:
-                        s *= hopper.by_column(own, shape)
+                    own = steps_of(ref, k, g, plgpu.Layout.WGMMA.reduce(0))
+                    own = own * s if in_blocks else own
+                    own = lax.broadcast_in_dim(own, shape, (1,))
+                    s = own if in_blocks else own * s
                 return s
 
             s = None if is_late else scale()
@@ -188,15 +191,19 @@ def matmul(
             hopper.loaded()
         return total
 
-    def step_by_token(w_smem, x_smem, sw_smem, sx_smem, turn, rows, total):
+    def step_by_token(w_smem, x_smem, sw_smem, sx_smem, turn, k, rows, total):
         for g, columns in enumerate(columns_of_groups):
-            s = plgpu.load(sx_smem.at[g, rows], layout=plgpu.Layout.WGMMA.reduce(1))
-            s *= sw_smem[g, 0].astype(jnp.float32)
+            s = steps_of(sx_smem.at[rows], k, g, plgpu.Layout.WGMMA.reduce(1))
+            s *= shared.read(sw_smem, k, g)[0]
             left, right = x_smem.at[rows, columns], w_smem.at[:, columns]
             is_last = g == per_step - 1
             d = summed(g, left, right, turn, (hopper.ROWS, TILE_N), is_loaded=is_last)
             total += d * lax.broadcast_in_dim(s, d.shape, (0,))
         return total
+
+    def steps_of(sx_smem, k, g, layout):
+        at = first_of_step(k, _STEPS, per_step) + g
+        return hopper.load_column(sx_smem, at, layout)
 
     def summed(g, left, right, turn, shape, is_loaded):
         """Returns the sums of a group's products, in float32."""
@@ -222,31 +229,35 @@ def matmul(
         steps = max(1, group // tuning.tile_k)
         multiples = lax.bitcast_convert_type(multiples, jnp.int8)
         operands.append(Operand(multiples, "n", is_row=True, rows=per_step, steps_per_row=steps))
-    width = TILE_N  # scales of a tile
-    if in_blocks:
-        if has_groups:  # a step reads one, of as many as TMA can load
-            width = hopper.ALIGNMENT * 8 // hopper.bits(w_scale.dtype)
-        w_scale = jnp.repeat(w_scale, width, axis=1)
-    if has_groups:
-        operands.append(Operand(w_scale, "n", is_row=True, rows=per_step, width=width))
+    if isinstance(of_blocks, Blocks) and not has_groups:
+        w_scale = of_blocks.decoded()
+    elif in_blocks:
+        operands.append(shared.operand())
+    elif has_groups:
+        operands.append(Operand(w_scale, "n", is_row=True, rows=per_step))
     in_steps = has_groups and not of_tokens  # are scales of x; else they are of sums over all of K
     if in_steps:
-        width = max(tile_m, hopper.ALIGNMENT // 4)
-        tiles = (rows_of_x * unit).reshape(G, -1, tile_m)
-        tiles = jnp.pad(tiles, ((0, 0), (0, 0), (0, width - tile_m))).reshape(G, -1)
-        operands.append(Operand(tiles, "m", is_row=True, rows=per_step, width=width))
+        operands.append(
+            Operand(
+                in_sixteen_bytes(x_scale),
+                "m",
+                width=_STEPS,
+                steps_per_row=_STEPS // per_step,
+            )
+        )
     # A thread has two rows and 32 columns. Where blocks of weights have one factor, tokens have all
     # the others: then they had better be the rows.
     by_token = in_steps and in_blocks and not is_packed and tile_m == 2 * hopper.ROWS
     sizes = M, K, N
-    late = [] if in_steps else [rows_of_x] if has_groups else [rows_of_x, w_scale]
+    rows_of_x = [] if in_steps else [hopper.in_whole_tiles(x_scale, tile_m)]
+    late = rows_of_x if has_groups else [*rows_of_x, w_scale]
     # They multiply sums that are complete: parts of integers are added exactly.
     in_epilogue = bool(late) and shares.most_parts(tuning, sizes) == 1
     sum_dtype = jnp.float32 if has_groups else total_dtype
     y = hopper.product(
         operands,
         step_by_token if by_token else step_in_groups if has_groups else step,
-        scaled if in_epilogue else lambda total, *_: total,
+        scaled if in_epilogue else lambda total, *_: total * unit if in_steps else total,
         whole=late if in_epilogue else (),
         in_tensor_core=None if has_groups else total_dtype,
         rows_of="m" if by_token else "n",

@@ -17,6 +17,7 @@ from jax import Array
 from pallas_kernels import four_bits, hopper, weight_only
 from pallas_kernels import transposed as transposed_kernel
 from pallas_kernels import tuning as tunings
+from pallas_kernels.blocks import Blocks, groups_of
 from pallas_kernels.tuning import Tuning
 
 
@@ -79,7 +80,7 @@ def tiles_of(group_sizes: Array, M: int, tile_m: int) -> Tiles:
 def matmul(
     x: Array,
     w: Array,
-    scale: Array,
+    scale: Array | Blocks,
     group_sizes: Array,
     *,
     transposed: bool = False,
@@ -95,10 +96,12 @@ def matmul(
 
     Args:
       x: [M, K], transposed [M, N], bfloat16 or float16, tokens sorted by expert.
-      w: [E, N, K], scale: [E, G, N], codebook, zero, natural: as for `weight_only.matmul`.
+      w: [E, N, K], scale: [E, G, N] or `Blocks` of them, codebook, zero: as for
+        `weight_only.matmul`.
       group_sizes: [E] integers, how many tokens each expert has.
       transposed: return y[m] = x[m] @ W[expert of m]ᵀ, by the kernel of `transposed`.
       bits: as for it; else x tells.
+      natural: whether w of 8 bits lies as `eight_bit.matmul` takes it. x is put in order for it.
       out_dtype: of y, bfloat16, float16 or float32; default: x's.
       tuning: default: that of the kernel for twice as many tokens as an expert has on average.
       interpret: `plgpu.InterpretGPUParams` to run on a CPU.
@@ -130,7 +133,7 @@ def matmul(
 def batched(
     x: Array,
     w: Array,
-    scale: Array,
+    scale: Array | Blocks,
     *,
     transposed: bool = False,
     codebook: Sequence[float] | None = None,
@@ -160,18 +163,22 @@ def batched(
 
 
 def _kernel(transposed: bool, zero: int | Array | None, bits: int | None, natural: bool) -> Any:
-    options = {"zero": zero, "natural": natural}
     if transposed:
-        return functools.partial(transposed_kernel.matmul, **options, bits=bits)
-    return functools.partial(weight_only.matmul, **options)
+        return functools.partial(transposed_kernel.matmul, zero=zero, bits=bits, natural=natural)
+
+    def forward(x: Array, *args: Any, **options: Any) -> Array:
+        x = weight_only.ordered(x) if natural else x
+        return weight_only.matmul(x, *args, **options, zero=zero)
+
+    return forward
 
 
 def _tuning(
-    x: Array, w: Array, scale: Array, zero: int | Array | None, M: int, experts: int,
+    x: Array, w: Array, scale: Array | Blocks, zero: int | Array | None, M: int, experts: int,
     codebook: Any, out_dtype: Any, transposed: bool, bits: int | None,
 ) -> Tuning:  # fmt: skip
     """Returns the tuning for M tokens of each expert."""
-    (N, columns), G = w.shape[-2:], scale.shape[-2]
+    (N, columns), G = w.shape[-2:], groups_of(scale)
     K = transposed_kernel.inputs_of(w, bits) if transposed else x.shape[-1]
     bits = columns * hopper.bits(w.dtype) // K
     table_bytes = 0 if codebook is None else four_bits.TABLE_BYTES

@@ -26,7 +26,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir.dialects import llvm, vector
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, memref, vector
 
 from pallas_kernels.shares import Share, added, most_parts, share_of
 from pallas_kernels.tuning import TILE_N, Tuning
@@ -201,6 +202,33 @@ def by_column(ref: Any, shape: tuple[int, int], factor: Any = 1.0) -> Array:
     return lax.broadcast_in_dim(s * factor, shape, (1,))
 
 
+def load_column(ref: Any, at: Any, layout: Any) -> Array:
+    """Returns column `at` of a block [R, C] in shared memory, as a vector in a layout, in a kernel.
+
+    Pallas loads no vector whose values are not contiguous.
+    """
+    (rows, _), dtype = ref.shape, jnp.dtype(ref.dtype)
+
+    def values(_, ref, at):
+        kind, index = layout.to_mgpu(), ir.IndexType.get()
+        at = arith.index_cast(index, at.registers.item())
+        registers = np.empty(kind.registers_shape((rows,)), object)
+        of_lane = kind.registers_element_type(mgpu.utils.dtype_to_ir_type(dtype))
+        for place, (row,) in zip(
+            np.ndindex(registers.shape), kind.thread_idxs((rows,)), strict=True
+        ):
+            places = [arith.addi(row, mgpu.utils.c(i, index)) for i in range(kind.vector_length)]
+            loaded = [memref.load(ref, [row, at]) for row in places]
+            registers[place] = vector.from_elements(of_lane, loaded)
+        return mgpu.FragmentedArray(_registers=registers, _layout=kind, _is_signed=None)
+
+    values.reference = lambda block, at: block[:, at]  # pyright: ignore[reportFunctionMemberAccess]
+    return plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())),
+        return_type=plgpu.ShapeDtypeStruct((rows,), dtype, layout),
+    )(values)(ref, jnp.asarray(at, jnp.int32))
+
+
 def put(ref: Any, value: Array) -> None:
     """Stores registers, in whatever layout they are, without a care for banks or sectors."""
     if hasattr(plgpu, "store"):
@@ -230,8 +258,8 @@ def product(
 
     Args:
       operands: what the loop reads.
-      step: function (*blocks in shared memory, table if there is one, turn, rows, total)
-        -> total that adds the products of one step for `rows` of the tile's features. One that
+      step: function (*blocks in shared memory, table if there is one, turn, k, rows, total)
+        -> total that adds the products of step k of a tile for `rows` of its features. One that
         loads blocks into registers says so, `loaded`.
       finish: function (sums [64, tile_m], features, tokens, *whole) -> sums to store.
       whole: arrays that `finish` reads from global memory.
@@ -443,19 +471,19 @@ class _Kernel:
         rows = pl.ds(turn.wg * ROWS, ROWS)
         extra = [cta.table_smem] if cta.table_smem is not None else []
 
-        def one(slot, total):
+        def one(k, slot, total):
             plgpu.barrier_wait(cta.is_full.at[slot])
             blocks = (ring.at[slot] for ring in cta.rings)
-            total = self.step(*blocks, *extra, turn, rows, total)
+            total = self.step(*blocks, *extra, turn, k, rows, total)
             plgpu.barrier_arrive(cta.is_free.at[slot])
             return self.after(slot), total
 
         if self.in_tensor_core is None:
             zeros = plgpu.layout_cast(jnp.zeros(self.shape, jnp.float32), plgpu.Layout.WGMMA)
-            return lax.fori_loop(*bounds, lambda _, carry: one(*carry), (slot, zeros))
+            return lax.fori_loop(*bounds, lambda k, carry: one(k, *carry), (slot, zeros))
 
         def in_accumulator(total):
-            end = lax.fori_loop(*bounds, lambda _, slot: one(slot, total)[0], slot)
+            end = lax.fori_loop(*bounds, lambda k, slot: one(k, slot, total)[0], slot)
             return end, total[...]
 
         return pl.run_scoped(

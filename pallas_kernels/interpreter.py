@@ -108,14 +108,13 @@ def _by_its_reference(self, eqn, token, get_invals):
     values = []
     for var, value, transforms in zip(eqn.invars[:n], operands[:n], all_transforms, strict=True):
         if isinstance(var.aval, state.AbstractRef):
-            assert not transforms
             token, value = gpu_callbacks.call_get(
                 token=token,
-                result_shape_and_dtype=var.aval.inner_aval,
+                result_shape_and_dtype=state.transform_type(transforms, var.aval.inner_aval),
                 mesh_location=self.mesh_location,
                 thread=self.thread,
                 allocation_key_as_array=value,
-                transforms=(),
+                transforms=transforms,
                 source_info=eqn.source_info,
             )
         values.append(value)

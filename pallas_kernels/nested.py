@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels import hopper
+from pallas_kernels.blocks import Shared
 
 
 @functools.partial(
@@ -17,13 +17,14 @@ from pallas_kernels import hopper
 )
 @dataclasses.dataclass(frozen=True)
 class Nested:
-    """Scales [G, N] of a weight: code * factor + offset, of which `columns` features share both.
+    """Scales [G, N] of a weight: code * factor + offset, which `columns` features share.
 
     Double quantization (Dettmers et al., 2023, QLoRA, section 3).
 
     Attributes:
-      codes: uint8 [G, N].
-      outer: float32 [G, 2 * C], C blocks of N: of each block its factor, then its offset.
+      codes: uint8 [.., G, N].
+      outer: float32 [.., C, G], C blocks of N: of each block the factor of one group after another.
+        Or [.., C, 2 * G]: after every factor the offset. See `outer_of`.
       columns: features in a block, a multiple of 128; the last one may have fewer.
     """
 
@@ -35,20 +36,30 @@ class Nested:
         """Returns float32 [.., G, N]."""
         N = self.codes.shape[-1]
         of_all = lambda a: jnp.repeat(a, self.columns, axis=-1)[..., :N]
-        factor, offset = of_all(self.outer[..., ::2]), of_all(self.outer[..., 1::2])
-        return self.codes.astype(jnp.float32) * factor + offset
+        factor, *offset = map(of_all, factors(self.outer, has_offset=self.has_offset))
+        scale = self.codes.astype(jnp.float32) * factor
+        return scale + offset[0] if offset else scale
 
-    def rows(self, groups: int) -> tuple[Array, int]:
-        """Returns the factors and offsets as TMA loads them, and how many floats that is at once.
+    @property
+    def has_offset(self) -> bool:
+        return self.outer.shape[-1] == 2 * self.codes.shape[-2]
 
-        A block of features has a row [G * 2 ..]. Its factors and offsets for as many groups lie
-        together, with zeros up to the bytes that a block has at least.
-        """
-        G, columns = self.outer.shape
-        pairs = self.outer.reshape(G // groups, groups, columns // 2, 2)
-        pairs = pairs.transpose(2, 0, 1, 3).reshape(columns // 2, G // groups, 2 * groups)
-        pairs = jnp.pad(pairs, ((0, 0), (0, 0), (0, -2 * groups % (hopper.ALIGNMENT // 4))))
-        return pairs.reshape(columns // 2, -1), pairs.shape[-1]
+    def shared(self, per_step: int, steps: int) -> Shared:
+        """Returns factors and offsets as a kernel with such steps reads them."""
+        return Shared(self.outer, self.columns, per_step, steps, each=1 + self.has_offset)
+
+
+def outer_of(factor: Array, offset: Array | None) -> Array:
+    """Returns factors, and offsets if there are any, [.., G, C] as `Nested.outer` has them."""
+    own = [a.swapaxes(-1, -2) for a in (factor, offset) if a is not None]
+    both = jnp.stack(own, axis=-1)
+    return both.reshape(*both.shape[:-2], -1)
+
+
+def factors(outer: Array, *, has_offset: bool) -> list[Array]:
+    """Returns the factors [.., G, C] that `outer_of` was given, and offsets."""
+    each = 1 + has_offset
+    return [outer[..., i::each].swapaxes(-1, -2) for i in range(each)]
 
 
 def as_float(codes: Array) -> Array:

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels import e2m1
+from pallas_kernels.blocks import Blocks
 from pallas_kernels.nested import Nested
 
 
 def weight_only(
     x: Array,
     w: Array,
-    scale: Array | Nested,
+    scale: Array | Nested | Blocks,
     *,
     codebook: Sequence[float] | None = None,
     zero: int | Array | None = None,
@@ -28,7 +29,7 @@ def weight_only(
       x: [M, K] activations.
       w: [N, K] stored values of any type.
       scale: [G, N]; a group has g = K / G inputs. uint8 stands for the power 2^(scale - 127); and
-        `Nested` for what it decodes to.
+        `Nested` and `Blocks` for what they decode to.
       codebook: None; or the values of codes 0 .. 15, the bits of int4, rounded to x's type.
       zero: None; or zero points of unsigned codes, [G, N] or one: u - zero then takes the place of
         w, of int4 u = w + 8, of int8 w + 128.
@@ -51,9 +52,9 @@ def values(w: Array, codebook: Sequence[float] | None, dtype: Any) -> Array:
     return w if codebook is None else jnp.asarray(codebook, dtype)[w.astype(jnp.int32) & 15]
 
 
-def float_scale(scale: Array | Nested) -> Array:
-    """Returns scales [G, N] as floats, of which uint8 and `Nested` ones are none."""
-    if isinstance(scale, Nested):
+def float_scale(scale: Array | Nested | Blocks) -> Array:
+    """Returns scales [G, N] as floats: what is none, or not for each feature."""
+    if isinstance(scale, Nested | Blocks):
         return scale.decoded()
     return jnp.exp2(scale.astype(jnp.float32) - 127) if scale.dtype == jnp.uint8 else scale
 
@@ -89,7 +90,7 @@ def eight_bit(
     x: Array,
     w: Array,
     x_scale: Array,
-    w_scale: Array,
+    w_scale: Array | Blocks,
     *,
     multiples: Array | None = None,
     out_dtype: Any = jnp.float32,
@@ -100,10 +101,11 @@ def eight_bit(
       x: [M, K] int8 or FP8.
       w: [N, K] int8 or FP8, or the values of others.
       x_scale: [M, G], or [M, 1] for all groups.
-      w_scale: [G, N].
+      w_scale: [G, N], or `Blocks` of them.
       multiples: None; or what stands for [G', N], by which weights are multiplied first: int8, or
         uint8 of `e2m1.scales`.
     """
+    w_scale = float_scale(w_scale)
     if multiples is not None:
         wide = jnp.repeat(float_multiples(multiples), x.shape[1] // len(multiples), axis=0)
         w = w.astype(jnp.float32) * wide.T

@@ -41,10 +41,12 @@ class Laws:
     A subclass has `formats`, which maps names to arguments of `make`; the first one meets all
     tunings. `budget` is the relative error that the sums' type allows. `mutated` are formats and
     tunings that reach, together, all that is to be broken in the kernel; None: the first format.
+    They have `inputs_when_mutated`, enough for several blocks of each operand.
     """
 
     formats: ClassVar[dict[str, dict[str, Any]]]
     mutated: ClassVar[tuple[tuple[str | None, Tuning], ...]] = ((None, Tuning(8, 2, sms=1)),)
+    inputs_when_mutated = 384
     budget = 2e-6  # float32 sums of exact products, in another order than NumPy's
 
     def make(self, M: int, K: int, N: int, seed: int = 0, **format: Any) -> dict[str, Any]:
@@ -106,9 +108,8 @@ class Laws:
             pytest.skip("a broken kernel may never end on a GPU")
         broken, survivors = set(), []
         for name, tuning in self.mutated:
-            arrays = self.make(
-                8, 384, 256, seed=2, **self.formats[name or next(iter(self.formats))]
-            )
+            format = self.formats[name or next(iter(self.formats))]
+            arrays = self.make(8, self.inputs_when_mutated, 256, seed=2, **format)
             with mutation(None) as possible:
                 error, races = self.error(arrays, tuning)
             assert error <= 2.0**-8

@@ -33,7 +33,7 @@ from jax.experimental.mosaic.gpu import profiler
 
 from pallas_kernels import e2m1, interleave, planes, reference
 from pallas_kernels.bench import FORMS, SHAPES, Form, eight_bit_product
-from pallas_kernels.nested import Nested
+from pallas_kernels.nested import Nested, outer_of
 from pallas_kernels.tuning import BYTES_PER_US, TILE_N
 
 TOKENS = (1, 16, 64, 1024)
@@ -82,7 +82,7 @@ def _kernels(form: Form, capability: int | None) -> list[Contender]:
         from pallas_kernels import weight_only
 
         def in_order(w, s, *more):
-            s = s[:, ::TILE_N] if form.in_blocks else s
+            s = s[:, ::TILE_N].T if form.in_blocks else s
             if form.w == "int4":
                 are_bytes = form.has_table and not form.is_weight_only
                 w = interleave.of_int4(w, looked_up=form.has_table, apart=are_bytes)
@@ -211,10 +211,9 @@ def operands(form: Form, M: int, K: int, N: int, seed: int) -> dict[str, Any]:
     uniform = functools.partial(jax.random.uniform, minval=0.5, maxval=1.5)
     if form.scale == "nested":
         codes = jax.random.randint(keys[2], (G, N), 0, 256).astype("uint8")
-        pair = jnp.stack(
-            [uniform(keys[3], (G, -(-N // 256))) / 256, uniform(keys[0], (G, -(-N // 256)))], -1
-        )
-        scale: Any = Nested(codes, pair.reshape(G, -1), 256)
+        of_blocks = (G, -(-N // 256))
+        factor, offset = uniform(keys[3], of_blocks) / 256, uniform(keys[0], of_blocks)
+        scale: Any = Nested(codes, outer_of(factor, offset), 256)
     elif form.scale == "uint8":
         scale = jax.random.randint(keys[2], (G, N), 124, 131).astype("uint8")
     elif form.scale == "multiples":

@@ -38,7 +38,7 @@ def matmul(
 
     Args:
       dy: [M, N] bfloat16 or float16.
-      w, scale, codebook, zero, natural, experts: as for `weight_only.matmul`, groups of 32, 64 or a
+      w, scale, codebook, zero, experts: as for `weight_only.matmul`, groups of 32, 64 or a
         multiple of 128.
       bits: of codes in bytes, which do not tell by themselves: 2 or 3; or None for all other types.
       out_dtype: of dx, bfloat16, float16 or float32; default: dy's.
@@ -58,7 +58,7 @@ def matmul(
         )
     if reason := supports(w.dtype, dy.dtype, K, N, K // G, scale.dtype):
         raise ValueError(f"pallas_kernels.transposed: {reason}.")
-    weight_only.check_zero(zero, w, bits or hopper.bits(w.dtype), scale, codebook)
+    weight_only.check_zero(zero, w, bits or hopper.bits(w.dtype), scale.shape, codebook)
     if bits not in ((2, 3) if w.dtype == jnp.uint8 else (None,)):
         raise ValueError(
             f"pallas_kernels.transposed: bits={bits} with {w.dtype.name}: it takes 2 and 3 with"
@@ -76,7 +76,7 @@ def matmul(
 
     def step(w_smem, dy_smem, s_smem, *rest):
         z_smem, rest = (None, rest) if zeros is None else (rest[0], rest[1:])
-        *tables, turn, _, total = rest
+        *tables, turn, _, _, total = rest
         own = pl.ds(turn.wg * (s_smem.shape[0] // 2), groups)
         less = zero
         if z_smem is not None:

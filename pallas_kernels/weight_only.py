@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import e4m3, few_bits, four_bits, hopper, whole_bytes, zero_points
 from pallas_kernels import tuning as tunings
+from pallas_kernels.blocks import Blocks, groups_of
 from pallas_kernels.hopper import Operand
 from pallas_kernels.interleave import interleaved_pairs
 from pallas_kernels.nested import Nested, as_float
@@ -91,9 +92,16 @@ def supports(
 
 
 def check_zero(
-    zero: int | Array | None, w: Array, bits: int, scale: Array, codebook: Sequence[float] | None
+    zero: int | Array | None,
+    w: Array,
+    bits: int,
+    shape: tuple[int, ...],
+    codebook: Sequence[float] | None,
 ) -> None:
     """Refuses zero points that a kernel cannot subtract from codes of so many bits.
+
+    Args:
+      shape: that they must have, one for each group.
 
     Raises:
       ValueError: for them.
@@ -107,20 +115,22 @@ def check_zero(
             f"zero points of {'a codebook' if codebook is not None else w.dtype.name}: kernels take"
             " them of int4, int8 and codes of 2 and 3 bits."
         )
-    if not isinstance(zero, int) and (zero.shape != scale.shape or zero.dtype != jnp.uint8):
-        raise ValueError(
-            f"zero points {zero.dtype.name} {zero.shape} must be uint8 {scale.shape}, as scales."
-        )
+    if not isinstance(zero, int) and (zero.shape != shape or zero.dtype != jnp.uint8):
+        raise ValueError(f"zero points {zero.dtype.name} {zero.shape} must be uint8 {shape}.")
+
+
+def ordered(x: Array) -> Array:
+    """Returns x [.., K] in the order in which `matmul` multiplies weights of 8 bits in none."""
+    return interleaved_pairs(x)
 
 
 def matmul(
     x: Array,
     w: Array,
-    scale: Array | Nested,
+    scale: Array | Nested | Blocks,
     *,
     codebook: Sequence[float] | None = None,
     zero: int | Array | None = None,
-    natural: bool = False,
     x_scale: Array | None = None,
     experts: Array | None = None,
     out_dtype: Any = None,
@@ -137,17 +147,16 @@ def matmul(
     Args:
       x: [M, K] bfloat16 or float16.
       w: [N, K] int4, int8 or float8_e4m3fn in the order of `interleave`; or uint8 [N, K * b / 8],
-        codes of b = 2 or 3 bits in the order of `planes`, which stand for code - zero.
+        codes of b = 2 or 3 bits in the order of `planes`, which stand for code - zero. If those of
+        8 bits lie as `eight_bit.matmul` takes them, x must be in the order of `ordered`.
       scale: [G, N] bfloat16, float16 or float32; float8_e4m3fn; or uint8, which stands for the
         power of two 2^(scale - 127) (e8m0; needs x in bfloat16, which has all of them). K / G is
-        16, 32, 64 or a multiple of 128. Or `Nested` ones, without experts.
+        16, 32, 64 or a multiple of 128. Or `Nested` ones, without experts, or `Blocks`.
       codebook: None, or the 16 values of the codes 0 .. 15, which the bits of int4 are then. They
         are rounded to x's type.
       zero: zero point, what unsigned codes are less: uint8 [G, N], all of them codes, or one for
         all. Of int4 these codes are w + 8, of int8 w + 128. Default: the middle, so that both are
         as they are, and of codes of 2 and 3 bits 2 and 4.
-      natural: whether int8 and float8_e4m3fn lie as `eight_bit.matmul` takes them, in no other
-        order. Then x is put in order in front of the kernel.
       x_scale: None; or float32 [M, 1], steps of tokens, of which x are codes of up to 8 bits.
       experts: None; or of each tile of `tuning.tile_m` tokens the expert that it is multiplied by,
         as `experts.Tiles` has them. Then w is [E, N, K] and scale [E, G, N].
@@ -158,16 +167,20 @@ def matmul(
     Raises:
       ValueError: for shapes or types that `supports` refuses.
     """
+    if isinstance(scale, Blocks) and groups_of(scale) == 1:
+        scale = scale.decoded()
     nested, scale = (scale, scale.codes) if isinstance(scale, Nested) else (None, scale)
-    (M, K), (N, _), (G, _) = x.shape, w.shape[-2:], scale.shape[-2:]
+    blocks, scale = (scale, scale.values) if isinstance(scale, Blocks) else (None, scale)
+    (M, K), N, G = x.shape, w.shape[-2], groups_of(blocks or scale)
     stack = () if experts is None else w.shape[:1]
     bits = w.shape[-1] * hopper.bits(w.dtype) // K
     packed = bits if w.dtype == jnp.uint8 else None
     columns = K * bits // hopper.bits(w.dtype)
-    if w.shape != (*stack, N, columns) or scale.shape != (*stack, G, N) or K % G:
+    own = (*stack, G, N) if blocks is None else (*stack, N // TILE_N, G)
+    if w.shape != (*stack, N, columns) or scale.shape != own or K % G:
         raise ValueError(
             f"x {x.shape}, w {w.shape} and scale {scale.shape} must be [M, K], [N, K] and [G, N],"
-            " the latter two stacked for experts."
+            " or `Blocks` of [N / 128, G], the latter two stacked for experts."
         )
     if x_scale is not None and (x_scale.shape != (M, 1) or experts is not None):
         raise ValueError(
@@ -176,7 +189,7 @@ def matmul(
         )
     if nested is not None and experts is not None:
         raise ValueError("pallas_kernels.weight_only: nested scales of experts: it takes others.")
-    check_zero(zero, w, bits, scale, codebook)
+    check_zero(zero, w, bits, (*stack, G, N), codebook)
     stored = jnp.dtype(scale.dtype if nested is None else jnp.float32)
     if reason := supports(w.dtype, x.dtype, K, N, K // G, stored):
         raise ValueError(f"pallas_kernels.weight_only: {reason}.")
@@ -187,8 +200,6 @@ def matmul(
             f"pallas_kernels.weight_only: a codebook of {len(codebook)} values with {w.dtype.name}:"
             " it takes 16, with int4."
         )
-    if natural and bits == 8:
-        x = interleaved_pairs(x)
     known, zeros = (zero, None) if zero is None or isinstance(zero, int) else (None, zero)
     codes = w.dtype if codebook is None else jnp.uint4
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
@@ -199,16 +210,31 @@ def matmul(
         zero_points=zeros is not None,
     )  # fmt: skip
     group = min(K // G, tuning.tile_k)  # inputs of one step with one scale
+    per_step, steps = tuning.tile_k // group, K // G // group  # groups of a step, steps of a group
     on_sums = G == 1 and nested is None and experts is None and stored.itemsize > 1
+    shared: Any = nested or blocks
+    shared = shared and shared.shared(per_step, steps)
     on_accumulator = tuning.scale_on == "accumulator" and not on_sums
     n_scales = 0 if on_sums else 1 if nested is None else 2
 
     def parts(w_smem, *rest):
-        """Returns what a step has, by what it is: blocks of scales, how to decode columns, ..."""
+        """Returns what a step has: functions that decode a group's scales, and columns; ..."""
         scales, rest = rest[:n_scales], rest[n_scales:]
         z_smem, rest = (None, rest) if zeros is None else (rest[0], rest[1:])
-        *table, turn, rows, total = rest
-        return scales, columns_of(w_smem.at[rows], z_smem, rows, *table), turn, rows, total
+        *table, turn, k, rows, total = rest
+        columns = columns_of(w_smem.at[rows], z_smem, rows, *table)
+
+        def scale_of(g):
+            s_smem, *outer = scales
+            if blocks is not None:
+                return shared.read(s_smem, k, g)[0]
+            if nested is None:
+                return read_scale(s_smem.at[g, rows], scale.dtype)
+            codes = as_float(plgpu.load(s_smem.at[g, rows], layout=plgpu.Layout.WGMMA.reduce(1)))
+            factor, *offset = shared.read(*outer, k, g)
+            return codes * factor + offset[0] if offset else codes * factor
+
+        return scale_of, columns, turn, total
 
     def columns_of(w_smem, z_smem, rows, *table):
         """Returns a function (first, count) -> those columns of a block, decoded."""
@@ -229,16 +255,8 @@ def matmul(
         q = few_bits.load(w_smem, packed, x.dtype, less(0, tuning.tile_k))
         return lambda first, n: q[:, first : first + n]
 
-    def scale_of(g, rows, s_smem, *outer):
-        s_smem = s_smem.at[g, rows]
-        if nested is None:
-            return read_scale(s_smem, scale.dtype)
-        (factors,) = outer
-        codes = as_float(plgpu.load(s_smem, layout=plgpu.Layout.WGMMA.reduce(1)))
-        return codes * factors[0, 2 * g] + factors[0, 2 * g + 1]
-
     def step_on_accumulator(w_smem, x_smem, *rest):
-        scales, columns, turn, rows, total = parts(w_smem, *rest)
+        scale_of, columns, turn, total = parts(w_smem, *rest)
         groups = range(tuning.tile_k // group)
         # All groups are multiplied before the first is waited for, if there are registers.
         at_once = len(groups) if tuning.tile_m <= 16 else 1
@@ -254,26 +272,24 @@ def matmul(
                     hopper.loaded()
                 return [d[...] for d in sums]  # waits
 
-            own = [scale_of(g, rows, *scales) for g in some]
+            own = [scale_of(g) for g in some]
             turn.begin()
             for s, d in zip(own, pl.run_scoped(products, *[shape] * len(some)), strict=True):
-                total += d * lax.broadcast_in_dim(s, d.shape, (0,))
+                total += d * lax.broadcast_in_dim(s, d.shape, range(s.ndim))
         return total
 
     def step_in_tensor_core(w_smem, x_smem, *rest):
-        scales, columns, turn, rows, total = parts(w_smem, *rest)
+        scale_of, columns, turn, total = parts(w_smem, *rest)
         for first in range(0, tuning.tile_k, TILE_K):  # one is multiplied, the next one decoded
             w = columns(first, TILE_K)
-            if scales:
+            if not on_sums:
                 width = min(group, TILE_K)
-                wide = [
-                    lax.broadcast_in_dim(
-                        scale_of(k // group, rows, *scales).astype(x.dtype),
-                        (hopper.ROWS, width),
-                        (0,),
-                    )
+                own = [
+                    scale_of(k // group).astype(x.dtype)
                     for k in range(first, first + TILE_K, width)
                 ]
+                block = hopper.ROWS, width
+                wide = [lax.broadcast_in_dim(s, block, range(s.ndim)) for s in own]
                 w *= wide[0] if len(wide) == 1 else jnp.concatenate(wide, axis=1)
             turn.begin()
             plgpu.wgmma(total, w, x_smem.at[:, pl.ds(first, TILE_K)].T)
@@ -295,20 +311,16 @@ def matmul(
 
     tile_columns = group if on_accumulator else tuning.tile_k
     w_width = None if packed is None else tuning.tile_k * packed // 8
-    per_step, steps = tuning.tile_k // group, K // G // group  # groups of a step, steps of a group
     operands = [
         Operand(w, "n", columns=w_width or min(tile_columns, 128), width=w_width),
         Operand(x, "m", columns=min(tile_columns, 64)),
     ]
-    if not on_sums:
+    if not on_sums and blocks is None:
         operands.append(
             Operand(as_bits(scale), "n", is_row=True, rows=per_step, steps_per_row=steps)
         )
-    if nested is not None:
-        outer, width = nested.rows(per_step)
-        operands.append(
-            Operand(outer, "n", shared_by=nested.columns, width=width, steps_per_row=steps)
-        )
+    if shared is not None:
+        operands.append(shared.operand())
     if zeros is not None:
         operands.append(Operand(zeros, "n", is_row=True, rows=per_step, steps_per_row=steps))
     whole = [] if x_scale is None else [hopper.in_whole_tiles(x_scale, tuning.tile_m)]

@@ -54,6 +54,13 @@ class PreparedTriton(Prepared):
         (k_parts, n_parts), N = super().parts(), self.canonical_shape[-1]
         return k_parts, math.gcd(n_parts, N // TILE_N)  # in whole tiles, too
 
+    @property
+    def scale_axes(self) -> str:
+        return "gc"
+
+    def stored_scales(self) -> tuple[Any, Any]:
+        return self.scale, self.zero
+
     def canonical(self) -> QTensor:
         data = canonical_codes(self.data, self.format, self.extra)
         return QTensor(**fields_of(self, data=data, zero=stored_zeros(self)))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import interleave, planes, tuning
+from pallas_kernels import interleave, nested, planes, tuning
 from pallas_kernels.triton import versions
 from pallas_kernels.tuning import TILE_K, TILE_N
 from qjax import _compat, numerics, packing
@@ -49,6 +49,8 @@ class Prepared(QTensor):
         e4m3, and those of a table int8, with their signs apart. Codes of 2 and 3 bits as stored, in
         the order of `pallas_kernels.planes`. N' and K' are N and K up to multiples of 128, and K'
         of the group size; the codes that were added are 0.
+      scale: as it was; but [*lead, C, G] if blocks of 128 x 128 have one, and a `PreparedScale` if
+        kernels decode what is nested.
       zero: None; integer zero points minus the least of their type, a byte each, uint8 [*lead, G,
         C]; or the offsets.
       extra: static. (K' - K, N' - N).
@@ -76,6 +78,13 @@ class Prepared(QTensor):
     def data_axes(self) -> str:
         return "nk"
 
+    @property
+    def scale_axes(self) -> str:
+        return scale_axes(self.format)
+
+    def stored_scales(self) -> tuple[Any, Any]:
+        return by_group(self.scale, self.format), self.zero
+
     def parts(self) -> tuple[int, int]:
         """Returns into how many parts K and N can be cut.
 
@@ -93,8 +102,10 @@ class Prepared(QTensor):
         return 1 if extra_k else k_parts, 1 if extra_n else n_parts
 
     def canonical(self) -> QTensor:
+        scale, _ = self.stored_scales()
+        scale = scale.canonical() if is_qtensor(scale) else scale
         data = canonical_codes(self.data, self.format, self.extra)
-        return QTensor(**fields_of(self, data=data, zero=stored_zeros(self)))
+        return QTensor(**fields_of(self, data=data, scale=scale, zero=stored_zeros(self)))
 
     @property
     def zero_unit(self) -> int:
@@ -106,27 +117,33 @@ class Prepared(QTensor):
     def zero_points(self) -> Float[Array, "*b G C"]:
         return read_zeros(self.zero, self.format)
 
-    def stored_scale(self) -> tuple[Array, Float[Array, "*b"] | None] | None:
-        """Returns scales [*b, G, C] that the kernel decodes and the factor of the product, or None.
+    def float_scale(self) -> Float[Array, "*b g c"]:
+        """Returns scales in float32 in the order of `scale_axes`."""
+        if not isinstance(self.format.scale, str):
+            return _swapped(read_scales(self)[0], self.format)
+        return numerics.read_scale(self.scale, self.format.scale)
 
-        They are powers of two (uint8), or e4m3 with or without one scale of their own.
+    def stored_scale(self) -> tuple[Array, Float[Array, "*b"] | None] | None:
+        """Returns scales that the kernel decodes and the factor of the product, or None.
+
+        They are powers of two (uint8), or e4m3 with or without one scale of their own. Their order
+        is that of `scale_axes`.
         """
         if self._decoded != "stored":
             return None
         if isinstance(self.scale, QTensor):
-            return self.scale.data, read_scales(self.scale)[0][..., 0, 0]
+            codes = _swapped(self.scale.data, self.format)
+            return codes, read_scales(self.scale)[0][..., 0, 0]
         return self.scale, None
 
-    def nested_scale(self) -> tuple[Array, Float[Array, "*b G C"]] | None:
+    def nested_scale(self) -> tuple[Array, Float[Array, "*b C g"]] | None:
         """Returns uint8 codes [*b, G, N] of scales that the kernel decodes, or None.
 
-        And second, of every block of their columns the factor and offset, [*b, G, 2 * C].
+        And second, of every block of their columns factors, and maybe offsets, `Nested.outer`.
         """
         if self._decoded != "nested":
             return None
-        factor, offset = read_scales(self.scale)
-        pairs = jnp.stack([factor, jnp.zeros_like(factor) if offset is None else offset], axis=-1)
-        return self.scale.data, pairs.reshape(*factor.shape[:-1], -1)
+        return self.scale.data, self.scale.scale
 
     def multiples(self) -> tuple[Array, Float[Array, "*b 1 N"]] | None:
         """Returns codes [*b, G, N] of what kernels multiply codes by, and scales of columns.
@@ -150,9 +167,9 @@ class Prepared(QTensor):
         """Returns what XLA does beside the kernel on every call, for `qjax.explain`."""
         fmt, decoded = self.format, self._decoded
         is_alone = not transposed and self.data.ndim == 2  # else nested scales are decoded, too
-        is_read = has_floats(fmt) or decoded == "stored" or (decoded is not None and is_alone)
-        is_in_bytes = self.most_in_bytes == math.inf and not transposed
-        has_blocks = is_in_bytes and fmt.group_columns == TILE_N
+        has_blocks = self.scale_axes == "cg" and not transposed
+        is_stored = decoded == "stored" and not has_blocks
+        is_read = has_floats(fmt) or is_stored or (decoded in ("nested", "multiples") and is_alone)
         text = self._made_of_scales(is_read, has_blocks)
         if fmt.scale == "e8m0" and decoded == "stored":
             text += ", for float16 scales decoded in front of it"
@@ -166,7 +183,13 @@ class Prepared(QTensor):
         G, C = fmt.groups(K, N)
         g = K + self.extra[0] if G == 1 else fmt.group_size
         is_wide = C != N and G * C > 1 and not has_blocks  # one for all costs nothing
-        is_padded = self.extra[1] or G * (g or K) != K + self.extra[0]
+        rows = (K + self.extra[0]) // (g or K)
+        is_padded = rows != G or bool(self.extra[1] and not has_blocks)
+        # TMA takes rows of whole 16 bytes.
+        if has_blocks and G > 1:
+            is_padded |= rows * (4 if short_scale(fmt) is None else 2) % 16 > 0
+        elif self._decoded == "nested":
+            is_padded |= self.scale.scale.shape[-1] // G * rows * 4 % 16 > 0
         made = {"decoded": not is_read, "repeated": is_wide, "padded": is_padded}
         if not any(made.values()):
             return ""
@@ -199,6 +222,43 @@ class Prepared(QTensor):
             return magnitude | (bits_at(*sign) & jnp.uint8(1)) << 3
         place = interleave.place(rows, looked_up=self.element.kind == "table")
         return bits_at(*place) & jnp.uint8(15)
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class PreparedScale(QTensor):
+    """Nested scales of a prepared weight, of which `pallas_kernels.nested` says what kernels read.
+
+    Attributes:
+      data: their codes, uint8 [*lead, G, N], as they were.
+      scale: float32, `Nested.outer`: factors of blocks of N, [*lead, C, G], or with the offsets
+        that they had [*lead, C, 2 * G].
+      zero: None.
+    """
+
+    @property
+    def scale_axes(self) -> str:
+        return "cg"
+
+    def stored_scales(self) -> tuple[Any, Any]:
+        types: list[Any] = [self.format.scale]
+        types += [] if self.format.offset is None else [self.format.offset]
+        own = nested.factors(self.scale, has_offset=len(types) == 2)
+        factor, *offset = (a.astype(dtype) for a, dtype in zip(own, types, strict=True))
+        return factor, offset[0] if offset else None
+
+    def canonical(self) -> QTensor:
+        scale, zero = self.stored_scales()
+        return QTensor(**fields_of(self, scale=scale, zero=zero))
+
+
+def _prepared_scale(qt: QTensor) -> Any:
+    """Returns what takes the place of `qt.scale` in a weight that is prepared."""
+    if not is_qtensor(qt.scale):
+        return _swapped(qt.scale, qt.format)
+    if _decoded_by_kernels(qt.format, qt.canonical_shape[-2]) != "nested":
+        return qt.scale
+    outer = nested.outer_of(*read_scales(qt.scale))
+    return PreparedScale(**fields_of(qt.scale, scale=outer, zero=None))
 
 
 def reason_against(qt: QTensor) -> str | None:
@@ -365,7 +425,8 @@ def _prepared(qt: QTensor) -> Prepared:
         data = interleave.interleaved(data)
     elif not most_in_bytes(qt.format, K):
         data = interleave.interleaved_pairs(_as_uint8(data))
-    return Prepared(**fields_of(qt, data=data, zero=zeros_in_bytes(qt)), extra=extra)
+    changed = fields_of(qt, data=data, scale=_prepared_scale(qt), zero=zeros_in_bytes(qt))
+    return Prepared(**changed, extra=extra)
 
 
 def zeros_in_bytes(qt: QTensor) -> Any:
@@ -523,8 +584,32 @@ def _decoded_by_kernels(fmt: Format, K: int) -> str | None:
     if fmt.zero_point:  # whose place the factors take
         return None
     is_plain = inner.group_size == 1 and not inner.zero_point and not inner.flatten
+    # Factors and offsets become float32, and what they were again.
+    is_plain = is_plain and {inner.scale, inner.offset} <= {"float32", "bfloat16", "float16", None}
     is_known = inner.element == "uint8" and inner.group_columns % TILE_N == 0
     return "nested" if is_plain and is_known else None
+
+
+def scale_axes(fmt: Format) -> str:
+    """Returns the order in which scales of a weight that is prepared for Hopper have G and C.
+
+    "cg" is that of blocks of 128 x 128. TMA loads at least 16 bytes of a row: scales of what is
+    multiplied one after another.
+    """
+    return "cg" if fmt.group_columns == TILE_N else "gc"
+
+
+def _swapped(scale: Array, fmt: Format) -> Array:
+    """Returns scales [*b, G, C] in the order of `scale_axes`, or such ones as [*b, G, C]."""
+    return scale.swapaxes(-1, -2) if scale_axes(fmt) == "cg" else scale
+
+
+def by_group(scale: Any, fmt: Format) -> Any:
+    """Returns the scales of a prepared weight, or of its products, as [*b, G, C].
+
+    Those that are nested are as they were.
+    """
+    return scale if is_qtensor(scale) else _swapped(scale, fmt)
 
 
 def are_multiples(scale: Any, fmt: Format) -> bool:

@@ -116,6 +116,15 @@ class QTensor:
         """The order in which `data` has the axes K and N, after the leading ones."""
         return "kn"
 
+    @property
+    def scale_axes(self) -> str:
+        """The order in which an array of scales has the axes G and C, after the leading ones."""
+        return "gc"
+
+    def stored_scales(self) -> tuple[Any, Any]:
+        """Returns scales and offsets as the checkpoint has them; see `canonical`."""
+        return self.scale, self.zero
+
     def parts(self) -> tuple[int, int]:
         """Returns into how many parts K and N can be cut as far as a kernel cares."""
         *_, K, N = self.canonical_shape
@@ -376,9 +385,10 @@ def unscaled(q: Array, scale: Array, zero: Array | None, fmt: Format) -> Array:
 
 def read_scales(qt: QTensor) -> tuple[Float[Array, "*b G C"], Float[Array, "*b G C"] | None]:
     """Returns the float32 scales, and the zero points or offsets, of a QTensor."""
-    scale = restore_scales(qt.scale, qt.format.scale)
+    stored, offset = qt.stored_scales()
+    scale = restore_scales(stored, qt.format.scale)
     if qt.format.offset is not None:
-        return scale, restore_scales(qt.zero, qt.format.offset)
+        return scale, restore_scales(offset, qt.format.offset)
     return scale, qt.zero_points() if qt.format.zero_point else None
 
 

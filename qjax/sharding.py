@@ -155,12 +155,12 @@ def _canonical(qt: QTensor, like: NamedSharding, lead, k: _Axes, n: _Axes) -> QT
             return k
         return _splittable(k, mesh, lambda parts: rows % (parts * packing.unit(element.bits)) == 0)
 
-    def part(stored, k: _Axes) -> NamedSharding | QTensor:
+    def part(stored, k: _Axes, order: str = "gc") -> NamedSharding | QTensor:
         if isinstance(stored, QTensor):
             if stored.format.flatten:  # one vector for the whole weight
                 return _canonical(stored, like, lead, (), ())
             return _canonical(stored, like, lead, k, c)
-        return named(k, c)
+        return named(k, c) if order == "gc" else named(c, k)
 
     zero = None
     if qt.zero is not None:
@@ -172,7 +172,7 @@ def _canonical(qt: QTensor, like: NamedSharding, lead, k: _Axes, n: _Axes) -> QT
     return dataclasses.replace(
         qt,
         data=named(*_ordered(qt, k, n)),
-        scale=part(qt.scale, g),
+        scale=part(qt.scale, g, qt.scale_axes),
         zero=zero,
         **jax.tree.map(place, factors),
     )
@@ -256,14 +256,14 @@ def shard_specs(qt: QTensor, lead: list, k: _Axes, n: _Axes, mesh) -> QTensor | 
         return None
     g, c = (k if G > 1 else ()), (n if C > 1 else ())
 
-    def part(stored):
+    def part(stored, order="gc"):
         if isinstance(stored, QTensor):
             if stored.format.flatten and (g or c):
                 return None
             return shard_specs(stored, lead, g, c, mesh)
-        return PartitionSpec(*(_entry(a) for a in (*lead, g, c)))
+        return PartitionSpec(*(_entry(a) for a in (*lead, *((g, c) if order == "gc" else (c, g)))))
 
-    scale, zero = part(qt.scale), None
+    scale, zero = part(qt.scale, qt.scale_axes), None
     if qt.zero is not None:
         rows = qt.zero.shape[-2] if fmt.zero_point else G
         unit = qt.zero_unit if fmt.zero_point else 1

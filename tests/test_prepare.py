@@ -19,7 +19,7 @@ from pallas_kernels import h100, hlo, interpreter
 from qjax.ops.dispatch import compute
 from qjax.ops.packed_dot import packed_dot, packed_dot_p
 from qjax.prepare import Prepared, reason_against
-from qjax.qtensor import dequantize_rows, quantize_array
+from qjax.qtensor import dequantize_rows, is_qtensor, quantize_array
 from qjax.sharding import shard_specs, shardings_of
 
 FORMATS = {
@@ -482,7 +482,16 @@ def test_explain_names_what_is_done_beside_the_kernel_on_every_call():
     flat = qjax.Format("uint8", group_size=256, flatten=True)
     assert "scales decoded in front of it" in how(qjax.Format("nf4", 64, scale=flat))
     assert "scales decoded in front of it" in how(FORMATS["nf4-dq"], (2, 256, 128))
-    assert "scales repeated in front of it" in how(FORMATS["fp8 blocks"])
+    for blocks in (FORMATS["fp8 blocks"], QUANTIZED["fp8 1x128"]):
+        assert "in front of it" not in how(blocks, (512, 128))
+        assert "scales padded in front of it" in how(blocks, (256, 128))  # not to 16 bytes
+    e8m0 = dataclasses.replace(FORMATS["fp8 blocks"], scale="e8m0")
+    assert "scales decoded in front of it" in how(e8m0, (512, 128))
+    back = lambda x, w: jnp.matmul(x, w.mT)
+    (use,) = qjax.explain(back)(
+        jnp.ones((3, 256), jnp.bfloat16), qjax.prepare(_weight("fp8 blocks", (512, 256)), "h100")
+    )
+    assert "scales repeated in front of it" in use.implementation
     assert "scales padded in front of it" in how(FORMATS["int4"], (256, 130))
     assert "for float16 scales decoded" in how(FORMATS["mxfp4"])
     assert "scales and zero points padded in front" in how(FORMATS["zero point"], (256, 130))
@@ -666,6 +675,42 @@ def test_multiples_are_cut_where_groups_are_and_what_they_multiply_is_not(name):
 
 
 @pytest.mark.parametrize(
+    "fmt",
+    [
+        FORMATS["nf4-dq"],
+        qjax.Format("int4", 64, scale=qjax.Format("uint8", 1, group_columns=128)),
+        FORMATS["fp8 blocks"],
+        QUANTIZED["fp8 blocks"],
+    ],
+    ids=str,
+)
+def test_what_lies_group_after_group_is_cut_where_groups_and_columns_are(fmt):
+    """Factors of nested scales, with their offsets or without, and scales of blocks."""
+    qt = quantize_array(jax.random.normal(jax.random.key(0), (512, 1024)), fmt)
+    prepared = qjax.prepare(qt, "h100")
+    mesh = jax.make_mesh((4, 2), ("k", "n"))
+    placed = shardings_of(prepared, NamedSharding(mesh, PartitionSpec("k", "n")))
+    of_groups = placed.scale.scale if is_qtensor(placed.scale) else placed.scale
+    assert of_groups.spec == PartitionSpec("n", "k")
+    specs = shard_specs(prepared, [], ("k",), ("n",), mesh)
+    assert jax.tree.leaves(specs) == [s.spec for s in jax.tree.leaves(placed)]
+    x = jax.random.normal(jax.random.key(1), (3, 512), jnp.bfloat16)
+    of_x = PartitionSpec(None, "k")
+    cut = jax.device_put((x, prepared), (NamedSharding(mesh, of_x), placed))
+    dot = functools.partial(packed_dot, out_dtype=jnp.float32)
+    part = lambda x, w: lax.psum(dot(x, dataclasses.replace(w, format=unrounded)), "k")
+    unrounded = fmt.weight_only  # a step of a token is that of all its parts
+    run = jax.shard_map(part, mesh=mesh, in_specs=(of_x, specs), out_specs=PartitionSpec(None, "n"))
+    program = jax.jit(dot).lower(*cut).compile()
+    assert "all-gather" not in (program.as_text() or "")
+    wanted = dot(x, qt)
+    atol = 2.0**-20 * float(jnp.linalg.norm(wanted))
+    np.testing.assert_allclose(program(*cut), wanted, rtol=0, atol=atol)
+    wanted = dot(x, dataclasses.replace(qt, format=unrounded))
+    np.testing.assert_allclose(jax.jit(run)(*cut), wanted, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize(
     "scale",
     [
         qjax.Format("int8_max15", group_size=2),
@@ -756,8 +801,8 @@ def test_programs_for_an_h100_multiply_on_its_kernel_and_form_no_float_weight(na
     program = h100.compile(jax.jit(packed_dot), x, w)
     (kernel,) = program.kernels
     assert kernel.products
-    # What there is: codes of x, the sums of parts of K, and wide scales of blocks; or those of
-    # groups of 16, which are decoded in front of the kernel.
+    # What there is: codes of x and the sums of parts of K; or scales of groups of 16, which are
+    # decoded in front of the kernel.
     decoded = 4 * 4096 * 4096 // 16 if name == "w4a8, multiples of 16" else 0
     assert program.temporaries <= 4096 * 4096 // 4 + decoded
 
@@ -788,8 +833,25 @@ def test_decoding_on_an_h100_reads_what_is_stored(name):
     assert kernel.products
     assert kernel.spills == 0
     assert "f32[64,4096]" not in program.hlo  # the scales that nf4-dq stands for
-    # The sums of 8 parts of K, wide scales of one, and of nf4-dq factors in order.
-    assert program.temporaries <= 4 * 8 * 16 * 4096 + 4 * 4096 * 16
+    # The sums of 5 parts of K, and scales of ternary codes, which is one for all of them.
+    is_one = name == "ternary"
+    assert hlo.executed(program.hlo)["fusion"] == 1 + is_one
+    assert program.temporaries <= 4 * (5 * 16 * 4096 + is_one * 4096)
+
+
+@pytest.mark.h100(code=False)
+def test_scales_of_blocks_are_read_where_they_lie():
+    """Those of x as its rounding writes them, those of the weight as it is stored."""
+    x = jax.ShapeDtypeStruct((1024, 4096), jnp.bfloat16)
+    quantized = lambda w: qjax.prepare(quantize_array(w, QUANTIZED["fp8 1x128"]), "h100")
+    w = jax.eval_shape(quantized, jax.ShapeDtypeStruct((4096, 4096), jnp.float32))
+    run = functools.partial(packed_dot, implementation="mosaic")
+    program = h100.compile(jax.jit(run), x, w)
+    executed = hlo.executed(program.hlo)
+    assert executed["mosaic_gpu_v2"] == 2
+    assert not executed.keys() & {"fusion", "copy", "transpose", "pad"}
+    codes, steps = 1024 * 4096, 4 * 1024 * 32
+    assert program.temporaries <= codes + steps + 512
 
 
 @pytest.mark.h100(code=False)

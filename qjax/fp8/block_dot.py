@@ -166,16 +166,19 @@ def by_block(a: Blocks, b: Blocks) -> Array:
 
 def hopper(a: Blocks, b: Blocks, out_dtype: Any, interpret: Any = None) -> Array:
     """By the Hopper kernel; `against_hopper` must have nothing against it."""
-    from pallas_kernels import eight_bit  # needs Mosaic GPU, which few programs do
+    from pallas_kernels import blocks as kernel_blocks  # needs Mosaic GPU, which few programs do
+    from pallas_kernels import eight_bit
 
     (R, C, g), S = a.codes.shape, b.codes.shape[0]
     rows = -(-S // TILE_N) * TILE_N
     codes = jnp.pad(b.codes.reshape(S, C * g), ((0, rows - S), (0, 0)))
     scale = b.scale
-    if scale.shape[0] * TILE_N != rows:
-        scale = jnp.pad(scale, ((0, rows - S), (0, 0)))
+    if scale.shape[0] * TILE_N == rows:
+        scale = kernel_blocks.Blocks(scale)
+    else:
+        scale = jnp.pad(scale, ((0, rows - S), (0, 0))).T
     y = eight_bit.matmul(
-        a.codes.reshape(R, C * g), codes, a.scale, scale.T, out_dtype=out_dtype, interpret=interpret
+        a.codes.reshape(R, C * g), codes, a.scale, scale, out_dtype=out_dtype, interpret=interpret
     )
     return y[:, :S]
 

@@ -17,7 +17,7 @@ from qjax.format import Format
 from qjax.ops import activation, blocked, digits, mosaic_dot, native, triton_dot
 from qjax.ops.mosaic_dot import KERNEL_ACTIVATIONS
 from qjax.ops.spec import LAYOUTS, Spec
-from qjax.prepare import Prepared, canonical_codes
+from qjax.prepare import Prepared, by_group, canonical_codes
 from qjax.qtensor import QTensor
 
 
@@ -79,11 +79,12 @@ def _prepared(x, data, scale, zero, spec: Spec, platform: str | None):
     assert extra is not None
     operands = [x, data, scale] + ([] if zero is None else [zero])
 
-    def xla(x, data, *scales):
+    def xla(x, data, scale, *zero):
+        scale = by_group(scale, fmt) if spec.layout == "mosaic" else scale
         canonical = canonical_codes if spec.capability is None else ampere.canonical_codes
         data = canonical(data, fmt, extra)
         plain = dataclasses.replace(spec, extra=None, capability=None)
-        return _one(x, data, *scales, spec=plain, platform=platform, in_bytes=False)
+        return _one(x, data, scale, *zero, spec=plain, platform=platform, in_bytes=False)
 
     if not takes_kernel(spec, x.dtype, platform):
         return xla(*operands)

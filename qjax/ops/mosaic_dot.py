@@ -1,8 +1,9 @@
 """Products of prepared weights by the Hopper kernels: from a format to the kernels' operands.
 
-Weights are the `data` of a `Prepared`, `extra` what was added to its K and N; scales [G, C] are
-float32 or as `Prepared.stored_scale` gives them, zero points [G, C] uint8 as it has them, or
-offsets [G, C] float32. Or both are what `Prepared.nested_scale` or `Prepared.multiples` gives.
+Weights are the `data` of a `Prepared`, `extra` what was added to its K and N; scales [G, C], or in
+the order "cg" of its `scale_axes`, are float32 or as `Prepared.stored_scale` gives them, zero
+points [G, C] uint8 as it has them, or offsets [G, C] float32. Or both are what
+`Prepared.nested_scale` or `Prepared.multiples` gives.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from pallas_kernels import reference
+from pallas_kernels.blocks import Blocks, groups_of
 from pallas_kernels.nested import Nested
 from pallas_kernels.tuning import TILE_K, TILE_N
 from qjax import numerics
@@ -22,10 +24,12 @@ from qjax.format import Format
 from qjax.ops import blocked
 from qjax.prepare import (
     are_multiples,
+    by_group,
     kernel_codes,
     looked_up,
     most_in_bytes,
     read_zeros,
+    scale_axes,
     short_scale,
     zero_of,
 )
@@ -53,12 +57,17 @@ def weight_only(
 
     data, extra = _whole_tiles(data, extra)
     (M, K), (N_, K_) = x.shape, _sizes(data, format)
-    data, padded, b, codes = _weight(data, scale, zero, x.dtype, format, extra)
+    data, padded, b, codes = _weight(
+        data, scale, zero, x.dtype, format, extra, are_blocks_taken=True
+    )
     x = jnp.pad(x, ((0, 0), (0, K_ - K)))
-    y = kernel.matmul(x, data, padded, **codes, x_scale=step, out_dtype=_summed(b, out_dtype))
+    in_order = kernel.ordered(x) if codes.pop("natural") else x
+    y = kernel.matmul(
+        in_order, data, padded, **codes, x_scale=step, out_dtype=_summed(b, out_dtype)
+    )
     y = y[:, : N_ - extra[1]]
     if b is not None:
-        sums = jnp.sum(x.reshape(M, padded.shape[0], -1).astype(jnp.float32), axis=-1)
+        sums = jnp.sum(x.reshape(M, groups_of(padded), -1).astype(jnp.float32), axis=-1)
         y = y + jnp.dot(sums[:, : b.shape[0]], b, precision=lax.Precision.HIGHEST)
     return y.astype(out_dtype)
 
@@ -127,7 +136,9 @@ def experts(
     scale, zero = _decoded(scale, zero, format)
     data, extra = _whole_tiles(data, extra)
     N_, K_ = _sizes(data, format)
-    data, padded, b, codes = _weight(data, scale, zero, x.dtype, format, extra)
+    data, padded, b, codes = _weight(
+        data, scale, zero, x.dtype, format, extra, are_blocks_taken=not transposed
+    )
     K, N = K_ - extra[0], N_ - extra[1]
     inner, outer = (N_, K) if transposed else (K_, N)
     unpadded = [(0, 0)] * (x.ndim - 1)
@@ -146,7 +157,7 @@ def experts(
         )
     y = y[..., :outer]
     if b is not None:
-        G, groups = b.shape[-2], padded.shape[-2]
+        G, groups = b.shape[-2], groups_of(padded)
         if transposed:
             of_groups = dot(x.astype(jnp.float32), b.swapaxes(-1, -2))
             y = y + jnp.repeat(of_groups, K_ // groups, axis=-1)[..., :K]
@@ -180,19 +191,20 @@ def _bits_in_bytes(format: Format) -> int | None:
 
 def _weight(
     data: Array, scale: Array, zero: Array | None, x_dtype: Any, format: Format,
-    extra: tuple[int, int],
+    extra: tuple[int, int], *, are_blocks_taken: bool = False,
 ) -> tuple[Any, ...]:  # fmt: skip
     """Returns what the weight-only kernels take: codes and scales; and what codes stand for.
 
     That comes last, a codebook, zero points and the order by name. And third, offsets b [G, N] of
     every group, which the kernels do not add, or None. All may be stacked.
     """
-    scale, zero = _multiplied(scale, zero, format)
+    scale, zero = _multiplied(by_group(scale, format), zero, format)
     element = numerics.get_element(format.element)
     levels = element.levels if element.kind == "table" else None
     N_, K_ = _sizes(data, format)
     codes: dict[str, Any] = {
-        "codebook": levels, "zero": zero_of(format.element), "natural": data.dtype != jnp.uint8,
+        "codebook": levels, "zero": zero_of(format.element),
+        "natural": element.bits == 8 and data.dtype != jnp.uint8,
     }  # fmt: skip
     data = kernel_codes(looked_up(data, format), format.element)
     G, N = scale.shape[-2], N_ - extra[1]
@@ -201,7 +213,7 @@ def _weight(
     unstacked = [(0, 0)] * (scale.ndim - 2)
     more = (*unstacked, (0, K_ // g - G), (0, N_ - N))
     if (nested := _nested(scale, zero, format)) is not None:
-        outer = jnp.pad(nested.outer, ((0, K_ // g - G), (0, 0)))
+        outer = jnp.pad(nested.outer, ((0, 0), (0, (K_ // g - G) * (1 + nested.has_offset))))
         return data, Nested(jnp.pad(nested.codes, more), outer, nested.columns), None, codes
     if scale.dtype == jnp.uint8 and x_dtype != jnp.bfloat16:  # not all are float16
         scale = numerics.read_scale(scale, "e8m0")
@@ -218,6 +230,11 @@ def _weight(
         b = wide(zero) + (middle + element.qmin) * wide(scale)
     elif zero is not None:
         codes["zero"] = jnp.pad(wide(zero), more)
+    if are_blocks_taken and scale_axes(format) == "cg":
+        values = numerics.read_scale(scale, "e8m0") if scale.dtype == jnp.uint8 else scale
+        more = (*unstacked, (0, 0), (0, K_ // g - G))
+        values = jnp.pad(values.swapaxes(-1, -2), more)
+        return data, Blocks(values.astype(short_scale(format) or "float32")), b, codes
     return data, jnp.pad(wide(scale), more).astype(stored), b, codes
 
 
@@ -282,21 +299,24 @@ def quantized(
     data, extra = _whole_tiles(data, extra)
     data = kernel_codes(data, format.element)
     K, (N_, K_) = xq.shape[1], data.shape
-    N, G = N_ - extra[1], scale.shape[0]
+    N = N_ - extra[1]
     options: dict[str, Any] = {"out_dtype": out_dtype}
     if zero is not None:  # multiples of the scales of columns
+        G = len(scale)
         groups = 1 if G == 1 else K_ // (format.group_size or K_)
         options["multiples"] = jnp.pad(scale, ((0, groups - G), (0, N_ - N)))
         scale = zero
-    groups = K_ // TILE_K if scale.shape[0] > 1 else 1
-    if format.group_columns != TILE_N:  # the kernel takes blocks as they are
-        scale = blocked.per_column(scale, N, format.group_columns or N)
-        scale = jnp.pad(scale, ((0, 0), (0, N_ - N)))
-    scale = scale.astype(short_scale(format) or "float32")
-    scale = jnp.pad(scale, ((0, groups - scale.shape[0]), (0, 0)))
+    own: Any = scale.astype(short_scale(format) or "float32")
+    groups = lambda G: (0, K_ // TILE_K - G if G > 1 else 0)
+    if scale_axes(format) == "cg":
+        own = Blocks(jnp.pad(own, ((0, 0), groups(own.shape[1]))))
+    else:
+        wide = blocked.per_column(own, N, format.group_columns or N)
+        wide = jnp.pad(wide, (groups(len(wide)), (0, N_ - N)))
+        own = wide.astype(own.dtype)
     xq = jnp.pad(xq, ((0, 0), (0, K_ - K)))
     xq = kernel.ordered(xq, data.dtype, multiples=options.get("multiples"))
-    return kernel.matmul(xq, data, step, scale, **options)[:, :N]
+    return kernel.matmul(xq, data, step, own, **options)[:, :N]
 
 
 def _are_bytes(xq: Array, data: Array, format: Format, extra: tuple[int, int]) -> bool:
@@ -327,7 +347,10 @@ def rounded(x: Array, format: Format) -> tuple[Array, Array] | None:
 def read(
     scale: Array, zero: Array | None, format: Format
 ) -> tuple[Float[Array, "G C"], Array | None]:
-    """Returns scales and zero points in float32 of what `Prepared` gives in their place."""
+    """Returns scales and zero points in float32 of what `Prepared` gives in their place.
+
+    Scales are [G, C], however `Prepared` has them: see `by_group`.
+    """
     scale, zero = _decoded(scale, zero, format)
     if zero is not None and zero.dtype == jnp.uint8:
         zero = read_zeros(zero, format)

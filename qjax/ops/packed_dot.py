@@ -117,7 +117,8 @@ def _bind(x, qt: QTensor, out_dtype, implementation: str | None, transposed: boo
 def scales_of(qt: QTensor, *, are_nested: bool = True) -> tuple[Array, Array | None, Array | None]:
     """Returns scales, zero points and the factor of the product, as a primitive takes them.
 
-    They are floats, and there is no factor; or what a prepared weight has in their place.
+    They are floats, and there is no factor; or what a prepared weight has in their place, in the
+    order of its `scale_axes`.
 
     Args:
       are_nested: whether `Prepared.nested_scale` and `Prepared.multiples` are taken.
@@ -125,6 +126,7 @@ def scales_of(qt: QTensor, *, are_nested: bool = True) -> tuple[Array, Array | N
     scale, zero = qtensor.read_scales(qt)
     if type(qt) is not Prepared:
         return scale, zero, None
+    scale = qt.float_scale()
     if qt.format.zero_point:
         zero = qt.zero
     if (stored := qt.stored_scale()) is not None:

@@ -32,8 +32,10 @@ class Shapes(NamedTuple):
         in whole column blocks, also of nested scales; 1 where the storage cannot be cut.
       has_zero: whether there are zero points or offsets, or what scales are multiples of.
       columns: None; or, of a prepared weight, the rows of `data`, which are its N and more.
-      outer: None; or the rows and columns of what scales are multiples of: factors of nested
-        scales, two for every block, or one row of scales of columns.
+      scale_axes: the order of G and C.
+      outer: None; or the sizes along groups and columns of what scales are multiples of: one and C,
+        scales of columns; or of nested ones G, or 2 * G with offsets, and blocks of columns.
+      outer_axes: the order of both.
     """
 
     n_lead: int
@@ -47,13 +49,16 @@ class Shapes(NamedTuple):
     n_parts: int
     has_zero: bool
     columns: int | None = None
+    scale_axes: str = "gc"
     outer: tuple[int, int] | None = None
+    outer_axes: str = "gc"
 
 
 def shapes_of(spec: Spec, x: Any, data: Any, scale: Any, has_zero: bool) -> Shapes:
     fmt, element = spec.format, spec.element
     n_lead = len(data.shape) - 2
-    (K, N), (G, C) = spec.sizes(data), scale.shape[-2:]
+    sizes = dict(zip(spec.scale_axes, scale.shape[-2:], strict=True))
+    (K, N), G, C = spec.sizes(data), sizes["g"], sizes["c"]
     units = K // packing.unit(element.bits) if element.is_packed else K
     k_parts = 1 if spec.pad else units
     if spec.extra is not None:
@@ -68,15 +73,18 @@ def shapes_of(spec: Spec, x: Any, data: Any, scale: Any, has_zero: bool) -> Shap
         columns, rows = data.shape[-2:]
         whole = n_parts if spec.capability is None else math.gcd(n_parts, N // TILE_N)
         n_parts = 1 if spec.extra[1] else whole
-    outer = None
+    outer, outer_axes = None, "gc"
     if (shared_by := spec.nested_columns(scale)) is not None:
         blocks = -(-N // shared_by)
         n_parts = math.gcd(n_parts, blocks) if blocks * shared_by == N else 1
-        outer = G, 2 * blocks
+        outer, outer_axes = (G * spec.factors_of_group, blocks), "cg"
     elif are_multiples(scale, fmt):
         outer = 1, C
     n_tokens = len(x.shape) - n_lead - 1
-    return Shapes(n_lead, n_tokens, K, N, rows, G, C, k_parts, n_parts, has_zero, columns, outer)
+    return Shapes(
+        n_lead, n_tokens, K, N, rows, G, C, k_parts, n_parts, has_zero, columns,
+        spec.scale_axes, outer, outer_axes,
+    )  # fmt: skip
 
 
 def rule(s: Shapes, transposed: bool) -> tuple[str, dict[str, int]]:
@@ -99,17 +107,22 @@ def rule(s: Shapes, transposed: bool) -> tuple[str, dict[str, int]]:
     tokens = [f"m{i}" for i in range(s.n_tokens)]
     K, rows = axis("k", s.k_parts, "p", s.K), axis("k", s.k_parts, "r", s.rows)
     N = axis("n", s.n_parts, "w", s.N)
-    scale = [*lead, axis("k", s.k_parts, "g", s.G), axis("n", s.n_parts, "c", s.C)]
+    of_groups = {"g": axis("k", s.k_parts, "g", s.G), "c": axis("n", s.n_parts, "c", s.C)}
+    scale = [*lead, *(of_groups[a] for a in s.scale_axes)]
     if s.n_parts == 1:
         N = "n"  # whole blocks of columns do not divide N, but x, data and y may still agree
     inner, outer = (N, K) if transposed else (K, N)
     data = [rows, N]
     if s.columns is not None:
         data = [N if s.columns == s.N else "x", rows]
-    zero = scale
+    zero = [*lead, *of_groups.values()]
     if s.outer is not None:
-        rows, columns = s.outer
-        zero = [*lead, axis("k", s.k_parts, "q", rows), axis("n", s.n_parts, "o", columns)]
+        groups, blocks = s.outer
+        of_outer = {
+            "g": "q" if s.G == 1 else axis("k", s.k_parts, "q", groups),
+            "c": axis("n", s.n_parts, "o", blocks),
+        }
+        zero = [*lead, *(of_outer[a] for a in s.outer_axes)]
     operands = [[*lead, *tokens, inner], [*lead, *data], scale] + [zero] * s.has_zero
     for shared in "kn":  # sizes are only for factors that are nowhere a whole axis
         if any(shared in operand for operand in operands):
@@ -160,8 +173,14 @@ def partitioned(spec: Spec, shapes: Shapes, platform: str | None, bind: Callable
             return NamedSharding(mesh, PartitionSpec(*(e or None for e in entries)))
 
         inner, outer = (n, k) if spec.transposed else (k, n)
-        of_groups = lambda rows: named(*lead, k if rows > 1 else (), n if shapes.C > 1 else ())
-        scale, zero = of_groups(shapes.G), of_groups((shapes.outer or (shapes.G,))[0])
+
+        def of_groups(order, groups):
+            axes = {"g": k if groups > 1 else (), "c": n if shapes.C > 1 else ()}
+            return named(*lead, *(axes[a] for a in order))
+
+        scale = of_groups(shapes.scale_axes, shapes.G)
+        rows = shapes.G if shapes.outer is None else min(shapes.outer[0], shapes.G)
+        zero = of_groups(shapes.outer_axes, rows)
         codes = named(*lead, k, n) if shapes.columns is None else named(*lead, n, k)
         args = [named(*lead, *m, inner), codes, scale] + [zero] * shapes.has_zero
         one = dataclasses.replace(spec, summed_over=inner)

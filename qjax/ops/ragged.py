@@ -26,7 +26,7 @@ from qjax.ops import activation, mosaic_dot, partitioning
 from qjax.ops.dispatch import against_stack, codes_of, takes_kernel
 from qjax.ops.packed_dot import refuse_weight_tangents, scales_of, short
 from qjax.ops.spec import Spec
-from qjax.prepare import Prepared, against_gpu, canonical_codes
+from qjax.prepare import Prepared, against_gpu, by_group, canonical_codes
 from qjax.qtensor import QTensor
 
 
@@ -234,6 +234,7 @@ def _compute(x, sizes, data, scale, *zero, spec: Spec, dtype: Any, precision: An
 def _plain(x, sizes, data, scale, *zero, spec: Spec, dtype: Any, precision: Any):
     """The same as with a canonical weight; with Wᵀ, as the derivative of that."""
     weight = (canonical_codes(data, spec.format, spec.extra or (0, 0)),)
+    scale = by_group(scale, spec.format)
     weight += mosaic_dot.read(scale, zero[0] if zero else None, spec.format)
     plain = dataclasses.replace(spec, extra=None, transposed=False)
     options = {"dtype": jnp.dtype(dtype), "precision": precision}
@@ -271,8 +272,10 @@ def _partitioned(spec: Spec, dtype: Any, precision: Any, shapes: partitioning.Sh
             return NamedSharding(mesh, PartitionSpec(*(entry or None for entry in entries)))
 
         inner, outer = (n, k) if spec.transposed else (k, n)
-        scale = named(e, k if shapes.G > 1 else (), n if shapes.C > 1 else ())
-        args = [named((), inner), named(()), named(e, n, k), scale] + [scale] * shapes.has_zero
+        g, c = k if shapes.G > 1 else (), n if shapes.C > 1 else ()
+        scale = named(e, *((g, c) if spec.scale_axes == "gc" else (c, g)))
+        zero = [named(e, g, c)] * shapes.has_zero
+        args = [named((), inner), named(()), named(e, n, k), scale, *zero]
         one = dataclasses.replace(spec, summed_over=inner)
 
         def run(x, sizes, data, *scales):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from qjax import numerics
 from qjax.format import Format
+from qjax.prepare import scale_axes
 
 IMPLEMENTATIONS = ("reference", "xla", "native", "mosaic", "triton")
 LAYOUTS = ("mosaic", "triton")  # those that take weights of a layout of their own
@@ -20,9 +21,9 @@ class Spec:
 
     Attributes:
       format: of the weight; its scale is given as float32 [*lead, G, C] whatever the format says,
-        or as `Prepared.stored_scale` gives it. Or as `Prepared.nested_scale` or
-        `Prepared.multiples` does, whose second array then takes the place of zero points. Those are
-        float32 too, or as `Prepared` has them.
+        or as `Prepared.stored_scale` gives it; of a prepared weight in the order of `scale_axes`.
+        Or as `Prepared.nested_scale` or `Prepared.multiples` does, whose second array then takes
+        the place of zero points. Those are float32 too, or as `Prepared` has them.
       pad: padding codes of each packed column.
       transposed: False: y = x @ W, x ends in K. True: y = x @ Wᵀ, x ends in N.
       out_dtype: of the result; accumulation is in float32.
@@ -60,6 +61,17 @@ class Spec:
         if not isinstance(inner, Format) or scale.dtype != jnp.uint8 or inner.group_columns == 1:
             return None
         return inner.group_columns
+
+    @property
+    def factors_of_group(self) -> int:
+        """How many floats nested scales of a group are decoded with: a factor, maybe an offset."""
+        inner = self.format.scale
+        return 1 if isinstance(inner, Format) and inner.offset is None else 2
+
+    @property
+    def scale_axes(self) -> str:
+        """The order in which scales have their last axes, G and C."""
+        return scale_axes(self.format) if self.layout == "mosaic" else "gc"
 
     @property
     def layout(self) -> str | None:

@@ -21,6 +21,7 @@ from pallas_kernels import (
     tuning,
     weight_only,
 )
+from pallas_kernels.blocks import Blocks
 from pallas_kernels.nested import Nested
 
 pytestmark = pytest.mark.h100
@@ -71,6 +72,8 @@ WEIGHT_ONLY = {
     "int8 g128 M=1024": (1024, "int8", 128, "bfloat16", 3.2, 1.15),
     "fp8 weights M=16": (16, "float8_e4m3fn", 128, "bfloat16", 3.25, 1.25),
     "fp8 weights, float16 M=16": (16, "float8_e4m3fn", 128, "float16", 1.75, 0.7),
+    "fp8 weights in blocks M=16": (16, "float8_e4m3fn", 128, "bfloat16", 3.25, 1.25, "blocks"),
+    "fp8 weights in blocks M=1024": (1024, "float8_e4m3fn", 128, "bfloat16", 3.95, 1.4, "blocks"),
     "fp8 weights M=1024": (1024, "float8_e4m3fn", 128, "bfloat16", 3.95, 1.4),
 }
 # The same, with a zero point beside every scale.
@@ -119,7 +122,7 @@ EIGHT_BIT = {
     "fp8 blocks M=16": (16, "float8_e4m3fn", "float8_e4m3fn", K // 128, 1.1, None),
     "fp8 blocks M=1024": (1024, "float8_e4m3fn", "float8_e4m3fn", K // 128, 1.85, 0.47),
     # A step for every 128 values of a token, too. With many of them, these are the rows.
-    "fp8 1x128 M=16": (16, "float8_e4m3fn", "float8_e4m3fn", K // 128, 1.1, None),
+    "fp8 1x128 M=16": (16, "float8_e4m3fn", "float8_e4m3fn", K // 128, 1.15, None),
     "fp8 1x128 M=1024": (1024, "float8_e4m3fn", "float8_e4m3fn", K // 128, 1.9, 0.47),
     "int4 x int8 1x128 M=16": (16, "int4", "int8", K // 128, 1.65, None),
 }
@@ -155,8 +158,11 @@ def compiled_weight_only(M, dtype, group, x, scale="bfloat16", codebook=None, ze
     operands = [_array(x, M, K), _array(dtype, N, K)]
     if scale == "nested":
         f = lambda x, w, *s: weight_only.matmul(x, w, Nested(*s, 256), codebook=codebook)
-        pairs = _array("float32", K // group, 2 * N // 256)
+        pairs = _array("float32", N // 256, 2 * K // group)
         return h100.compile(f, *operands, _array("uint8", K // group, N), pairs)
+    if scale == "blocks":
+        f = lambda x, w, s: weight_only.matmul(x, w, Blocks(s), codebook=codebook)
+        return h100.compile(f, *operands, _array("float32", N // 128, K // group))
     operands.append(_array(scale, K // group, N))
     if zeros:
         f = lambda x, w, s, z: weight_only.matmul(x, w, s, zero=z)
@@ -165,10 +171,10 @@ def compiled_weight_only(M, dtype, group, x, scale="bfloat16", codebook=None, ze
 
 
 def compiled_eight_bit(M, w, x, groups, steps=1):
-    f = lambda *a: eight_bit.matmul(*a)
-    columns = N // 128 if steps > 1 and w != "int4" else N
-    x_scale, w_scale = _array("float32", M, steps), _array("float32", groups, columns)
-    return h100.compile(f, _array(x, M, K), _array(w, N, K), x_scale, w_scale)
+    in_blocks = steps > 1 and w != "int4"
+    f = lambda x, w, sx, sw: eight_bit.matmul(x, w, sx, Blocks(sw) if in_blocks else sw)
+    w_scale = _array("float32", *((N // 128, groups) if in_blocks else (groups, N)))
+    return h100.compile(f, _array(x, M, K), _array(w, N, K), _array("float32", M, steps), w_scale)
 
 
 def _check(program, mma):
@@ -199,13 +205,14 @@ def _workspace(t, M, out_bytes):
 @pytest.mark.parametrize("name", WEIGHT_ONLY | ZERO_POINTS)
 def test_weight_only(name):
     M, dtype, group, x, total, integer, *stored = (WEIGHT_ONLY | ZERO_POINTS)[name]
+    scale = stored[0] if stored else "bfloat16"
     has_zeros = name in ZERO_POINTS
     program = compiled_weight_only(M, dtype, group, x, *stored, zeros=has_zeros)
     kernel = _check(program, "HGMMA")
     t = tuning.weight_only(
         M, K, N, group, BITS.get(dtype, 8),
         table_bytes=four_bits.TABLE_BYTES if LEVELS in stored else 0,
-        scale_bits=8 * jnp.dtype(stored[0]).itemsize if stored and stored[0] != "nested" else 16,
+        scale_bits={"nested": 16, "blocks": 32}.get(scale) or 8 * jnp.dtype(scale).itemsize,
         zero_points=has_zeros,
     )  # fmt: skip
     weights = 64 * t.tile_k
@@ -215,8 +222,6 @@ def test_weight_only(name):
     # Those are the scales, and the zero points.
     assert narrow <= (2 + 2 * has_zeros) * max(1, t.tile_k // group)
     x_bytes = 2 * K * _rows(M) if _rows(M) != M else 0  # to whole eights
-    if "nested" in stored:  # factors and offsets in order
-        x_bytes += 128 * (K // t.tile_k) * (N // 256)
     assert program.temporaries <= _workspace(t, M, 2) + x_bytes
     if M >= 256:  # cycles to issue the loop, against those of the tensor core at 2048 products each
         assert kernel.loop.total() / (64 * t.tile_k * t.tile_m / 2048) <= PREFILL[dtype]
@@ -226,8 +231,8 @@ def test_weight_only(name):
 CODES = {
     "int4 g128": ("int4", 128, "bfloat16", {}),
     "int4 g64": ("int4", 64, "bfloat16", {}),
-    "int8 g128": ("int8", 128, "float32", {"natural": True}),
-    "fp8 g128": ("float8_e4m3fn", 128, "float32", {"natural": True}),
+    "int8 g128": ("int8", 128, "float32", {}),
+    "fp8 g128": ("float8_e4m3fn", 128, "float32", {}),
     "int3 g64": ("int3", 64, "bfloat16", {}),
     "int2 g128": ("int2", 128, "bfloat16", {}),
     "nf4 g64": ("int4", 64, "bfloat16", {"codebook": LEVELS}),
@@ -246,8 +251,7 @@ def test_codes_in_sixteen_bits(name):
     kernel = _check(program, "HGMMA")
     t = tuning.weight_only(M, K, N, group, BITS.get(dtype, 8))
     assert kernel.loop.total() / (64 * t.tile_k * t.tile_m / 2048) <= 0.5
-    # The codes in order, of natural bytes.
-    assert program.temporaries <= (2 * M * K if "natural" in more else 0)
+    assert program.temporaries == 0
 
 
 @pytest.mark.parametrize("name", EIGHT_BIT)
@@ -260,9 +264,7 @@ def test_eight_bit(name):
     assert kernel.per_weight(64 * t.tile_k) <= total
     if prefill:  # the tensor core has 4096 products of bytes a cycle
         assert kernel.loop.total() / (64 * t.tile_k * t.tile_m / 4096) <= prefill
-    # Of blocks, scales in rows of tokens, and 128 bytes for each block of the weight.
-    scales = steps * 4 * max(M, t.tile_m, 32) + (groups * N if w != "int4" else 0)
-    assert program.temporaries <= _workspace(t, M, 2) + (scales if steps > 1 else 0)
+    assert program.temporaries <= _workspace(t, M, 2)
 
 
 @pytest.mark.parametrize("name", MULTIPLES)

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import Array
 
 from pallas_kernels import four_bits, interpreter, planes, reference, weight_only, zero_points
+from pallas_kernels.blocks import Blocks, Shared
 from pallas_kernels.interleave import interleaved_pairs, of_int4
 from pallas_kernels.nested import Nested
 from pallas_kernels.testing import TUNINGS, Laws
@@ -25,10 +27,11 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 def _scales(key, shape, dtype):
     if dtype == "uint8":
         return jax.random.randint(key, shape, 120, 134).astype(jnp.uint8)
-    if dtype == "nested":
+    if dtype.startswith("nested"):
         codes, outer = jax.random.split(key)
         G, N = shape
-        outer = jax.random.uniform(outer, (G, 2 * -(-N // 128)), jnp.float32, 0.5, 1.5)
+        floats = G if dtype.endswith("no offsets") else 2 * G
+        outer = jax.random.uniform(outer, (-(-N // 128), floats), jnp.float32, 0.5, 1.5)
         return Nested(jax.random.randint(codes, shape, 0, 256).astype(jnp.uint8), outer, 128)
     return jax.random.uniform(key, shape, jnp.float32, 0.5, 1.5).astype(dtype)
 
@@ -54,6 +57,12 @@ class TestWeightOnly(Laws):
         "powers of two": {"w": "int4", "group": 32, "codebook": E2M1, "scale": "uint8"},
         "scales of e4m3": {"w": "int4", "group": 16, "codebook": E2M1, "scale": "float8_e4m3fn"},
         "nested scales": {"w": "int4", "group": 64, "codebook": LEVELS, "scale": "nested"},
+        "nested scales without offsets": {
+            "w": "int4",
+            "group": 64,
+            "codebook": LEVELS,
+            "scale": "nested, no offsets",
+        },
         "nested scales of channels": {"w": "int8", "group": 256, "scale": "nested"},
         "zero points": {"w": "int4", "group": 128, "zero": True},
         "zero points of groups of 32, float16": {
@@ -103,6 +112,14 @@ class TestWeightOnly(Laws):
         "int8 less one zero point": {"w": "int8", "group": 256, "zero": 3},
         "int8 in its natural order": {"w": "int8", "group": 256, "natural": True},
         "fp8 weights": {"w": "float8_e4m3fn", "group": 128},
+        "fp8 weights in blocks": {"w": "float8_e4m3fn", "group": 128, "blocks": True},
+        "int4 in long blocks, float16": {
+            "w": "int4",
+            "group": 256,
+            "blocks": True,
+            "x": "float16",
+            "scale": "float32",
+        },
         "fp8 weights, fp16 activations": {"w": "float8_e4m3fn", "group": 128, "x": "float16"},
         "codes in steps of tokens": {"w": "int4", "group": 128, "steps": True},
         "codes, channels": {"w": "int8", "group": 256, "steps": True, "natural": True},
@@ -116,7 +133,7 @@ class TestWeightOnly(Laws):
 
     def make(
         self, M, K, N, seed=0, *, w, group, x="bfloat16", codebook=None, scale="bfloat16",
-        bits=None, zero=None, natural=False, steps=False,
+        bits=None, zero=None, natural=False, steps=False, blocks=False,
     ) -> dict[str, Any]:  # fmt: skip
         keys = jax.random.split(jax.random.key(seed), 3)
         low, high = (-8, 8) if w == "int4" else (-128, 128)
@@ -126,7 +143,9 @@ class TestWeightOnly(Laws):
             {
                 "x": jax.random.normal(keys[0], (M, K), x),
                 "w": jax.random.randint(keys[1], (N, K), low, high).astype(w),
-                "scale": _scales(keys[2], (K // group, N), scale),
+                "scale": Blocks(_scales(keys[2], (N // 128, K // group), scale))
+                if blocks
+                else _scales(keys[2], (K // group, N), scale),
                 "codebook": codebook,
             }
             | ({} if bits is None else {"bits": bits})
@@ -144,21 +163,23 @@ class TestWeightOnly(Laws):
     def run(self, arrays, *, tuning, interpret):
         scale = arrays["scale"]
         # Exact on the weight, as it is chosen.
-        if not isinstance(scale, Nested) and scale.dtype.itemsize == 1:
+        if isinstance(scale, Array) and scale.dtype.itemsize == 1:
             tuning = dataclasses.replace(tuning, scale_on="weight")
         w = in_order(**arrays)
         arrays = arrays | {"w": w}
         arrays.pop("bits", None)
+        if arrays.pop("natural", False):
+            arrays["x"] = weight_only.ordered(arrays["x"])
         return weight_only.matmul(
             **arrays, out_dtype=jnp.float32, tuning=tuning, interpret=interpret
         )
 
     def exact(self, arrays):
         scale = arrays["scale"]
-        if is_nested := isinstance(scale, Nested):
+        if is_decoded := isinstance(scale, Nested | Blocks):
             scale = scale.decoded()
         x, w, scale = (np.asarray(a).astype(np.float64) for a in (arrays["x"], arrays["w"], scale))
-        if not is_nested and arrays["scale"].dtype == jnp.uint8:
+        if not is_decoded and arrays["scale"].dtype == jnp.uint8:
             scale = 2.0 ** (scale - 127)
         if arrays["codebook"] is not None:
             levels = np.asarray(jnp.asarray(arrays["codebook"], arrays["x"].dtype), np.float64)
@@ -174,9 +195,12 @@ class TestWeightOnly(Laws):
     def test_nested_scales_are_code_times_factor_plus_offset_of_their_block(self):
         scale = _scales(jax.random.key(0), (3, 300), "nested")
         codes, outer = np.asarray(scale.codes, np.float64), np.asarray(scale.outer, np.float64)
+        plain = dataclasses.replace(scale, outer=scale.outer[:, ::2])
         for g, n in ((0, 0), (1, 127), (2, 128), (1, 299)):
-            wanted = codes[g, n] * outer[g, n // 128 * 2] + outer[g, n // 128 * 2 + 1]
+            factor, offset = outer[n // 128, 2 * g], outer[n // 128, 2 * g + 1]
+            wanted = codes[g, n] * factor + offset
             np.testing.assert_allclose(scale.decoded()[g, n], wanted, rtol=1e-6)
+            np.testing.assert_allclose(plain.decoded()[g, n], codes[g, n] * factor, rtol=1e-6)
 
     @pytest.mark.parametrize(
         "name",
@@ -260,20 +284,18 @@ class TestWeightOnly(Laws):
         assert not self.error(arrays, TUNINGS["decode"])[0] <= 0.01
 
     @pytest.mark.parametrize("name", ["split_k", "long steps"])
-    def test_nested_scales_agree_with_float64_for_every_tuning(self, name):
-        arrays = self.make(8, 512, 256, seed=1, **self.formats["nested scales"])
+    @pytest.mark.parametrize("format", ["nested scales", "fp8 weights in blocks"])
+    def test_shared_scales_agree_with_float64_for_every_tuning(self, format, name):
+        arrays = self.make(8, 512, 256, seed=1, **self.formats[format])
         error, races = self.error(arrays, TUNINGS[name])
         assert error <= self.budget
         assert not races
 
     def test_the_factors_of_another_group_are_an_error(self, monkeypatch):
-        original = Nested.rows
-
-        def of_the_next(self, groups):
-            rows, width = original(self, groups)
-            return jnp.roll(rows, width, axis=1), width
-
-        monkeypatch.setattr(Nested, "rows", of_the_next)
+        original = Shared.read
+        monkeypatch.setattr(
+            Shared, "read", lambda self, block, k, g: original(self, block, k, 1 - g)
+        )
         arrays = self.make(8, 256, 256, **self.formats["nested scales"])
         assert not self.error(arrays, TUNINGS["one buffer"])[0] <= 0.01
 
@@ -310,7 +332,7 @@ class TestWeightOnly(Laws):
             weight_only.matmul(**(arrays | {"w": jnp.zeros((256, 128), jnp.uint8)}))
         zeros = jnp.zeros((2, 256), jnp.uint8)
         for bad in (zeros[:1], zeros.astype(jnp.float32)):
-            with pytest.raises(ValueError, match=r"must be uint8 \(2, 256\), as scales"):
+            with pytest.raises(ValueError, match=r"must be uint8 \(2, 256\)"):
                 weight_only.matmul(**arrays, zero=bad)
         with pytest.raises(ValueError, match="zero point of 16 must be a code, 0 to 15"):
             weight_only.matmul(**arrays, zero=16)
