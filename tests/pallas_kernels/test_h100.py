@@ -122,9 +122,9 @@ EIGHT_BIT = {
     "fp8 blocks M=16": (16, "float8_e4m3fn", "float8_e4m3fn", K // 128, 1.1, None),
     "fp8 blocks M=1024": (1024, "float8_e4m3fn", "float8_e4m3fn", K // 128, 1.85, 0.47),
     # A step for every 128 values of a token, too. With many of them, these are the rows.
-    "fp8 1x128 M=16": (16, "float8_e4m3fn", "float8_e4m3fn", K // 128, 1.15, None),
+    "fp8 1x128 M=16": (16, "float8_e4m3fn", "float8_e4m3fn", K // 128, 1.2, None),
     "fp8 1x128 M=1024": (1024, "float8_e4m3fn", "float8_e4m3fn", K // 128, 1.9, 0.47),
-    "int4 x int8 1x128 M=16": (16, "int4", "int8", K // 128, 1.65, None),
+    "int4 x int8 1x128 M=16": (16, "int4", "int8", K // 128, 1.75, None),
 }
 
 
