@@ -239,7 +239,7 @@ def matmul(
     if in_steps:
         operands.append(
             Operand(
-                in_sixteen_bytes(x_scale),
+                in_sixteen_bytes(x_scale.astype(jnp.float32)),
                 "m",
                 width=_STEPS,
                 steps_per_row=_STEPS // per_step,

@@ -33,6 +33,7 @@ class TestExperts(Laws):
         "int8 in its natural order": {"w": "int8", "group": 256, "natural": True},
         "int8 zero points": {"w": "int8", "group": 128, "zero": True},
         "a codebook": {"w": "int4", "group": 64, "codebook": one.LEVELS},
+        "fp8 in blocks": {"w": "float8_e4m3fn", "group": 128, "blocks": True},
         "powers of two": {"w": "int4", "group": 32, "codebook": one.E2M1, "scale": "uint8"},
     }
 
@@ -42,7 +43,8 @@ class TestExperts(Laws):
         names = (
             ("w", "scale", "zero") if isinstance(each[0].get("zero"), jax.Array) else ("w", "scale")
         )
-        stacked = {name: jnp.stack([a[name] for a in each]) for name in names}
+        stack = lambda *arrays: jnp.stack(arrays)
+        stacked = {name: jax.tree.map(stack, *(a[name] for a in each)) for name in names}
         return each[0] | stacked | {"group_sizes": jnp.array(sizes, jnp.int32)}
 
     def run(self, arrays, *, tuning, interpret, product=experts.matmul):
@@ -55,7 +57,8 @@ class TestExperts(Laws):
         y, start = np.zeros((arrays["x"].shape[0], arrays["w"].shape[1])), 0
         for e, size in enumerate(np.asarray(arrays["group_sizes"])):
             rows = slice(start, start := start + size)
-            own = {n: arrays[n][e] for n in ("w", "scale", "zero") if n in arrays}
+            stacked = {n: arrays[n] for n in ("w", "scale", "zero") if n in arrays}
+            own = jax.tree.map(lambda a, e=e: a[e], stacked)
             own["x"] = arrays["x"][rows]
             y[rows] = one.TestWeightOnly().exact(arrays | own)
         return y
