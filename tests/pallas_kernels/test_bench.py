@@ -6,7 +6,7 @@ import collections
 
 import pytest
 
-from pallas_kernels import bench, h100
+from pallas_kernels import bench, h100, tuning
 from pallas_kernels.bench import FORMS, Form
 
 
@@ -40,6 +40,17 @@ def test_many_tokens_are_a_table_of_their_own_with_the_largest_product_of_each_f
     assert [line.split("|")[1].strip() for line in lines] == [form.name for form in FORMS]
     assert "| W8A8 | 256 | 1.56 | 0.20 |" in lines  # 100 / (64 x 128 x 256 / 4096)
     assert "| W4A16 g128 | 128 | 1.56 | 0.20 |" in lines
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+@pytest.mark.parametrize("M", bench.TOKENS)
+def test_every_decode_shape_of_every_form_fills_the_gpu(form, M):
+    for K, N in (shape for shapes in bench.SHAPES.values() for shape in shapes):
+        t = bench.tuning_of(form, M, K, N)
+        assert -(-M // t.tile_m) * (N // tuning.TILE_N) * t.split_k >= tuning.SMS
+        in_flight = t.stages * tuning.TILE_N * t.tile_k * form.for_tokens(M).bits // 8
+        assert t.stages >= 3
+        assert in_flight >= 32 * 1024  # bytes of an SM
 
 
 @pytest.mark.h100

@@ -396,19 +396,3 @@ def test_experts(name):
     # The table, the tokens in their tiles, the product, its sums, and its tokens in their order.
     kernels = sum(hlo.executed(program.hlo)[op] for op in ("fusion", "mosaic_gpu_v2"))
     assert kernels <= 5 + (t.split_k > 1)
-
-
-LLAMA = {  # K, N of the linear layers
-    "8B": [(4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)],
-    "70B": [(8192, 10240), (8192, 8192), (8192, 57344), (28672, 8192)],
-}
-
-
-@pytest.mark.parametrize("M", [1, 16, 64])
-@pytest.mark.parametrize("model", LLAMA)
-def test_every_decode_shape_fills_the_gpu(model, M):
-    for K, N in LLAMA[model]:
-        t = tuning.weight_only(M, K, N)
-        assert N // tuning.TILE_N * t.split_k >= tuning.SMS
-        assert t.stages >= 3
-        assert t.stages * tuning.TILE_N * t.tile_k // 2 >= 32 * 1024  # bytes in flight of an SM
