@@ -49,8 +49,7 @@ def test_every_decode_shape_of_every_form_fills_the_gpu(form, M):
         t = bench.tuning_of(form, M, K, N)
         assert -(-M // t.tile_m) * (N // tuning.TILE_N) * t.split_k >= tuning.SMS
         in_flight = t.stages * tuning.TILE_N * t.tile_k * form.for_tokens(M).bits // 8
-        assert t.stages >= 3
-        assert in_flight >= 32 * 1024  # bytes of an SM
+        assert in_flight >= 32 * 1024  # bytes of an SM whose buffers are waited for
 
 
 @pytest.mark.h100
