@@ -417,16 +417,27 @@ def dequantize_rows(qt: QTensor, rows: Int[Array, " i"]) -> Float[Array, "i N"]:
       qt: a weight without leading axes.
       rows: integers in range.
     """
-    scale, zero = read_scales(qt)
     wanted = rows
     if qt.perm is not None:
         rows = jnp.argsort(qt.perm)[rows]
     g = qt.format.group_size
     at = jnp.zeros_like(rows) if g is None else rows // g
+
+    def of_groups(stored, fmt):
+        if isinstance(stored, QTensor) and not stored.format.flatten:
+            return dequantize_rows(stored, at)
+        return restore_scales(stored, fmt)[at]
+
+    stored, offset = qt.stored_scales()
+    zero = None
+    if qt.format.offset is not None:
+        zero = of_groups(offset, qt.format.offset)
+    elif qt.format.zero_point:
+        zero = qt.zero_points()[at]
     w = unscaled(
         numerics.decode(qt.codes_of_rows(rows), qt.element),
-        scale[at],
-        None if zero is None else zero[at],
+        of_groups(stored, qt.format.scale),
+        zero,
         dataclasses.replace(qt.format, group_size=1),
     )
     return w if qt.pre_scale is None else qt.pre_scale[wanted][:, None] * w

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax import numerics, scales
+from qjax import kquants, numerics, scales
 from qjax.format import Format
 from qjax.layout import Layout
 from qjax.qtensor import (
     dequantize_array,
     dequantize_canonical,
+    dequantize_rows,
     is_qtensor,
     quantize_array,
     read_codes,
@@ -651,3 +652,25 @@ def test_factors_follow_vmap_and_layout():
 def test_factors_that_do_not_fit_are_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
         quantize_array(weight(), FORMATS[0], **kwargs)
+
+
+@pytest.mark.parametrize(
+    "fmt",
+    [
+        kquants.FORMATS["Q4_K"],
+        kquants.FORMATS["Q6_K"],
+        Format("nf4", 64, scale=Format("uint8", 1, group_columns=256)),
+        Format("nf4", 64, scale=Format("dynamic8", 240, flatten=True)),
+        Format("e2m1", 16, scale=Format("e4m3", group_columns=None)),
+        Format("int4", 64, scale=Format("uint8", 8, zero_point=True)),
+        Format("int4", 128, scale=Format("uint3", 3, remainder="ragged")),
+    ],
+    ids=str,
+)
+def test_rows_are_those_of_the_whole_weight_with_scales_that_are_nested(fmt):
+    """Of which only those of the rows are decoded, also if the weight is prepared."""
+    qt = quantize_array(jax.random.normal(jax.random.key(0), (512, 300)), fmt)
+    rows = jnp.array([0, 3, 511, 256, 17])
+    wanted = dequantize_array(qt)[rows]
+    for stored in (qt, qjax.prepare(qt, "h100")):
+        np.testing.assert_array_equal(dequantize_rows(stored, rows), wanted)
