@@ -113,6 +113,8 @@ def matmul(
     Raises:
       ValueError: for shapes or types that `supports` refuses.
     """
+    if isinstance(w_scale, Blocks) and groups_of(w_scale) == 1:
+        w_scale = w_scale.decoded()
     of_blocks, w_scale = w_scale, w_scale.values if isinstance(w_scale, Blocks) else w_scale
     (M, K), N, G = x.shape, w.shape[0], groups_of(of_blocks)
     in_blocks, has_groups = isinstance(of_blocks, Blocks), G > 1
@@ -229,9 +231,7 @@ def matmul(
         steps = max(1, group // tuning.tile_k)
         multiples = lax.bitcast_convert_type(multiples, jnp.int8)
         operands.append(Operand(multiples, "n", is_row=True, rows=per_step, steps_per_row=steps))
-    if isinstance(of_blocks, Blocks) and not has_groups:
-        w_scale = of_blocks.decoded()
-    elif in_blocks:
+    if in_blocks:
         operands.append(shared.operand())
     elif has_groups:
         operands.append(Operand(w_scale, "n", is_row=True, rows=per_step))

@@ -41,6 +41,7 @@ def matmul(
       w, scale, codebook, zero, experts: as for `weight_only.matmul`, groups of 32, 64 or a
         multiple of 128.
       bits: of codes in bytes, which do not tell by themselves: 2 or 3; or None for all other types.
+      natural: whether w of 8 bits lies as `eight_bit.matmul` takes it.
       out_dtype: of dx, bfloat16, float16 or float32; default: dy's.
       tuning: default: `tuning.transposed`.
       interpret: `plgpu.InterpretGPUParams` to run on a CPU.
