@@ -218,6 +218,11 @@ class QTensor:
             )
 
 
+def in_order[T](axes: str, g: T, c: T) -> tuple[T, T]:
+    """Returns what belongs to G and C in the order of `scale_axes`; or from it, as G and C."""
+    return (g, c) if axes == "gc" else (c, g)
+
+
 def is_qtensor(x: Any) -> bool:
     """Whether `x` is a QTensor; the `is_leaf` of tree functions that treat it as one array."""
     return isinstance(x, QTensor)

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from pallas_kernels.tuning import TILE_N
 from qjax import packing
 from qjax.layout import Layout
-from qjax.qtensor import QTensor
+from qjax.qtensor import QTensor, in_order
 
 _Mesh = Mesh | AbstractMesh
 _Axes = tuple[str, ...]  # the mesh axes that one array axis is split over
@@ -160,7 +160,7 @@ def _canonical(qt: QTensor, like: NamedSharding, lead, k: _Axes, n: _Axes) -> QT
             if stored.format.flatten:  # one vector for the whole weight
                 return _canonical(stored, like, lead, (), ())
             return _canonical(stored, like, lead, k, c)
-        return named(k, c) if order == "gc" else named(c, k)
+        return named(*in_order(order, k, c))
 
     zero = None
     if qt.zero is not None:
@@ -261,7 +261,7 @@ def shard_specs(qt: QTensor, lead: list, k: _Axes, n: _Axes, mesh) -> QTensor | 
             if stored.format.flatten and (g or c):
                 return None
             return shard_specs(stored, lead, g, c, mesh)
-        return PartitionSpec(*(_entry(a) for a in (*lead, *((g, c) if order == "gc" else (c, g)))))
+        return PartitionSpec(*(_entry(a) for a in (*lead, *in_order(order, g, c))))
 
     scale, zero = part(qt.scale, qt.scale_axes), None
     if qt.zero is not None:

@@ -17,6 +17,7 @@ from qjax import _compat, packing
 from qjax.ops.dispatch import compute
 from qjax.ops.spec import Spec
 from qjax.prepare import are_multiples
+from qjax.qtensor import in_order
 
 
 class Shapes(NamedTuple):
@@ -57,8 +58,7 @@ class Shapes(NamedTuple):
 def shapes_of(spec: Spec, x: Any, data: Any, scale: Any, has_zero: bool) -> Shapes:
     fmt, element = spec.format, spec.element
     n_lead = len(data.shape) - 2
-    sizes = dict(zip(spec.scale_axes, scale.shape[-2:], strict=True))
-    (K, N), G, C = spec.sizes(data), sizes["g"], sizes["c"]
+    (K, N), (G, C) = spec.sizes(data), in_order(spec.scale_axes, *scale.shape[-2:])
     units = K // packing.unit(element.bits) if element.is_packed else K
     k_parts = 1 if spec.pad else units
     if spec.extra is not None:
@@ -107,22 +107,19 @@ def rule(s: Shapes, transposed: bool) -> tuple[str, dict[str, int]]:
     tokens = [f"m{i}" for i in range(s.n_tokens)]
     K, rows = axis("k", s.k_parts, "p", s.K), axis("k", s.k_parts, "r", s.rows)
     N = axis("n", s.n_parts, "w", s.N)
-    of_groups = {"g": axis("k", s.k_parts, "g", s.G), "c": axis("n", s.n_parts, "c", s.C)}
-    scale = [*lead, *(of_groups[a] for a in s.scale_axes)]
+    of_groups = axis("k", s.k_parts, "g", s.G), axis("n", s.n_parts, "c", s.C)
+    scale = [*lead, *in_order(s.scale_axes, *of_groups)]
     if s.n_parts == 1:
         N = "n"  # whole blocks of columns do not divide N, but x, data and y may still agree
     inner, outer = (N, K) if transposed else (K, N)
     data = [rows, N]
     if s.columns is not None:
         data = [N if s.columns == s.N else "x", rows]
-    zero = [*lead, *of_groups.values()]
+    zero = [*lead, *of_groups]
     if s.outer is not None:
         groups, blocks = s.outer
-        of_outer = {
-            "g": "q" if s.G == 1 else axis("k", s.k_parts, "q", groups),
-            "c": axis("n", s.n_parts, "o", blocks),
-        }
-        zero = [*lead, *(of_outer[a] for a in s.outer_axes)]
+        q = "q" if s.G == 1 else axis("k", s.k_parts, "q", groups)
+        zero = [*lead, *in_order(s.outer_axes, q, axis("n", s.n_parts, "o", blocks))]
     operands = [[*lead, *tokens, inner], [*lead, *data], scale] + [zero] * s.has_zero
     for shared in "kn":  # sizes are only for factors that are nowhere a whole axis
         if any(shared in operand for operand in operands):
@@ -175,8 +172,8 @@ def partitioned(spec: Spec, shapes: Shapes, platform: str | None, bind: Callable
         inner, outer = (n, k) if spec.transposed else (k, n)
 
         def of_groups(order, groups):
-            axes = {"g": k if groups > 1 else (), "c": n if shapes.C > 1 else ()}
-            return named(*lead, *(axes[a] for a in order))
+            g, c = k if groups > 1 else (), n if shapes.C > 1 else ()
+            return named(*lead, *in_order(order, g, c))
 
         scale = of_groups(shapes.scale_axes, shapes.G)
         rows = shapes.G if shapes.outer is None else min(shapes.outer[0], shapes.G)

@@ -27,7 +27,7 @@ from qjax.ops.dispatch import against_stack, codes_of, takes_kernel
 from qjax.ops.packed_dot import refuse_weight_tangents, scales_of, short
 from qjax.ops.spec import Spec
 from qjax.prepare import Prepared, against_gpu, by_group, canonical_codes
-from qjax.qtensor import QTensor
+from qjax.qtensor import QTensor, in_order
 
 
 def ragged_dot(
@@ -273,7 +273,7 @@ def _partitioned(spec: Spec, dtype: Any, precision: Any, shapes: partitioning.Sh
 
         inner, outer = (n, k) if spec.transposed else (k, n)
         g, c = k if shapes.G > 1 else (), n if shapes.C > 1 else ()
-        scale = named(e, *((g, c) if spec.scale_axes == "gc" else (c, g)))
+        scale = named(e, *in_order(spec.scale_axes, g, c))
         zero = [named(e, g, c)] * shapes.has_zero
         args = [named((), inner), named(()), named(e, n, k), scale, *zero]
         one = dataclasses.replace(spec, summed_over=inner)
