@@ -16,15 +16,20 @@ CONVERT = "cvt.rn.f16x2.e4m3x2 $0, $1;"  # two bytes; float16 has all values of 
 
 
 def load(ref: Any, layout: Any) -> Array:
-    """Returns e4m3 scales, whose bits are int8 [R] in shared memory, as float32, in a kernel.
+    """Returns `floats` of the bits of e4m3 scales in shared memory, int8 [R], in a kernel."""
+    return floats(plgpu.load(ref, layout=layout), layout)
+
+
+def floats(bits: Array, layout: Any) -> Array:
+    """Returns e4m3 scales, whose bits are int8 [R], as float32, in a kernel.
 
     Two are converted at once.
 
     Args:
+      bits: in the layout.
       layout: in which a lane has them: of a wgmma's rows, one in each register, those of rows i and
         i + 8; or of its columns, two neighbours in each.
     """
-    bits = plgpu.load(ref, layout=layout)
 
     def values(_, bits):
         i8, i16, i32 = (ir.IntegerType.get_signless(n) for n in (8, 16, 32))

@@ -16,18 +16,24 @@ from jaxlib.mlir.dialects import llvm
 from pallas_kernels import planes, zero_points
 
 AND_OR = 0xEA  # lop3: a & b | c
+READ = plgpu.Layout.WGMMA_UPCAST_2X  # in which a lane has codes, as bytes: words
 ROOM = {"bfloat16": 8, "float16": 9}  # bits of a half in which codes may lie, two apart
 # Of codes that are two apart, the lower bits of $1 and the highest of $2, which are right above.
 MERGED = "lop3.b32 $0, $1, $2, 0x00330033, 0xe4;"  # a & c | b & ~c
 
 
 def load(ref: Any, bits: int, dtype: Any, zero: int | Sequence[Array] | None = None) -> Array:
-    """Returns code - zero for codes in shared memory, in a kernel, in the layout of wgmma.
+    """Returns `floats` of codes in shared memory, uint8 [R, K * bits / 8], in a kernel."""
+    return floats(plgpu.load(ref, layout=READ), bits, dtype, zero)
+
+
+def floats(data: Array, bits: int, dtype: Any, zero: int | Sequence[Array] | None = None) -> Array:
+    """Returns code - zero for codes, in a kernel, in the layout of wgmma.
 
     It is times `zero_points.unit`.
 
     Args:
-      ref: uint8 [R, K * bits / 8], in the order of `planes`.
+      data: uint8 [R, K * bits / 8], in the order of `planes`, in the layout `READ`.
       dtype: of the values: bfloat16 or float16.
       zero: of all; or `zero_points.load` of each of the groups that lie side by side in what is
         returned. Default: the middle, 2 or 4.
@@ -35,8 +41,7 @@ def load(ref: Any, bits: int, dtype: Any, zero: int | Sequence[Array] | None = N
     known = 2 ** (bits - 1) if zero is None else zero if isinstance(zero, int) else None
     zeros = () if zero is None or isinstance(zero, int) else tuple(zero)
     dtype = jnp.dtype(dtype)
-    shape = (ref.shape[0], ref.shape[1] * 8 // bits)
-    read = plgpu.Layout.WGMMA_UPCAST_2X
+    shape = (data.shape[0], data.shape[1] * 8 // bits)
 
     def values(_, data, *zeros):
         i32 = ir.IntegerType.get_signless(32)
@@ -71,9 +76,9 @@ def load(ref: Any, bits: int, dtype: Any, zero: int | Sequence[Array] | None = N
 
     values.reference = reference  # pyright: ignore[reportFunctionMemberAccess]
     return plgpu.inline_mgpu(
-        arg_types=(read,) + (zero_points.ROWS,) * len(zeros),
+        arg_types=(READ,) + (zero_points.ROWS,) * len(zeros),
         return_type=plgpu.ShapeDtypeStruct(shape, dtype, plgpu.Layout.WGMMA),
-    )(values)(plgpu.load(ref, layout=read), *zeros)
+    )(values)(data, *zeros)
 
 
 def _words(array: Any, chunks: int) -> np.ndarray:

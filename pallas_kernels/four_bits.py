@@ -26,6 +26,7 @@ TABLE_BYTES = 256 * BANKS * 4
 SCALES = (1.0, 1 / 16)  # of the fields of a half of a word that `assembly` converts
 UPPER, LOWER = 0xF0F0F0F0, 0x0F0F0F0F  # halves of the bytes of a word
 SIGNS = 0x88888888  # of the codes of a word
+READ = plgpu.Layout.WGMMA_UPCAST_4X  # in which a lane has codes: words of 8
 
 
 def table(levels: Sequence[float], dtype: Any) -> Array:
@@ -45,19 +46,23 @@ def table(levels: Sequence[float], dtype: Any) -> Array:
 
 
 def load(ref: Any, dtype: Any, words: Any = None, zero: int | Sequence[Array] = 8) -> Array:
-    """Returns the values of codes in shared memory, inside a kernel, in the layout of wgmma.
+    """Returns `floats` of codes in shared memory, int4 [R, C], inside a kernel."""
+    return floats(plgpu.load(ref, layout=READ), dtype, words, zero)
+
+
+def floats(q: Array, dtype: Any, words: Any = None, zero: int | Sequence[Array] = 8) -> Array:
+    """Returns the values of codes, inside a kernel, in the layout of wgmma.
 
     Integers are times `zero_points.unit`.
 
     Args:
-      ref: int4 [R, C], in the order of `interleave`.
+      q: int4 [R, C], in the order of `interleave`, in the layout `READ`.
       dtype: of the values: bfloat16 or float16.
       words: None, for integers; or `table` in shared memory.
       zero: what integers are less, as q + 8 is unsigned: of all; or `zero_points.load` of each of
         the groups that lie side by side in C.
     """
     dtype = jnp.dtype(dtype)
-    q = plgpu.load(ref, layout=plgpu.Layout.WGMMA_UPCAST_4X)
     zeros = () if isinstance(zero, int) else tuple(zero)
     operands = zeros if words is None else (words,)
     types = [zero_points.ROWS] * len(zeros) if words is None else [plgpu.RefType()]
@@ -107,7 +112,7 @@ def load(ref: Any, dtype: Any, words: Any = None, zero: int | Sequence[Array] = 
 
     values.reference = reference  # pyright: ignore[reportFunctionMemberAccess]
     return plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WGMMA_UPCAST_4X, *types),
+        arg_types=(READ, *types),
         return_type=plgpu.ShapeDtypeStruct(q.shape, dtype, plgpu.Layout.WGMMA),
     )(values)(q, *operands)
 
@@ -128,7 +133,7 @@ def load_bytes(ref: Any, dtype: Any, multiples: Sequence[Array] = ()) -> Array:
     """
     dtype = jnp.dtype(dtype)
     is_int = dtype == jnp.int8
-    q = plgpu.load(ref, layout=plgpu.Layout.WGMMA_UPCAST_4X)
+    q = plgpu.load(ref, layout=READ)
     if multiples:
         texts, decode = (PRODUCT, _multiplied) if is_int else (e2m1.PRODUCTS, e2m1.times)
     else:
@@ -171,7 +176,7 @@ def load_bytes(ref: Any, dtype: Any, multiples: Sequence[Array] = ()) -> Array:
 
     values.reference = reference  # pyright: ignore[reportFunctionMemberAccess]
     return plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WGMMA_UPCAST_4X, *[zero_points.ROWS] * len(multiples)),
+        arg_types=(READ, *[zero_points.ROWS] * len(multiples)),
         return_type=plgpu.ShapeDtypeStruct(q.shape, dtype, plgpu.Layout.WGMMA_8BIT),
     )(values)(q, *multiples)
 

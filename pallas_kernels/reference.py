@@ -52,6 +52,33 @@ def values(w: Array, codebook: Sequence[float] | None, dtype: Any) -> Array:
     return w if codebook is None else jnp.asarray(codebook, dtype)[w.astype(jnp.int32) & 15]
 
 
+def rows(
+    indices: Array,
+    w: Array,
+    scale: Array,
+    *,
+    codebook: Sequence[float] | None = None,
+    zero: int | Array | None = None,
+    out_dtype: Any = jnp.bfloat16,
+) -> Array:
+    """Returns y[m, k] = w[indices[m], k] * scale[k // g, indices[m]], a float32 that is rounded.
+
+    Args:
+      indices: [M]. Where one is not in 0 .. N - 1 the row is NaN.
+      w, scale, zero: as for `weight_only`.
+      codebook: as there, but of float32.
+    """
+    is_inside = (indices >= 0) & (indices < w.shape[0])
+    at = jnp.where(is_inside, indices, 0)
+    of_inputs = lambda a: jnp.repeat(a[:, at].T.astype(jnp.float32), w.shape[1] // len(a), axis=1)
+    own = values(w[at], codebook, jnp.float32).astype(jnp.float32)
+    if zero is not None:
+        own += {"int4": 8, "int8": 128}.get(w.dtype.name, 0)
+        own -= zero if isinstance(zero, int) else of_inputs(zero)
+    y = own * of_inputs(float_scale(scale))
+    return jnp.where(is_inside[:, None], y, jnp.nan).astype(out_dtype)
+
+
 def float_scale(scale: Array | Nested | Blocks) -> Array:
     """Returns scales [G, N] as floats: what is none, or not for each feature."""
     if isinstance(scale, Nested | Blocks):

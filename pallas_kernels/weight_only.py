@@ -45,9 +45,17 @@ def read_scale(s_smem: Any, dtype: Any, layout: Any = zero_points.ROWS) -> Array
       dtype: what they are: as stored; float8_e4m3fn for its bits in int8.
       layout: in which a lane has them.
     """
+    return float_scale(plgpu.load(s_smem, layout=layout), dtype, layout)
+
+
+def float_scale(s: Array, dtype: Any, layout: Any = zero_points.ROWS) -> Array:
+    """Returns scales that are loaded as `as_bits` has them as float32, in a kernel.
+
+    Args:
+      dtype, layout: as for `read_scale`.
+    """
     if dtype == jnp.float8_e4m3fn:
-        return e4m3.load(s_smem, layout)
-    s = plgpu.load(s_smem, layout=layout)
+        return e4m3.floats(s, layout)
     if dtype == jnp.uint8:  # the exponent of a float32; 2^-127 is subnormal
         bits = jnp.maximum(s.astype(jnp.int32) << 23, 1 << 22)
         s = lax.bitcast_convert_type(bits, jnp.float32)

@@ -18,20 +18,25 @@ from pallas_kernels.interleave import interleaved_pairs
 
 MIDDLE = 128  # of unsigned codes
 SIGNS = 0x80808080  # of the bytes of a word: flipped, q becomes q + 128
+READ = plgpu.Layout.WGMMA_UPCAST_2X  # in which a lane has codes: words of 4
 PAIRS = ((0, 1), (2, 3))  # bytes of a word: inputs 2t and 2t + 1 of one 8, and of the next
 
 
 def load(ref: Any, dtype: Any, zero: int | Sequence[Array] = MIDDLE) -> Array:
-    """Returns weights in shared memory as 16-bit floats, in a kernel, in the layout of wgmma.
+    """Returns `floats` of weights in shared memory, [R, C], in a kernel."""
+    return floats(plgpu.load(ref, layout=READ), dtype, zero)
+
+
+def floats(q: Array, dtype: Any, zero: int | Sequence[Array] = MIDDLE) -> Array:
+    """Returns weights as 16-bit floats, in a kernel, in the layout of wgmma.
 
     Args:
-      ref: int8 or float8_e4m3fn [R, C], interleaved.
+      q: int8 or float8_e4m3fn [R, C], interleaved, in the layout `READ`.
       dtype: of the values: bfloat16 or float16. int8 are times `zero_points.unit`.
       zero: what int8 are less, as q + 128 is unsigned: of all; or `zero_points.load` of each of the
         groups that lie side by side in C.
     """
-    weight, dtype = jnp.dtype(ref.dtype), jnp.dtype(dtype)
-    q = plgpu.load(ref, layout=plgpu.Layout.WGMMA_UPCAST_2X)
+    weight, dtype = jnp.dtype(q.dtype), jnp.dtype(dtype)
     zeros = () if isinstance(zero, int) else tuple(zero)
     known = zero if isinstance(zero, int) else None
 
@@ -73,7 +78,7 @@ def load(ref: Any, dtype: Any, zero: int | Sequence[Array] = MIDDLE) -> Array:
 
     values.reference = reference  # pyright: ignore[reportFunctionMemberAccess]
     return plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WGMMA_UPCAST_2X, *[zero_points.ROWS] * len(zeros)),
+        arg_types=(READ, *[zero_points.ROWS] * len(zeros)),
         return_type=plgpu.ShapeDtypeStruct(q.shape, dtype, plgpu.Layout.WGMMA),
     )(values)(q, *zeros)
 

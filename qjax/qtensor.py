@@ -448,6 +448,28 @@ def dequantize_rows(qt: QTensor, rows: Int[Array, " i"]) -> Float[Array, "i N"]:
     return w if qt.pre_scale is None else qt.pre_scale[wanted][:, None] * w
 
 
+def dequantize_columns(qt: QTensor, columns: Int[Array, " i"]) -> Float[Array, "i K"]:
+    """Returns columns of the canonical float32 weight [K, N], each as a row, reading only them.
+
+    Args:
+      qt: a weight without leading axes, not prepared.
+      columns: integers in range.
+    """
+    scale, zero = read_scales(qt)
+    shared_by = qt.format.group_columns
+    at = jnp.zeros_like(columns) if shared_by is None else columns // shared_by
+    picked = dataclasses.replace(qt, data=jnp.take(qt.data, columns, axis=1, mode="clip"))
+    w = unscaled(
+        read_codes(picked),
+        jnp.take(scale, at, axis=1, mode="clip"),
+        None if zero is None else jnp.take(zero, at, axis=1, mode="clip"),
+        dataclasses.replace(qt.format, group_columns=1),
+    ).T
+    if qt.perm is not None:
+        w = w[:, jnp.argsort(qt.perm)]
+    return w if qt.pre_scale is None else w * qt.pre_scale
+
+
 def dequantize_array(qt: QTensor) -> Array:
     """Returns the logical array that `qt` stands for, in its dtype."""
     return qt.layout.from_canonical(dequantize_canonical(qt)).astype(qt.dtype)

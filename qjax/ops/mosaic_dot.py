@@ -167,6 +167,24 @@ def experts(
     return y.astype(out_dtype)
 
 
+def rows(
+    indices: Array, data: Array, scale: Array, zero: Array | None, *, format: Format,
+    extra: tuple[int, int], out_dtype: Any,
+) -> Array:  # fmt: skip
+    """Returns Wᵀ[indices] [M, K] by the Hopper kernel. Where one is outside the row is NaN."""
+    from pallas_kernels import lookup as kernel
+
+    data, extra = _whole_tiles(data, extra)
+    _, K_ = _sizes(data, format)
+    N = data.shape[0] - extra[1]
+    indices = jnp.where(indices < N, indices, -1) if extra[1] else indices
+    data, padded, _, codes = _weight(data, scale, zero, jnp.bfloat16, format, extra)
+    del codes["natural"]
+    bits = _bits_in_bytes(format)
+    y = kernel.rows(indices, data, padded, **codes, bits=bits, out_dtype=out_dtype)
+    return y[:, : K_ - extra[0]]
+
+
 def _whole_tiles(data: Array, extra: tuple[int, int]) -> tuple[Array, tuple[int, int]]:
     """Returns codes of whole tiles of columns, and what was added to K and N.
 

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from qjax import _compat, qtensor
-from qjax.ops import activation, ragged
+from qjax.ops import activation, packed_rows, ragged
 from qjax.qtensor import QTensor
 from qjax.view import Atom, Contraction, View, contraction, view_of
 
@@ -277,10 +277,15 @@ def can_unstack(view: View) -> bool:
     return len(view.dims[0]) == 1 and lead_axis(view, view.dims[0][0]) == 0
 
 
-def lookup(view: View, axis: int, indices: Array, mode: Any, fill_value: Any) -> Any:
+def lookup(
+    view: View, axis: int, indices: Array, mode: Any, fill_value: Any, *, by_kernel: bool = False
+) -> Any:
     """`lax.gather` along one whole axis: [*indices.shape, *other axes]; None if it would cut data.
 
     Along K or N the entries are dequantized; along a stacked axis (experts) the result is packed.
+
+    Args:
+      by_kernel: whether the Hopper kernel does that, which `against_kernel` has nothing against.
     """
     size = view.shape[axis]
     atoms = view.dims[axis]
@@ -290,10 +295,12 @@ def lookup(view: View, axis: int, indices: Array, mode: Any, fill_value: Any) ->
     safe = jnp.clip(indices, 0, size - 1)
     if len(atoms) == 1 and lead_axis(view, atoms[0]) is not None:
         return _lookup_stacked(view, axis, safe, valid if fill else None, fill_value)
-    out = gather_rows(view, axis, safe)
+    value = jnp.nan if fill_value is None else fill_value
+    if by_kernel and fill and np.isnan(value):
+        return gather_rows(view, axis, jnp.where(valid, indices, -1), by_kernel=True)
+    out = gather_rows(view, axis, safe, by_kernel=by_kernel)
     if out is None or not fill:
         return out
-    value = jnp.nan if fill_value is None else fill_value
     valid = valid.reshape(*valid.shape, *[1] * (out.ndim - valid.ndim))
     return jnp.where(valid, out, jnp.asarray(value, out.dtype))
 
@@ -319,43 +326,45 @@ def _lookup_stacked(view: View, axis: int, indices: Array, valid: Any, fill_valu
     return out.reshape((*indices.shape, *out.shape[1:]))
 
 
-def gather_rows(view: View, axis: int, indices: Array) -> Array | None:
+def _looked_up_along(view: View, axis: int) -> str | None:
+    """Returns whether an axis is all of K, "k", or all of N, "n", of one weight; None: neither."""
+    atoms = view.dims[axis]
+    if view.atoms("b") or view.payload.data.ndim != 2 or not atoms:
+        return None
+    kind = atoms[0].kind
+    return kind if list(atoms) == view.atoms(kind) else None
+
+
+def against_kernel(view: View, axis: int) -> str | None:
+    """Returns why the Hopper kernel does not look up entries of an axis, or None if it does."""
+    if _looked_up_along(view, axis) != "n":
+        return "its rows are not contiguous"
+    return packed_rows.reason_against(view.payload)
+
+
+def gather_rows(view: View, axis: int, indices: Array, *, by_kernel: bool = False) -> Array | None:
     """Looks up entries of one axis: [*indices.shape, *other axes], reading only what is looked up.
 
     Args:
       view: a weight [.., V, ..] without leading axes.
       axis: the looked-up axis; all of N or all of K.
-      indices: integers, in range.
+      indices: integers, in range; for the kernel, entries of others are NaN.
 
     Returns:
       Dequantized float entries, or None if the storage cannot be read there.
     """
-    qt: QTensor = view.payload.canonical()
-    atoms = view.dims[axis]
-    if view.atoms("b") or qt.data.ndim != 2 or not atoms:
-        return None
-    kind = atoms[0].kind
-    if list(atoms) != view.atoms(kind):
+    kind = _looked_up_along(view, axis)
+    if kind is None:
         return None
     flat = indices.reshape(-1)
     if kind == "n":
-        scale, zero = qtensor.read_scales(qt)
-        columns = qt.format.group_columns
-        at = jnp.zeros_like(flat) if columns is None else flat // columns
-        picked = dataclasses.replace(qt, data=jnp.take(qt.data, flat, axis=1, mode="clip"))
-        fmt = dataclasses.replace(qt.format, group_columns=1)
-        rows = qtensor.unscaled(
-            qtensor.read_codes(picked),
-            jnp.take(scale, at, axis=1, mode="clip"),
-            None if zero is None else jnp.take(zero, at, axis=1, mode="clip"),
-            fmt,
-        ).T  # [i, K]
-        rows = activation.restored(rows, qt)
-        if qt.pre_scale is not None:
-            rows = rows * qt.pre_scale
+        if by_kernel:
+            rows = packed_rows.packed_rows(flat, view.payload)
+        else:
+            rows = qtensor.dequantize_columns(view.payload.canonical(), flat)
         others = view.atoms("k")
     else:
-        rows = qtensor.dequantize_rows(qt, flat)  # [i, N]
+        rows = qtensor.dequantize_rows(view.payload.canonical(), flat)  # [i, N]
         others = view.atoms("n")
     rows = rows.astype(view.dtype).reshape(-1, *(a.size for a in others))
     logical = [a for i, dim in enumerate(view.dims) if i != axis for a in dim]

@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qjax import _compat, sharding
-from qjax.ops import activation, packed_dot, ragged, weight
+from qjax.ops import activation, packed_dot, packed_rows, ragged, weight
 from qjax.qtensor import QTensor, is_qtensor
 from qjax.tables import align
 from qjax.transform import walk
@@ -203,12 +203,19 @@ class Packed(walk.Handler):
         return out
 
     def gather(self, view, axis, indices, params):
-        out = weight.lookup(view, axis, indices, params["mode"], params["fill_value"])
-        if out is not None:
-            if isinstance(out, View):
-                self.record(view, "gather", "experts picked")
-            else:
-                self.record(view, "gather", "rows looked up", "xla, reads those rows alone")
+        is_asked = self.implementation == "mosaic"
+        why = weight.against_kernel(view, axis) if is_asked else None
+        out = weight.lookup(
+            view, axis, indices, params["mode"], params["fill_value"],
+            by_kernel=is_asked and why is None,
+        )  # fmt: skip
+        if isinstance(out, View):
+            self.record(view, "gather", "experts picked")
+        elif out is not None:
+            how = packed_rows.DESCRIPTION
+            if not is_asked or why is not None:
+                how = "xla, reads those rows alone" + (f": {why}" if why else "")
+            self.record(view, "gather", "rows looked up", how)
         return out
 
     def take_axis(self, view, axis, take, size):

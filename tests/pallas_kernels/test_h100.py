@@ -15,6 +15,7 @@ from pallas_kernels import (
     h100,
     hlo,
     hopper,
+    lookup,
     quantize_rows,
     shares,
     transposed,
@@ -314,6 +315,45 @@ def test_blocks_are_read_once_to_round_them(x, M, dtype):
     kernel = _check_rounding(h100.compile(f, _array(x, M, 14336)), nbytes // 128 // 16)
     # An SM has registers for four such CTAs, with 64 KB in flight.
     assert kernel.registers <= 65536 // (4 * 128)
+
+
+# Of a row that is looked up a value is 2 bytes to write and up to one to read: HBM takes as long as
+# an SM does for 20 to 28 instructions. Budgets are for each value, of the whole kernel.
+LOOKUPS = {
+    "int4 g128": ("int4", 128, {}, 6.0),
+    "int4 g32": ("int4", 32, {}, 6.6),
+    "int4 g128, zero points": ("int4", 128, {"zeros": True}, 6.2),
+    "nf4 g64": ("int4", 64, {"codebook": tuple(i * i for i in LEVELS)}, 7.6),
+    "int3 g128": ("uint8", 128, {"bits": 3}, 6.8),
+    "int2 g128": ("uint8", 128, {"bits": 2}, 5.9),
+    "int8 channels": ("int8", K, {}, 6.0),
+    "e4m3 channels": ("float8_e4m3fn", K, {}, 5.3),
+}
+
+
+@pytest.mark.parametrize("name", LOOKUPS)
+@pytest.mark.parametrize("M", [16, 4096])
+def test_rows_that_are_looked_up_are_read_by_words(name, M):
+    dtype, group, options, budget = LOOKUPS[name]
+    options = dict(options)
+    bits = options.get("bits") or hopper.bits(dtype)
+    columns = K if "bits" not in options else K * bits // 8
+    zeros = [_array("uint8", K // group, N)] if options.pop("zeros", False) else []
+    look_up = lambda i, w, s, *z: lookup.rows(i, w, s, zero=z[0] if z else None, **options)
+    scale = _array("bfloat16", K // group, N)
+    program = h100.compile(look_up, _array("int32", M), _array(dtype, N, columns), scale, *zeros)
+    (kernel,) = program.kernels
+    assert kernel.spills == kernel.stack == kernel.code["LDL"] == kernel.code["STL"] == 0
+    # Of 64 rows of 128 columns a thread has 64 values; two rows' indices, scales and zero points.
+    per_group = 2 * max(1, 128 // group)
+    words = 2 + 64 * bits // 32 + (64 if "codebook" in options else 0)
+    assert kernel.code["LDG"] + kernel.code["LD"] == words
+    assert kernel.code["LDG.U16"] == per_group
+    assert kernel.code["LDG.U8"] == (per_group if zeros else 0)
+    assert kernel.code.total() / 64 <= budget
+    assert kernel.registers <= 65536 // (4 * 128)  # of four CTAs on an SM
+    assert hlo.executed(program.hlo)["fusion"] == 0
+    assert program.temporaries <= 64  # a codebook
 
 
 # A derivative has as many tokens as a batch: what counts are the cycles to issue the loop against

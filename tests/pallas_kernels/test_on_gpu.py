@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import bench, timing
+from pallas_kernels import bench, lookup, timing
+from pallas_kernels.interleave import interleaved_pairs
 
 pytestmark = pytest.mark.gpu
 
@@ -35,3 +36,16 @@ def test_every_form_agrees_with_float32_for_any_tokens_and_repeats_its_bits(form
         # The result is bfloat16, and weights are rounded to it where scales are on the weight.
         assert timing.error_of(np.asarray(first), args) <= 2.0**-8, M
         assert all(is_same(run(), first) for _ in range(RUNS)), M  # else a race
+
+
+def test_rows_beyond_two_gigabytes_are_looked_up():
+    V, D = 655360, 4096
+    bytes = jax.random.bits(jax.random.key(0), (V, D), jnp.uint8)
+    w = jax.lax.bitcast_convert_type(bytes, jnp.int8)
+    scale = jax.random.uniform(jax.random.key(1), (1, V))
+    at = jnp.array([0, V - 1, 524289, 524287, 3, V, -1], jnp.int32)
+    got = lookup.rows(at, w, scale)
+    in_order = interleaved_pairs(w[jnp.clip(at, 0, V - 1)])
+    wanted = (in_order * scale[0, jnp.clip(at, 0, V - 1)][:, None]).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(np.float32(got[:5]), np.float32(wanted[:5]))
+    assert np.isnan(np.float32(got[5:])).all()
