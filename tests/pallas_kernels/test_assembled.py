@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import bench, experts, h100, transposed, tuning, weight_only
+from pallas_kernels import bench, experts, h100, lookup, transposed, tuning, weight_only
 
 pytestmark = pytest.mark.h100(code=False)
 
@@ -64,12 +64,12 @@ OTHERS = {
 }
 
 
-def check(kernel, product):
+def check(kernel, *products):
     assert kernel.assembler == h100.assembler()
     assert kernel.spills == kernel.stack == 0
     assert kernel.registers <= 168  # 65536 / 384, what nvJitLink has for each of 384 threads
     assert not any("C7512" in w for w in kernel.warnings)  # wgmma serialized
-    assert set(kernel.products) == {product}
+    assert set(kernel.products) == set(products)
     assert kernel.smem <= tuning.SMEM_BYTES
 
 
@@ -85,6 +85,13 @@ def test_no_form_spills_or_serializes(form, M):
 def test_no_other_kernel_spills_or_serializes(name):
     (kernel,) = h100.compile(*OTHERS[name]).kernels
     check(kernel, PRODUCTS["bfloat16"])
+
+
+@pytest.mark.parametrize("options", [{}, {"codebook": tuple(range(16))}], ids=["int4", "a codebook"])
+def test_no_lookup_spills(options):
+    look_up = functools.partial(lookup.rows, **options)
+    operands = array("int32", 64), array("int4", 1024, 256), array("bfloat16", 2, 1024)
+    check(*h100.compile(look_up, *operands).kernels)
 
 
 def test_code_that_nothing_disassembles_is_an_error(monkeypatch):
