@@ -87,7 +87,9 @@ def test_no_other_kernel_spills_or_serializes(name):
     check(kernel, PRODUCTS["bfloat16"])
 
 
-@pytest.mark.parametrize("options", [{}, {"codebook": tuple(range(16))}], ids=["int4", "a codebook"])
+@pytest.mark.parametrize(
+    "options", [{}, {"codebook": tuple(range(16))}], ids=["int4", "a codebook"]
+)
 def test_no_lookup_spills(options):
     look_up = functools.partial(lookup.rows, **options)
     operands = array("int32", 64), array("int4", 1024, 256), array("bfloat16", 2, 1024)
