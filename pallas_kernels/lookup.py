@@ -71,6 +71,7 @@ def rows(
         )
     if reason := weight_only.supports(w.dtype, jnp.bfloat16, K, N, K // G, scale.dtype):
         raise ValueError(f"pallas_kernels.lookup: {reason}.")
+    weight_only.check_codebook(codebook, w)
     weight_only.check_zero(zero, w, bits or hopper.bits(w.dtype), (G, N), codebook)
     group = min(K // G, TILE_K)
     groups = TILE_K // group  # of a tile

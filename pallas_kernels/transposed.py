@@ -59,6 +59,7 @@ def matmul(
         )
     if reason := supports(w.dtype, dy.dtype, K, N, K // G, scale.dtype):
         raise ValueError(f"pallas_kernels.transposed: {reason}.")
+    weight_only.check_codebook(codebook, w)
     weight_only.check_zero(zero, w, bits or hopper.bits(w.dtype), scale.shape, codebook)
     if bits not in ((2, 3) if w.dtype == jnp.uint8 else (None,)):
         raise ValueError(

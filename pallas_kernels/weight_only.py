@@ -127,6 +127,18 @@ def check_zero(
         raise ValueError(f"zero points {zero.dtype.name} {zero.shape} must be uint8 {shape}.")
 
 
+def check_codebook(codebook: Sequence[float] | None, w: Array) -> None:
+    """Refuses a codebook that no kernel reads.
+
+    Raises:
+      ValueError: for it.
+    """
+    if codebook is not None and (w.dtype != jnp.int4 or len(codebook) != 16):
+        raise ValueError(
+            f"a codebook of {len(codebook)} values with {w.dtype.name}: kernels take 16, with int4."
+        )
+
+
 def ordered(x: Array) -> Array:
     """Returns x [.., K] in the order in which `matmul` multiplies weights of 8 bits in none."""
     return interleaved_pairs(x)
@@ -203,11 +215,7 @@ def matmul(
         raise ValueError(f"pallas_kernels.weight_only: {reason}.")
     if packed not in (None, 2, 3):
         raise ValueError(f"pallas_kernels.weight_only: codes of {packed} bits: it takes 2 and 3.")
-    if codebook is not None and (w.dtype != jnp.int4 or len(codebook) != 16):
-        raise ValueError(
-            f"pallas_kernels.weight_only: a codebook of {len(codebook)} values with {w.dtype.name}:"
-            " it takes 16, with int4."
-        )
+    check_codebook(codebook, w)
     known, zeros = (zero, None) if zero is None or isinstance(zero, int) else (None, zero)
     codes = w.dtype if codebook is None else jnp.uint4
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)

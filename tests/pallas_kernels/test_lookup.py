@@ -163,6 +163,8 @@ def test_refuses_what_it_cannot_look_up():
         lookup.rows(**arrays | {"scale": jnp.ones((48, N))})
     with pytest.raises(ValueError, match="bits=3 with int4"):
         lookup.rows(**arrays, bits=3)
+    with pytest.raises(ValueError, match="a codebook of 2 values with int4"):
+        lookup.rows(**arrays | {"codebook": (0.0, 1.0)})
     with pytest.raises(ValueError, match="a zero point of 16"):
         lookup.rows(**arrays, zero=16)
 
