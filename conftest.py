@@ -47,7 +47,7 @@ if not (find_spec("triton") and find_spec("jax_triton")):
 _ON_GPU = "cuda" in os.environ["JAX_PLATFORMS"]
 if jax.__version_info__ < (0, 12) and not _ON_GPU:
     collect_ignore_glob = ["pallas_kernels/*", "tests/pallas_kernels/*", "tests/test_prepare.py"]
-    collect_ignore.append("tests/ops/test_ragged.py")
+    collect_ignore += ["tests/ops/test_ragged.py", "tests/ops/test_packed_rows.py"]
 
 
 def pytest_report_header() -> str | None:

@@ -6,6 +6,7 @@ the last of them with what follows.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -34,6 +35,8 @@ def reason_against(qt: QTensor) -> str | None:
         return "it has factors or an order of channels, or offsets"
     if are_apart(qt.data, qt.format) or (qt.element.bits == 8 and qt.data.dtype != jnp.uint8):
         return "its codes lie as products of bytes take them"
+    if jnp.dtype(qt.dtype).name not in ("bfloat16", "float16", "float32"):
+        return f"it is of {jnp.dtype(qt.dtype).name}"
     if is_qtensor(qt.scale) or qt.format.group_columns != 1:
         return "its scales are nested, or of many columns"
     return None
@@ -64,9 +67,12 @@ def _abstract(indices, data, *rest, tree):
     return _compat.out_aval(indices, (*indices.shape, K), qt.dtype, partition)
 
 
-@packed_rows_p.def_impl
-def _run(*args, tree):
-    return jax.jit(lambda *args: packed_rows_p.bind(*args, tree=tree))(*args)
+@functools.lru_cache(maxsize=4096)
+def _eager(tree: Any):
+    return jax.jit(functools.partial(packed_rows_p.bind, tree=tree))
+
+
+packed_rows_p.def_impl(lambda *args, tree: _eager(tree)(*args))
 
 
 def _jvp(primals, tangents, *, tree):
@@ -115,9 +121,8 @@ def _lower(ctx, *args: Any, tree: Any):
     run = _by_xla if _compat.is_partitioned(ctx) else _by_kernel
     with _compat.without_mesh():
         ctx = _compat.unplaced(ctx)
-        return mlir.lower_fun(lambda *args: run(*args, tree=tree), multiple_results=False)(
-            ctx, *args
-        )
+        run = functools.partial(run, tree=tree)
+        return mlir.lower_fun(run, multiple_results=False)(ctx, *args)
 
 
 def _refuse(ctx, *args: Any, tree: Any):

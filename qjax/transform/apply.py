@@ -319,8 +319,9 @@ def apply(fn: Callable, *, implementation: str | None = None) -> Callable:
     Args:
       fn: any function of arrays and pytrees, such as a Flax `model.apply`.
       implementation: of the packed matmuls, "reference", "xla", "native", "mosaic" or "triton" (see
-        `qjax.ops.packed_dot`); None: the best one for the platform. On a CPU that is the native
-        kernel, which the system's C++ compiler builds once, or else plain JAX ("xla").
+        `qjax.ops.packed_dot`), and "mosaic" of lookups that it takes; None: the best one for the
+        platform. On a CPU that is the native kernel, which the system's C++ compiler builds once,
+        or else plain JAX ("xla").
 
     Example:
       >>> import jax.numpy as jnp, qjax
