@@ -46,7 +46,7 @@ if not (find_spec("triton") and find_spec("jax_triton")):
 # The interpreter of GPU kernels came with 0.12; without it they are tested on a GPU or not at all.
 _ON_GPU = "cuda" in os.environ["JAX_PLATFORMS"]
 if jax.__version_info__ < (0, 12) and not _ON_GPU:
-    collect_ignore_glob = ["pallas_kernels/*", "tests/pallas_kernels/*", "tests/test_prepare.py"]
+    collect_ignore_glob = ["pallas_kernels/*", "tests/pallas_kernels/*", "tests/prepare/*"]
     collect_ignore += ["tests/ops/test_ragged.py", "tests/ops/test_packed_rows.py"]
 
 
