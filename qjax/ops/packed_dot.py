@@ -123,18 +123,15 @@ def scales_of(qt: QTensor, *, are_nested: bool = True) -> tuple[Array, Array | N
     Args:
       are_nested: whether `Prepared.nested_scale` and `Prepared.multiples` are taken.
     """
-    scale, zero = qtensor.read_scales(qt)
     if type(qt) is not Prepared:
-        return scale, zero, None
-    scale = qt.float_scale()
-    if qt.format.zero_point:
-        zero = qt.zero
+        return *qtensor.read_scales(qt), None
+    zero = qt.zero if qt.format.offset is None else qtensor.read_scales(qt)[1]
     if (stored := qt.stored_scale()) is not None:
         scale, factor = stored
         return scale, zero, factor
     if are_nested and (nested := qt.nested_scale() or qt.multiples()) is not None:
-        scale, zero = nested
-    return scale, zero, None
+        return *nested, None
+    return qt.float_scale(), zero, None
 
 
 def _decode_and_bind(
