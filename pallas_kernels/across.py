@@ -26,7 +26,12 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, vector
 
 from pallas_kernels import few_bits, four_bits, hopper, planes, whole_bytes, zero_points
-from pallas_kernels.interleave import interleaved, interleaved_pairs, natural_nibbles
+from pallas_kernels.interleave import (
+    codes_of_bytes,
+    interleaved,
+    interleaved_pairs,
+    natural_nibbles,
+)
 
 HALVES = (0x5410, 0x7632)  # prmt of two words: their lower halves, their upper halves
 ROTATED = "shf.r.wrap.b32 $0, $1, $1, $2;"  # $1 by $2 bits to the right
@@ -261,8 +266,7 @@ def load(
             pairs = lax.bitcast_convert_type(rest[-1][interleaved(bytes), 0], dtype)
             return pairs.reshape(rows, -1).T
         elif order is NIBBLES:
-            bytes = natural_nibbles(bytes)
-            codes = jnp.stack([bytes & 15, bytes >> 4], axis=-1).reshape(rows, -1) ^ jnp.uint8(8)
+            codes = codes_of_bytes(natural_nibbles(bytes)) ^ jnp.uint8(8)
         else:
             codes = planes.codes(bytes, 2)
             if bits == 3:

@@ -15,11 +15,6 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 CONVERT = "cvt.rn.f16x2.e4m3x2 $0, $1;"  # two bytes; float16 has all values of e4m3, and NaN
 
 
-def load(ref: Any, layout: Any) -> Array:
-    """Returns `floats` of the bits of e4m3 scales in shared memory, int8 [R], in a kernel."""
-    return floats(plgpu.load(ref, layout=layout), layout)
-
-
 def floats(bits: Array, layout: Any) -> Array:
     """Returns e4m3 scales, whose bits are int8 [R], as float32, in a kernel.
 

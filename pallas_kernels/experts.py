@@ -115,7 +115,7 @@ def matmul(
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     if not M:
         return jnp.zeros(
-            (0, transposed_kernel.inputs_of(w, bits) if transposed else w.shape[1]), out_dtype
+            (0, weight_only.inputs_of(w, bits) if transposed else w.shape[1]), out_dtype
         )
     if tuning is None:
         # Some experts have more than others; while memory is the bound, larger tiles are free.
@@ -179,7 +179,7 @@ def _tuning(
 ) -> Tuning:  # fmt: skip
     """Returns the tuning for M tokens of each expert."""
     (N, columns), G = w.shape[-2:], groups_of(scale)
-    K = transposed_kernel.inputs_of(w, bits) if transposed else x.shape[-1]
+    K = weight_only.inputs_of(w, bits) if transposed else x.shape[-1]
     bits = columns * hopper.bits(w.dtype) // K
     table_bytes = 0 if codebook is None else four_bits.TABLE_BYTES
     if transposed:

@@ -16,6 +16,7 @@ from jaxlib.mlir.dialects import arith, gpu, llvm
 from pallas_kernels import e2m1, zero_points
 from pallas_kernels.interleave import (
     bytes_of_int4,
+    codes_of_bytes,
     interleaved,
     natural_nibbles,
     signs_together,
@@ -104,8 +105,7 @@ def floats(q: Array, dtype: Any, words: Any = None, zero: int | Sequence[Array] 
         if words is not None:
             bytes = interleaved(bytes)
             return lax.bitcast_convert_type(operands[0][bytes, 0], dtype).reshape(q.shape)
-        bytes = natural_nibbles(bytes)
-        codes = jnp.stack([bytes & 15, bytes >> 4], axis=-1).reshape(q.shape) ^ jnp.uint8(8)
+        codes = codes_of_bytes(natural_nibbles(bytes)) ^ jnp.uint8(8)
         less = zero if isinstance(zero, int) else zero_points.spread(operands, q.shape)
         unit = zero_points.unit(jnp.int4, dtype)
         return ((codes.astype(jnp.int32) - less) * unit).astype(dtype)
@@ -164,9 +164,8 @@ def load_bytes(ref: Any, dtype: Any, multiples: Sequence[Array] = ()) -> Array:
             each = q.shape[1] // len(multiples)
             factors = jnp.repeat(jnp.stack(multiples, axis=1), each, axis=1)
             if not is_int:
-                bytes = signs_together(bytes_of_int4(q))
-                codes = jnp.stack([bytes & 15, bytes >> 4], axis=-1)
-                return e2m1.reference(codes.reshape(q.shape), factors)
+                codes = codes_of_bytes(signs_together(bytes_of_int4(q)))
+                return e2m1.reference(codes, factors)
         q = q.astype(jnp.int8) * factors
         words = q.reshape(q.shape[0], -1, 4, 4, 2)  # word, byte, half
         if is_int:

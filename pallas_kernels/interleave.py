@@ -104,7 +104,7 @@ def _with_signs(words: Array, of: tuple[int, ...]) -> Array:
 def _nibbles(bytes: Array, *shape: int) -> Array:
     """Returns the codes of bytes [.., K / 2] as [.., K / 32, *shape]."""
     *lead, n = bytes.shape
-    return jnp.stack([bytes & 15, bytes >> 4], axis=-1).reshape(*lead, n // 16, *shape)
+    return codes_of_bytes(bytes).reshape(*lead, n // 16, *shape)
 
 
 def _packed(codes: Array) -> Array:
@@ -159,6 +159,11 @@ def bytes_of_int4(w: Array) -> Array:
     """Returns int4 [.., K] as bytes of two, uint8 [.., K / 2]."""
     codes = lax.bitcast_convert_type(w.astype(jnp.int8), jnp.uint8) & jnp.uint8(15)
     return codes[..., ::2] | (codes[..., 1::2] << 4)
+
+
+def codes_of_bytes(bytes: Array) -> Array:
+    """Returns the codes [.., K] of bytes of two, uint8 [.., K / 2], the lower half first."""
+    return jnp.stack([bytes & 15, bytes >> 4], axis=-1).reshape(*bytes.shape[:-1], -1)
 
 
 def of_int4(w: Array, *, looked_up: bool = False, apart: bool = False) -> Array:

@@ -22,8 +22,7 @@ from jaxlib.mlir.dialects import arith, llvm, memref, vector
 
 from pallas_kernels import few_bits, four_bits, hopper, weight_only, whole_bytes, zero_points
 from pallas_kernels.hopper import ROWS, TOKENS
-from pallas_kernels.interleave import bytes_of_int4, interleaved
-from pallas_kernels.transposed import inputs_of
+from pallas_kernels.interleave import bytes_of_int4, codes_of_bytes, interleaved
 from pallas_kernels.tuning import TILE_K
 
 _EXACT = jnp.float16  # has all integers of 8 bits, and their differences, and all e4m3
@@ -58,12 +57,8 @@ def rows(
     Raises:
       ValueError: for shapes or types that `weight_only.supports` refuses.
     """
-    if bits not in ((2, 3) if w.dtype == jnp.uint8 else (None,)):
-        raise ValueError(
-            f"pallas_kernels.lookup: bits={bits} with {w.dtype.name}: it takes 2 and 3 with uint8,"
-            " None with all others."
-        )
-    (M,), (N, _), G, K = indices.shape, w.shape, scale.shape[0], inputs_of(w, bits)
+    weight_only.check_bits(bits, w)
+    (M,), (N, _), G, K = indices.shape, w.shape, scale.shape[0], weight_only.inputs_of(w, bits)
     if scale.shape != (G, N) or K % G or indices.dtype != jnp.int32:
         raise ValueError(
             f"pallas_kernels.lookup: indices {indices.dtype.name}, w {w.shape} and scale"
@@ -244,8 +239,7 @@ def _looked_up(q: Array, codebook: Any) -> Array:
         return _array(out, layout, jnp.float32)
 
     def reference(q, codebook):  # read by the interpreter
-        bytes = interleaved(bytes_of_int4(q))
-        return codebook[jnp.stack([bytes & 15, bytes >> 4], axis=-1).reshape(q.shape)]
+        return codebook[codes_of_bytes(interleaved(bytes_of_int4(q)))]
 
     values.reference = reference  # pyright: ignore[reportFunctionMemberAccess]
     return plgpu.inline_mgpu(

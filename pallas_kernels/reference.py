@@ -35,14 +35,7 @@ def weight_only(
         w, of int4 u = w + 8, of int8 w + 128.
       x_scale: None; or what rows of y are multiplied by, [M, 1].
     """
-    scale = float_scale(scale)
-    stored = w.dtype.name
-    of_inputs = lambda a: jnp.repeat(a.astype(jnp.float32), x.shape[1] // len(a), axis=0)  # [K, N]
-    w = values(w, codebook, x.dtype).astype(jnp.float32).T
-    if zero is not None:
-        w += {"int4": 8, "int8": 128}.get(stored, 0)
-        w -= zero if isinstance(zero, int) else of_inputs(zero)
-    w *= of_inputs(scale)
+    w = weights(w, scale, codebook, zero, x.dtype).T
     y = jnp.dot(x.astype(jnp.float32), w, precision=lax.Precision.HIGHEST)
     return (y if x_scale is None else y * x_scale).astype(out_dtype)
 
@@ -50,6 +43,23 @@ def weight_only(
 def values(w: Array, codebook: Sequence[float] | None, dtype: Any) -> Array:
     """Returns the values in `dtype` of codes 0 .. 15, the bits of int4; or without a codebook w."""
     return w if codebook is None else jnp.asarray(codebook, dtype)[w.astype(jnp.int32) & 15]
+
+
+def weights(
+    w: Array,
+    scale: Array | Nested | Blocks,
+    codebook: Sequence[float] | None,
+    zero: int | Array | None,
+    dtype: Any,
+) -> Array:
+    """Returns the float32 weights [N, K] of `weight_only`, with a codebook rounded to `dtype`."""
+    scale, stored, K = float_scale(scale), w.dtype.name, w.shape[1]
+    of_inputs = lambda a: jnp.repeat(a.T.astype(jnp.float32), K // len(a), axis=1)  # [N, K]
+    w = values(w, codebook, dtype).astype(jnp.float32)
+    if zero is not None:
+        w += {"int4": 8, "int8": 128}.get(stored, 0)
+        w -= zero if isinstance(zero, int) else of_inputs(zero)
+    return w * of_inputs(scale)
 
 
 def rows(
@@ -70,12 +80,7 @@ def rows(
     """
     is_inside = (indices >= 0) & (indices < w.shape[0])
     at = jnp.where(is_inside, indices, 0)
-    of_inputs = lambda a: jnp.repeat(a[:, at].T.astype(jnp.float32), w.shape[1] // len(a), axis=1)
-    own = values(w[at], codebook, jnp.float32).astype(jnp.float32)
-    if zero is not None:
-        own += {"int4": 8, "int8": 128}.get(w.dtype.name, 0)
-        own -= zero if isinstance(zero, int) else of_inputs(zero)
-    y = own * of_inputs(float_scale(scale))
+    y = weights(w, scale, codebook, zero, jnp.float32)[at]
     return jnp.where(is_inside[:, None], y, jnp.nan).astype(out_dtype)
 
 
@@ -107,9 +112,8 @@ def transposed(
       dy: [M, N] derivatives.
       w, scale, codebook, zero: as for `weight_only`.
     """
-    one = jnp.eye(w.shape[1], dtype=dy.dtype)
-    w = weight_only(one, w, scale, codebook=codebook, zero=zero)  # [K, N]
-    dx = jnp.dot(dy.astype(jnp.float32), w.T, precision=lax.Precision.HIGHEST)
+    w = weights(w, scale, codebook, zero, dy.dtype)
+    dx = jnp.dot(dy.astype(jnp.float32), w, precision=lax.Precision.HIGHEST)
     return dx.astype(out_dtype)
 
 

@@ -51,7 +51,7 @@ def matmul(
     """
     (M, N), (_, columns), (G, _) = dy.shape, w.shape[-2:], scale.shape[-2:]
     stack = () if experts is None else w.shape[:1]
-    K = inputs_of(w, bits)
+    K = weight_only.inputs_of(w, bits)
     if w.shape != (*stack, N, columns) or scale.shape != (*stack, G, N) or K % G:
         raise ValueError(
             f"dy {dy.shape}, w {w.shape} and scale {scale.shape} must be [M, N], [N, K] and [G, N],"
@@ -61,11 +61,7 @@ def matmul(
         raise ValueError(f"pallas_kernels.transposed: {reason}.")
     weight_only.check_codebook(codebook, w)
     weight_only.check_zero(zero, w, bits or hopper.bits(w.dtype), scale.shape, codebook)
-    if bits not in ((2, 3) if w.dtype == jnp.uint8 else (None,)):
-        raise ValueError(
-            f"pallas_kernels.transposed: bits={bits} with {w.dtype.name}: it takes 2 and 3 with"
-            " uint8, None with all others."
-        )
+    weight_only.check_bits(bits, w)
     out_dtype = jnp.dtype(dy.dtype if out_dtype is None else out_dtype)
     tuning = tuning or tunings.transposed(
         M, N, K, bits or hopper.bits(w.dtype),
@@ -135,11 +131,6 @@ def _scale(s_smem: Any, stored: Any, dtype: Any) -> Array:
     else:
         s = weight_only.read_scale(s_smem, stored, layout).astype(dtype)
     return across.spread(s, dealt=dealt)
-
-
-def inputs_of(w: Array, bits: int | None) -> int:
-    """Returns the inputs K of a weight [.., N, K], or of codes of so many bits in bytes."""
-    return w.shape[-1] if bits is None else w.shape[-1] * 8 // bits
 
 
 def supports(

@@ -127,6 +127,23 @@ def check_zero(
         raise ValueError(f"zero points {zero.dtype.name} {zero.shape} must be uint8 {shape}.")
 
 
+def inputs_of(w: Array, bits: int | None) -> int:
+    """Returns the inputs K of a weight [.., N, K], or of codes of so many bits in bytes."""
+    return w.shape[-1] if bits is None else w.shape[-1] * 8 // bits
+
+
+def check_bits(bits: int | None, w: Array) -> None:
+    """Refuses bits of codes that no kernel reads in bytes, and those of what is not in bytes.
+
+    Raises:
+      ValueError: for them.
+    """
+    if bits not in ((2, 3) if w.dtype == jnp.uint8 else (None,)):
+        raise ValueError(
+            f"bits={bits} with {w.dtype.name}: it takes 2 and 3 with uint8, None with all others."
+        )
+
+
 def check_codebook(codebook: Sequence[float] | None, w: Array) -> None:
     """Refuses a codebook that no kernel reads.
 

@@ -501,6 +501,11 @@ def are_apart(data: Any, fmt: Format) -> bool:
     return numerics.get_element(fmt.element).bits == 4 and data.dtype == jnp.int8
 
 
+def are_natural(data: Any, fmt: Format) -> bool:
+    """Returns whether codes of 8 bits lie as they are, for a kernel that multiplies bytes."""
+    return numerics.get_element(fmt.element).bits == 8 and data.dtype != jnp.uint8
+
+
 def looked_up(data: Array, fmt: Format) -> Array:
     """Returns codes of a prepared weight in the order that the weight-only kernels take."""
     if not are_apart(data, fmt):

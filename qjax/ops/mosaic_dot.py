@@ -24,6 +24,7 @@ from qjax.format import Format
 from qjax.ops import blocked
 from qjax.prepare import (
     are_multiples,
+    are_natural,
     by_group,
     kernel_codes,
     looked_up,
@@ -222,7 +223,7 @@ def _weight(
     N_, K_ = _sizes(data, format)
     codes: dict[str, Any] = {
         "codebook": levels, "zero": zero_of(format.element),
-        "natural": element.bits == 8 and data.dtype != jnp.uint8,
+        "natural": are_natural(data, format),
     }  # fmt: skip
     data = kernel_codes(looked_up(data, format), format.element)
     G, N = scale.shape[-2], N_ - extra[1]

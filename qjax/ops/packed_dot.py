@@ -282,21 +282,22 @@ ad.primitive_jvps[packed_dot_p] = _jvp
 ad.primitive_transposes[packed_dot_p] = _transpose
 
 
+def batch_first(args: Sequence[Any], axes: Sequence[int | None]) -> list[Array]:
+    """Returns operands with their batch axis in front, broadcast if they have none."""
+    size = next(a.shape[d] for a, d in zip(args, axes, strict=True) if d is not None)
+    return [
+        jnp.broadcast_to(a, (size, *a.shape)) if d is None else jnp.moveaxis(a, d, 0)
+        for a, d in zip(args, axes, strict=True)
+    ]
+
+
 def _batch(args, axes, *, spec):
     x, *weight = args
     x_axis, *weight_axes = axes
     n_lead = weight[0].ndim - 2 - (weight_axes[0] is not None)
     if all(a is None for a in weight_axes):  # a batch of activations is one more token axis
         return packed_dot_p.bind(jnp.moveaxis(x, x_axis, n_lead), *weight, spec=spec), n_lead
-    size = next(a.shape[d] for a, d in zip(args, axes, strict=True) if d is not None)
-
-    def leading(a, d):
-        if d is None:
-            return jnp.broadcast_to(a, (size, *a.shape))
-        return jnp.moveaxis(a, d, 0)
-
-    moved = [leading(a, d) for a, d in zip(args, axes, strict=True)]
-    return packed_dot_p.bind(*moved, spec=spec), 0
+    return packed_dot_p.bind(*batch_first(args, axes), spec=spec), 0
 
 
 batching.primitive_batchers[packed_dot_p] = _batch

@@ -18,8 +18,8 @@ from jaxtyping import Float, Int
 
 from qjax import _compat, qtensor
 from qjax.ops import mosaic_dot
-from qjax.ops.packed_dot import refuse_weight_tangents, scales_of
-from qjax.prepare import Prepared, are_apart
+from qjax.ops.packed_dot import batch_first, refuse_weight_tangents, scales_of
+from qjax.prepare import Prepared, are_apart, are_natural
 from qjax.qtensor import QTensor, is_qtensor
 
 DESCRIPTION = "mosaic (asked for), where XLA does not partition the program; else xla"
@@ -33,7 +33,7 @@ def reason_against(qt: QTensor) -> str | None:
         return "it is stacked"
     if qt.pre_scale is not None or qt.perm is not None or qt.format.offset is not None:
         return "it has factors or an order of channels, or offsets"
-    if are_apart(qt.data, qt.format) or (qt.element.bits == 8 and qt.data.dtype != jnp.uint8):
+    if are_apart(qt.data, qt.format) or are_natural(qt.data, qt.format):
         return "its codes lie as products of bytes take them"
     if jnp.dtype(qt.dtype).name not in ("bfloat16", "float16", "float32"):
         return f"it is of {jnp.dtype(qt.dtype).name}"
@@ -87,12 +87,8 @@ def _batch(args, axes, *, tree):
         indices = jnp.moveaxis(indices, axes[0], 0)
         y = packed_rows_p.bind(indices.reshape(-1), *leaves, tree=tree)
         return y.reshape(*indices.shape, -1), 0
-    size = next(a.shape[d] for a, d in zip(args, axes, strict=True) if d is not None)
-    moved = [
-        jnp.broadcast_to(a, (size, *a.shape)) if d is None else jnp.moveaxis(a, d, 0)
-        for a, d in zip(args, axes, strict=True)
-    ]
-    return lax.map(lambda args: packed_rows_p.bind(*args, tree=tree), moved), 0
+    one = lambda args: packed_rows_p.bind(*args, tree=tree)
+    return lax.map(one, batch_first(args, axes)), 0
 
 
 ad.primitive_jvps[packed_rows_p] = _jvp
